@@ -1,0 +1,143 @@
+"""Prune the model at scheduled optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_prune.errors import InputError
+from lit_prune.ops import PackedMask
+from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
+from lit_prune.pruning.progress import ProgressBar
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Prune at the start of the next test run."""
+
+    journal_folder: Path | None
+    resume: bool
+
+
+class Prune(Callback):
+    """Prunes at the steps of a schedule while a model is trained, or once for ``lit-prune prune``.
+
+    The calibration set is the data module's. ``KeepMasks`` keeps pruned weights at zero between and after prunings.
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - class_path: Prune
+              init_args:
+                plan:
+                  pattern: {class_path: Unstructured, init_args: {sparsity: 0.5}}
+                  scorer: {class_path: Wanda}
+                schedule: {class_path: OneShot}
+            - class_path: KeepMasks
+    """
+
+    def __init__(self, plan: PruningPlan, schedule: Schedule | None = None) -> None:
+        """Keep the arguments.
+
+        Args:
+            plan: What to prune, how far and how.
+            schedule: When, in optimizer steps; null = ``OneShot`` at the start.
+        """
+        self.plan = plan
+        self.schedule = schedule or OneShot()
+        self.report: PruningReport | None = None
+        """What the latest pruning did, its masks included."""
+        self.pruned_at: int | None = None
+        """The optimizer step of the latest pruning."""
+        self._request: _Request | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse several processes."""
+        if trainer.world_size > 1:
+            raise InputError(f"{trainer.world_size} processes: pruning runs in one, so set --trainer.devices 1")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a schedule that outlasts the training; prune where step 0 is due."""
+        steps = trainer.estimated_stepping_batches
+        if self.schedule.last > steps:
+            raise InputError(
+                f"the schedule prunes until step {self.schedule.last}, and training ends after {steps:.0f} optimizer "
+                "steps: raise --trainer.max_steps or --trainer.max_epochs, or end the schedule earlier"
+            )
+        self._prune_if_due(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune where the step that has just been taken is due."""
+        self._prune_if_due(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune where ``at_next_test`` asked for it."""
+        if self._request is not None:
+            self._prune(trainer, pl_module, self.plan, self._request)
+
+    @contextmanager
+    def at_next_test(self, journal_folder: Path | None = None, resume: bool = False) -> Iterator[None]:
+        """Prune at the start of the test run inside this context, which so evaluates the pruned model."""
+        self._request = _Request(journal_folder, resume)
+        try:
+            yield
+        finally:
+            self._request = None
+
+    def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if self.schedule.due(step) and self.pruned_at != step:
+            sparsity = self.schedule.sparsity(step, self.plan.pattern.sparsity)
+            self._prune(trainer, pl_module, self.plan.at(sparsity), _Request(None, False))
+            self.pruned_at = step
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan, request: _Request) -> None:
+        batches = trainer.datamodule.calibration_batches() if plan.needs else []  # type: ignore[attr-defined]
+        # Evaluation runs in inference mode, whose tensors could take no part in training later.
+        with torch.inference_mode(False), ProgressBar() as show:
+            self.report = prune(
+                pl_module.model,  # type: ignore[arg-type]
+                batches,
+                plan,
+                on_progress=show,
+                journal_folder=request.journal_folder,
+                resume=request.resume,
+                forward_context=trainer.precision_plugin.forward_context,
+            )
+        for logger in trainer.loggers:
+            logger.log_metrics({"prune/sparsity": self.report.sparsity}, step=trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step of the latest pruning, what it did, and the packed masks."""
+        report = self.report
+        return {
+            "pruned_at": self.pruned_at,
+            "report": report.as_dict() if report else None,
+            "masks": {layer.name: layer.mask.bits for layer in report.layers} if report else {},
+            "mask_shapes": {layer.name: list(layer.mask.shape) for layer in report.layers} if report else {},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.pruned_at = state_dict["pruned_at"]
+        shapes = state_dict["mask_shapes"]
+        masks = {name: PackedMask(bits, tuple(shapes[name])) for name, bits in state_dict["masks"].items()}
+        content = state_dict["report"]
+        self.report = PruningReport.from_dict(content, masks) if content else None
+
+
+def find_prune(trainer: Trainer) -> Prune:
+    """Return the trainer's one ``Prune`` callback, or raise ``InputError``."""
+    found = [callback for callback in trainer.callbacks if isinstance(callback, Prune)]  # type: ignore[attr-defined]
+    if len(found) != 1:
+        raise InputError(f"trainer.callbacks has {len(found)} Prune callbacks: exactly one is needed")
+    return found[0]

@@ -1,0 +1,36 @@
+"""lit-prune: prune large language models, keep the masks, recover what was lost.
+
+Names are loaded when they are first used, so that ``import lit_prune.ops`` needs torch and nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_prune.ops import NM as NM
+    from lit_prune.ops import LayerStats as LayerStats
+    from lit_prune.ops import Unstructured as Unstructured
+    from lit_prune.pruning import PruningPlan as PruningPlan
+    from lit_prune.pruning import PruningReport as PruningReport
+    from lit_prune.pruning import prune as prune
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "NM": "lit_prune.ops",
+    "LayerStats": "lit_prune.ops",
+    "Unstructured": "lit_prune.ops",
+    "PruningPlan": "lit_prune.pruning",
+    "PruningReport": "lit_prune.pruning",
+    "prune": "lit_prune.pruning",
+}
+
+__all__ = ["NM", "LayerStats", "PruningPlan", "PruningReport", "Unstructured", "__version__", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lit_prune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

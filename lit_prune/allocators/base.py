@@ -1,0 +1,112 @@
+"""The contract of an allocator, and the projection onto the sparsity budget that all of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_prune.errors import InputError
+from lit_prune.ops.masks import check_sparsity
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What an allocator may know of one layer."""
+
+    name: str
+    """Dotted module name in the model."""
+    block: int
+    """Index of the decoder block that holds it."""
+    shape: tuple[int, int]
+    """``(o, i)``."""
+    read: Callable[[], Tensor]
+    """Returns the dense weight ``[o, i]``."""
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+class Allocator(ABC):
+    """How much of each layer goes?"""
+
+    @abstractmethod
+    def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
+        """Return the sparsity of every layer, by name.
+
+        The mean, weighted by the number of weights, is exactly ``target``, and every value lies within the allocator's
+        bounds.
+
+        Args:
+            layers: what is to be pruned.
+            target: fraction of all their weights to remove, in [0, 1).
+
+        Raises:
+            InputError: where no allocation within the bounds has that mean.
+        """
+
+
+def check_bounds(min_sparsity: float, max_sparsity: float) -> None:
+    """Raise ``InputError`` where the bounds of an allocator are no range within [0, 1)."""
+    check_sparsity(min_sparsity, "min_sparsity")
+    check_sparsity(max_sparsity, "max_sparsity")
+    if min_sparsity > max_sparsity:
+        raise InputError(f"min_sparsity {min_sparsity:g} is above max_sparsity {max_sparsity:g}")
+
+
+def meet_budget(
+    layers: Sequence[Layer], proposed: Mapping[str, float], target: float, low: float, high: float
+) -> dict[str, float]:
+    """Return the proposed sparsities, by layer name, projected onto the budget (see ``project_onto_budget``)."""
+    ratios = torch.tensor([proposed[layer.name] for layer in layers], dtype=torch.float64)
+    sizes = torch.tensor([layer.numel for layer in layers], dtype=torch.float64)
+    exact = project_onto_budget(ratios, sizes, target, low, high)
+    return {layer.name: value for layer, value in zip(layers, exact.tolist(), strict=True)}
+
+
+def project_onto_budget(ratios: Tensor, sizes: Tensor, target: float, low: float, high: float) -> Tensor:
+    """Scale ``ratios`` to the budget; clip what leaves ``[low, high]`` and re-spread the rest until the mean is exact.
+
+    The result is ``clip(eta * ratios, low, high)`` with the one ``eta`` that meets the budget. Its weighted mean never
+    falls as ``eta`` grows, and is linear between the points where a layer meets a bound, so the exact ``eta`` lies on
+    the piece that straddles the target. Worked: ratios (1, 2), equal sizes, target 0.6, high 0.7: unclipped that is
+    (0.4, 0.8); 0.8 is clipped to 0.7 and the other takes what is left, 0.5.
+
+    Args:
+        ratios: ``[layers]`` >= 0, the proposed sparsities, up to a common factor.
+        sizes: ``[layers]``, numbers of weights.
+        target: the weighted mean to reach.
+        low: no value is below it.
+        high: no value is above it.
+
+    Raises:
+        InputError: where the target is outside ``[low, high]``, or a ratio is negative or not finite.
+    """
+    if not low <= target <= high:
+        raise InputError(f"no allocation with values in [{low:g}, {high:g}] has the mean {target:g}")
+    if not (ratios.isfinite().all() and (ratios >= 0).all()):
+        raise InputError(f"sparsities must be finite and >= 0, got {ratios.min().item():g} to {ratios.max().item():g}")
+    shares = sizes / sizes.sum()
+    positive = ratios > 0
+    # Layers at ratio 0 stay at `low`, so the others may be unable to carry the budget on their own.
+    if (shares * torch.where(positive, high, low)).sum() < target - 1e-12:
+        raise InputError(f"the layers with a sparsity above 0 cannot carry the budget of {target:g} below {high:g}")
+    if not positive.any():
+        return torch.full_like(ratios, target)
+
+    def mean_at(eta: Tensor) -> Tensor:
+        return (shares * (eta * ratios).clamp(low, high)).sum()
+
+    kinks = torch.cat([low / ratios[positive], high / ratios[positive]]).sort().values
+    means = torch.stack([mean_at(eta) for eta in kinks])
+    upper = int(torch.searchsorted(means, torch.tensor(target, dtype=means.dtype)).clamp(max=len(kinks) - 1))
+    lower = max(upper - 1, 0)
+    rise = means[upper] - means[lower]
+    step = (target - means[lower]) / rise if rise > 0 else torch.ones_like(rise)
+    eta = kinks[lower] + step * (kinks[upper] - kinks[lower])
+    return (eta * ratios).clamp(low, high)

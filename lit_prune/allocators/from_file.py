@@ -1,0 +1,69 @@
+"""An allocation that somebody has worked out before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, final
+
+from lit_prune.allocators.base import Allocator, Layer, check_bounds, meet_budget
+from lit_prune.errors import InputError
+
+
+@final
+class FromFile(Allocator):
+    """Sparsities by layer from a JSON file, scaled to the target.
+
+    The file holds ``{"model.layers.0.self_attn.q_proj": 0.4, "model.layers.1.*": 0.6, ...}`` (names or shell patterns,
+    the first match counts), or is the ``pruning.json`` of an earlier run. Only the proportions count: values are scaled
+    to the run's target, clipped to the bounds, and re-spread until the mean is exact.
+
+    .. code-block:: yaml
+
+        allocator: {class_path: FromFile, init_args: {path: allocation.json, max_sparsity: 0.95}}
+    """
+
+    def __init__(self, path: str, min_sparsity: float = 0.0, max_sparsity: float = 0.99) -> None:
+        """Read the file.
+
+        Args:
+            path: JSON file: an object of name or shell pattern to sparsity, or a ``pruning.json``.
+            min_sparsity: No layer gets less.
+            max_sparsity: No layer gets more.
+        """
+        self.path = str(path)
+        self.min_sparsity = min_sparsity
+        self.max_sparsity = max_sparsity
+        check_bounds(min_sparsity, max_sparsity)
+        self._sparsities = _read(Path(path))
+
+    def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
+        """Return the file's proportions at the target; every entry must match a layer, and every layer an entry."""
+        for pattern in self._sparsities:
+            if not any(fnmatchcase(layer.name, pattern) for layer in layers):
+                raise InputError(f"allocator.path is {self.path!r}: its {pattern!r} matches no layer of this model")
+        proposed = {layer.name: self._value(layer.name) for layer in layers}
+        return meet_budget(layers, proposed, target, self.min_sparsity, self.max_sparsity)
+
+    def _value(self, name: str) -> float:
+        for pattern, value in self._sparsities.items():
+            if fnmatchcase(name, pattern):
+                return value
+        raise InputError(f"allocator.path is {self.path!r}: it gives no sparsity for {name}")
+
+
+def _read(path: Path) -> dict[str, float]:
+    try:
+        content: Any = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"allocator.path is {str(path)!r}: there is no such file") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"allocator.path is {str(path)!r}: not a JSON file ({error})") from None
+    if isinstance(content, dict) and isinstance(content.get("layers"), list):
+        content = {layer["name"]: layer["asked"] for layer in content["layers"]}
+    wrong = not isinstance(content, dict) or [v for v in content.values() if not isinstance(v, (int, float))]
+    if wrong or not content:
+        raise InputError(f"allocator.path is {str(path)!r}: it must hold an object of layer name to sparsity")
+    return {str(name): float(value) for name, value in content.items()}

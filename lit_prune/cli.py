@@ -1,0 +1,122 @@
+"""The command line: ``lit-prune prune | fit | validate | test``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+
+from lit_prune.callbacks import Export, KeepMasks, Prune  # noqa: F401 - their names are known to YAML from here on
+from lit_prune.callbacks.prune import find_prune
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.models.io import check_output, check_space, save_pruned
+from lit_prune.pruning.documents import render
+from lit_prune.pruning.journal import Journal
+from lit_prune.training import LitCausalLM, TextDataModule
+
+_USER_MISTAKES = (InputError, NumericalError, ArgumentError, MisconfigurationException)
+
+
+class PruningTrainer(Trainer):
+    """Lightning's Trainer that can also prune."""
+
+    def prune(
+        self,
+        model: LitCausalLM,
+        datamodule: TextDataModule,
+        output: str = "pruned",
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
+        """Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.
+
+        Args:
+            model: The language model.
+            datamodule: Its calibration and test text.
+            output: Folder to write.
+            overwrite: Replace the folder where it exists.
+            resume: Go on with a run that was killed, from its finished blocks.
+        """
+        callback = find_prune(self)
+        folder = check_output(output, overwrite)
+        model.configure_model()
+        check_space(folder, model)
+        journal = folder.with_name(f".{folder.name}.journal")
+        start = time.perf_counter()
+        before = self.test(model, datamodule, verbose=False)[0]
+        with callback.at_next_test(journal, resume):
+            after = self.test(model, datamodule, verbose=False)[0]
+        report = callback.report
+        assert report is not None
+        report.seconds["evaluate"] = time.perf_counter() - start - sum(report.seconds.values())
+        report.evaluation = {
+            "perplexity_before": before["test/perplexity"],
+            "perplexity_after": after["test/perplexity"],
+            "seqlen": datamodule.seqlen,
+            "text": f"test text of {datamodule.sources['test']}",
+        }
+        documents = render(report, title=Path(model.pretrained).name)
+        save_pruned(folder, model.model, model.load_tokenizer(), report.masks, documents, overwrite)
+        Journal.remove(journal)
+        _show(report, folder)
+
+
+def _show(report: Any, folder: Path) -> None:
+    console = Console()
+    console.print(report.table())
+    for file in sorted(folder.iterdir()):
+        console.print(f"wrote {file}", soft_wrap=True, highlight=False)
+
+
+class PruningCLI(LightningCLI):
+    """LightningCLI with the subcommand ``prune``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands, and the arguments that are no options."""
+        return {
+            "prune": {"model", "datamodule"},
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--debug``, and give the data the model's tokenizer where none is named."""
+        parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+
+    def before_instantiate_classes(self) -> None:
+        """Give the data the model's tokenizer where none is named."""
+        config = self.config[self.subcommand]
+        if config.data.tokenizer is None:
+            config.data.tokenizer = config.model.pretrained
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; a user's mistake is one line (a traceback with ``--debug``)."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        PruningCLI(
+            LitCausalLM,
+            TextDataModule,
+            trainer_class=PruningTrainer,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False},
+            args=arguments,
+        )
+    except _USER_MISTAKES as error:
+        if "--debug" in arguments:
+            raise
+        print(f"lit-prune: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,35 @@
+"""Find the methods of a package, and describe a configured method as data.
+
+Adding a scorer, an allocator or a solver means adding one file. ``import_all`` makes its class known to Python, and so
+to the command line and to the contract tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+
+def import_all(package: ModuleType, base: type) -> dict[str, type]:
+    """Import every module of ``package`` and return its concrete subclasses of ``base``, by class name."""
+    for module in pkgutil.iter_modules(package.__path__, prefix=package.__name__ + "."):
+        importlib.import_module(module.name)
+    return {cls.__name__: cls for cls in sorted(_subclasses(base), key=lambda c: c.__name__) if _belongs(cls, package)}
+
+
+def _subclasses(base: type) -> set[type]:
+    found = set(base.__subclasses__())
+    return found.union(*(_subclasses(cls) for cls in found))
+
+
+def _belongs(cls: type, package: ModuleType) -> bool:
+    return cls.__module__.startswith(package.__name__ + ".") and not inspect.isabstract(cls)
+
+
+def describe(method: Any) -> dict[str, Any]:
+    """Return ``{"class_path": ..., "init_args": ...}`` of a method that keeps its arguments under their own names."""
+    init_args = {name: getattr(method, name) for name in inspect.signature(type(method)).parameters}
+    return {"class_path": type(method).__name__, "init_args": init_args}

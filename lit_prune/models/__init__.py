@@ -1,0 +1,1 @@
+"""Layer 2: what must know torch modules and transformers."""

@@ -1,0 +1,42 @@
+"""The ordered decoder blocks of any causal language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.models.access import PRUNABLE
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block."""
+
+    index: int
+    name: str
+    """Dotted module name in the model, such as ``model.layers.0``."""
+    module: nn.Module
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """Return the decoder blocks in order, found from the model's structure and not from a list of names.
+
+    They are the items of that outermost ``ModuleList`` whose linear layers hold the most weights.
+
+    Raises:
+        InputError: where no ``ModuleList`` holds a linear layer.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [
+        (name, module) for name, module in lists if not any(name.startswith(other + ".") for other, _ in lists)
+    ]
+    name, blocks = max(outermost, key=lambda item: _linear_weights(item[1]), default=("", nn.ModuleList()))
+    if not _linear_weights(blocks):
+        raise InputError(f"{type(model).__name__} has no list of decoder blocks with linear layers: nothing to prune")
+    return [Block(index, f"{name}.{index}", module) for index, module in enumerate(blocks)]
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(m.get_parameter("weight").numel() for m in module.modules() if isinstance(m, PRUNABLE))

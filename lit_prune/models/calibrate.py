@@ -1,0 +1,301 @@
+"""Block-by-block replay of the calibration set: each block's inputs are known without running the model as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.models.blocks import Block
+from lit_prune.ops import LayerStats
+
+Batch = Tensor | Mapping[str, Tensor]
+"""Token ids ``[sequences, t]``, or the model's keyword arguments with ``input_ids`` among them."""
+
+ForwardContext = Callable[[], AbstractContextManager[Any]]
+"""Makes a context manager to run the model in, such as autocast."""
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """Stops the model's forward pass once the last block has been called."""
+
+
+@dataclass
+class _Call:
+    """How the model called a block, apart from the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockReplay:
+    """Runs a model's decoder blocks one at a time over all calibration batches.
+
+    The model's own forward pass decides how each block is called: it runs once per batch with the blocks stubbed out,
+    which records every block's own arguments (attention masks and rotary embeddings differ by layer in many models).
+    After that the object holds the inputs of one block at a time, and ``advance`` moves them through it.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batches: Sequence[Batch],
+        device: torch.device | str | None = None,
+        hidden_device: torch.device | str | None = None,
+        forward_context: ForwardContext = nullcontext,
+    ) -> None:
+        """Record how the model calls its blocks, and the inputs of the first one.
+
+        Args:
+            model: in evaluation mode.
+            blocks: its decoder blocks.
+            batches: calibration batches.
+            device: where blocks run; None = where the model is.
+            hidden_device: where hidden states wait; None = where blocks run.
+            forward_context: entered around every forward pass, such as autocast.
+        """
+        if not batches:
+            raise InputError("there are no calibration batches: this method needs data")
+        home = next(model.parameters()).device
+        self._blocks = blocks
+        self._device = torch.device(device) if device is not None else home
+        self._hidden_device = torch.device(hidden_device) if hidden_device is not None else self._device
+        self._forward_context = forward_context
+        self._calls: list[list[_Call]] = [[] for _ in blocks]
+        self._hidden: list[Tensor] = []
+        inputs = [_model_inputs(batch, home) for batch in batches]
+        with forward_context():
+            outputs = _probe_outputs(model, blocks, inputs[0])
+            for batch in inputs:
+                self._record(model, batch, outputs)
+
+    def _record(self, model: nn.Module, inputs: dict[str, Tensor], outputs: list[Any]) -> None:
+        recorded: list[_Call] = []
+        first_hidden: list[Tensor] = []
+
+        def stub(block: Block) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, call = _split_hidden(block, args, kwargs)
+                recorded.append(call)
+                first_hidden.append(hidden)
+                if len(recorded) == len(self._blocks):
+                    raise _Reached
+                return _with_hidden(outputs[block.index], hidden)
+
+            return forward
+
+        with _forwards_replaced(self._blocks, stub):
+            try:
+                model(**inputs, use_cache=False)
+            except _Reached:
+                pass
+        if len(recorded) != len(self._blocks):
+            raise InputError(f"the model called {len(recorded)} of its {len(self._blocks)} blocks: it cannot be replayed")
+        pool = _Pool([calls[-1] for calls in self._calls if calls])
+        for calls, call in zip(self._calls, recorded, strict=True):
+            calls.append(_Call(pool.intern(call.args), pool.intern(call.kwargs)))
+        self._hidden.append(first_hidden[0].to(self._hidden_device))
+
+    @torch.no_grad()
+    def collect(self, index: int, layers: Mapping[str, nn.Module], needs: frozenset[str]) -> dict[str, LayerStats]:
+        """Run block ``index`` once and return the input statistics of its ``layers``.
+
+        Layers that are called with the very same tensor share one ``LayerStats``.
+
+        Raises:
+            InputError: where a layer is never called, so nothing is known about its inputs.
+            NumericalError: where activations are NaN or infinite.
+        """
+        collector = _Collector(needs)
+        with collector.watching(layers):
+            for batch in range(len(self._hidden)):
+                collector.sequences = len(self._hidden[batch])
+                self._run(index, batch)
+                collector.end_of_batch()
+        for name in layers:
+            if name not in collector.stats:
+                raise InputError(f"{name} was never called on the calibration set: exclude it with plan.exclude")
+            collector.stats[name].check_finite(name)
+        return collector.stats
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Replace the hidden states by the outputs of block ``index``."""
+        for batch in range(len(self._hidden)):
+            output = self._run(index, batch)
+            if not output.isfinite().all():
+                name = self._blocks[index].name
+                raise NumericalError(f"the output of {name} holds NaN or Inf on calibration batch {batch}")
+            self._hidden[batch] = output.to(self._hidden_device)
+        self._calls[index] = []  # its masks and embeddings are not needed again
+
+    def _run(self, index: int, batch: int) -> Tensor:
+        call = self._calls[index][batch]
+        hidden = self._hidden[batch].to(self._device)
+        args, kwargs = _move(call.args, self._device), _move(call.kwargs, self._device)
+        with self._forward_context():
+            output = self._blocks[index].module(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def resident(module: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """Hold a module on ``device`` (None = where it is), and return it to its home afterwards."""
+    home = next(module.parameters()).device
+    module.to(device or home)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and restore the mode of every module afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Collector:
+    """Forward pre-hooks that add each layer's inputs to its statistics, once per distinct input tensor."""
+
+    def __init__(self, needs: frozenset[str]) -> None:
+        self.stats: dict[str, LayerStats] = {}
+        self.sequences = 0
+        self._needs = needs
+        self._owners: dict[str, str] = {}  # layer -> the layer whose hook feeds the shared statistics
+        self._seen: list[tuple[Tensor, str]] = []  # this batch's inputs, alive so that identity means identity
+
+    @contextmanager
+    def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end_of_batch(self) -> None:
+        self._seen.clear()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs = args[0]
+            owner = next((seen_by for tensor, seen_by in self._seen if tensor is inputs), name)
+            if owner != name and self._owners.setdefault(name, owner) == owner:
+                self.stats[name] = self.stats[owner]
+                return
+            if self._owners.setdefault(name, name) != name:
+                raise NumericalError(f"{name} shared its input with {self._owners[name]} on one batch but not on another")
+            self._seen.append((inputs, name))
+            with torch.autocast(inputs.device.type, enabled=False):  # statistics are summed in float32 all the same
+                self.stats.setdefault(name, LayerStats(self._needs)).update(inputs, self.sequences)
+
+        return hook
+
+
+class _Pool:
+    """Replaces tensors by equal ones that are held already, so that a mask is kept once and not once per batch."""
+
+    def __init__(self, held: Sequence[_Call]) -> None:
+        self._held: list[Tensor] = []
+        for call in held:
+            self._add(call.args)
+            self._add(call.kwargs)
+        self._known: dict[int, Tensor] = {}
+
+    def _add(self, value: Any) -> None:
+        for tensor in _tensors(value):
+            if not any(tensor is other for other in self._held):
+                self._held.append(tensor)
+
+    def intern(self, value: Any) -> Any:
+        return _map_tensors(value, self._equal)
+
+    def _equal(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._known:
+            same = (t for t in self._held if t.shape == tensor.shape and t.dtype == tensor.dtype)
+            self._known[id(tensor)] = next((t for t in same if torch.equal(t, tensor)), tensor)
+        return self._known[id(tensor)]
+
+
+def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    mask = inputs.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        raise InputError("a calibration batch is padded (attention_mask has zeros): cut whole sequences instead")
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def _probe_outputs(model: nn.Module, blocks: Sequence[Block], inputs: dict[str, Tensor]) -> list[Any]:
+    """Run a few tokens through the whole model to learn what each block returns (a tensor, or a tuple around it)."""
+    outputs: list[Any] = [None] * len(blocks)
+
+    def remember(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[index] = output
+
+        return hook
+
+    handles = [block.module.register_forward_hook(remember(block.index)) for block in blocks]
+    try:
+        model(**{name: value[:1, :8] for name, value in inputs.items()}, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _split_hidden(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
+    if args:
+        return args[0], _Call(args[1:], kwargs)
+    if "hidden_states" not in kwargs:
+        raise InputError(f"{block.name} is called without hidden states: {sorted(kwargs)}")
+    return kwargs["hidden_states"], _Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@contextmanager
+def _forwards_replaced(blocks: Sequence[Block], stub: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
+    for block in blocks:
+        block.module.forward = stub(block)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.module.forward
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(item, function) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, function) for key, item in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map_tensors(value, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    return _map_tensors(value, lambda tensor: tensor.to(device))

@@ -1,0 +1,282 @@
+"""Load and save models, masks and reports: the only file I/O of the library. Writes are atomic."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+
+from lit_prune.errors import InputError, first_line
+from lit_prune.ops import PackedMask
+
+MASKS_FILE = "masks.safetensors"
+RANDOM = "random"
+"""The ``pretrained`` that builds a model from a config, with random weights and a byte-level tokenizer."""
+_FORMAT = "lit-prune keep masks, one bit per weight, least significant bit first, row by row"
+
+
+def load_model(
+    pretrained: str,
+    dtype: torch.dtype | None = None,
+    config: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a causal language model in evaluation mode.
+
+    Args:
+        pretrained: hub name, local Hugging Face folder, path of a GGUF file, or ``random``.
+        dtype: of the weights; None = as stored.
+        config: for ``random``: ``model_type`` and any value of that model's config.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        InputError: where there is no such model, or the hub cannot be reached.
+    """
+    if pretrained == RANDOM:
+        return AutoModelForCausalLM.from_config(_config_of(config), dtype=dtype or torch.float32).eval()
+    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    with _explained(pretrained):
+        location, extra = _locate(pretrained)
+        model = AutoModelForCausalLM.from_pretrained(location, **extra, **options)
+    if extra:  # transformers has dequantised the GGUF file: what it holds now is a plain float model
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    return model.eval()
+
+
+def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to ``pretrained`` (bytes for ``random``)."""
+    if pretrained == RANDOM:
+        return ByT5Tokenizer()
+    with _explained(pretrained):
+        location, extra = _locate(pretrained)
+        return AutoTokenizer.from_pretrained(location, **extra, trust_remote_code=trust_remote_code)
+
+
+def _config_of(config: Mapping[str, Any] | None) -> Any:
+    if not config or "model_type" not in config:
+        raise InputError("model.pretrained is 'random': model.config must name a model_type, such as llama")
+    values = dict(config)
+    model_type = values.pop("model_type")
+    values.setdefault("vocab_size", len(ByT5Tokenizer()))
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except ValueError as error:
+        raise InputError(f"model.config: {first_line(error)}") from error
+
+
+def _locate(pretrained: str) -> tuple[str, dict[str, str]]:
+    """Return what ``from_pretrained`` wants for a GGUF file, a folder or a hub name."""
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"model.pretrained is {pretrained!r}: a file must be a .gguf file; give the model's folder")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model.pretrained is {pretrained!r}: the folder has no config.json, so it is no model")
+        return str(path), {}
+    if pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
+        raise InputError(f"model.pretrained is {pretrained!r}: there is no such file or folder")
+    return pretrained, {}
+
+
+@contextmanager
+def _explained(pretrained: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that it cannot load into one line."""
+    try:
+        with quiet_hub():
+            yield
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"model.pretrained is {pretrained!r}: {first_line(error)}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"model.pretrained is {pretrained!r}: it cannot be loaded ({first_line(error)}); give a local folder, a "
+            ".gguf file, or the name of a causal language model on a hub that this machine can reach"
+        ) from error
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep the hub client's retry messages off the screen; what fails in the end is raised all the same."""
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
+
+
+def check_output(folder: str | Path, overwrite: bool) -> Path:
+    """Raise ``InputError`` where ``folder`` exists and is to be kept, or could not be made."""
+    path = Path(folder).expanduser()
+    if path.exists() and not overwrite:
+        raise InputError(f"output is {str(folder)!r}: it exists and is kept; choose another folder or add --overwrite")
+    if path.exists() and not (path.is_dir() and (path / "config.json").is_file()):
+        raise InputError(f"output is {str(folder)!r}: it is no model folder, so it is not overwritten")
+    parent = _existing_parent(path)
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"output is {str(folder)!r}: {str(parent)!r} cannot be written to")
+    return path
+
+
+def check_space(folder: str | Path, model: nn.Module) -> None:
+    """Raise ``InputError`` where the disk of ``folder`` has no room for the model and its masks."""
+    needed = sum(p.numel() * p.element_size() + p.numel() // 8 for p in model.parameters())
+    free = shutil.disk_usage(_existing_parent(Path(folder).expanduser())).free
+    if free < needed:
+        raise InputError(f"output is {str(folder)!r}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def save_pruned(
+    folder: str | Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    masks: Mapping[str, PackedMask],
+    documents: Mapping[str, str | bytes],
+    overwrite: bool = False,
+) -> Path:
+    """Write the Hugging Face model, its masks and ``documents`` (file name to content) as one folder, all or nothing.
+
+    Raises:
+        InputError: where the folder exists and ``overwrite`` is off, or the disk has no room.
+        RuntimeError: where a weight that its mask prunes is not exactly zero.
+    """
+    check_masks_hold(model, masks)
+    path = check_output(folder, overwrite)
+    check_space(path, model)
+    with replacing_folder(path) as temporary:
+        model.save_pretrained(temporary)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        save_masks(temporary / MASKS_FILE, masks)
+        for name, content in documents.items():
+            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
+    """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero."""
+    for name, mask in masks.items():
+        parameter = model.get_parameter(name).detach()
+        revived = int(parameter[~mask.unpack().to(parameter.device)].count_nonzero())
+        if revived:
+            raise RuntimeError(f"{name}: {revived} pruned weights are not zero, so this model is not as sparse as its masks")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` that takes its place at the end; a killed run leaves the old one or none."""
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.writing-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _flush(file)
+    if path.exists():
+        old = path.with_name(f".{path.name}.writing-{os.getpid()}-old")
+        path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(path)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary sibling, flush it, and rename it to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    write(temporary)
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text())
+
+
+def save_masks(path: Path, masks: Mapping[str, PackedMask]) -> None:
+    """Write keep masks by parameter name: uint8 bits, the shapes in the metadata."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    bits = {name: mask.bits.cpu().contiguous() for name, mask in masks.items()}
+    metadata = {"format": _FORMAT, "shapes": json.dumps(shapes)}
+    write_atomically(path, lambda temporary: save_file(bits, temporary, metadata=metadata))
+
+
+def load_masks(path: str | Path) -> dict[str, PackedMask]:
+    """Read keep masks by parameter name; a pruned folder may be given for its ``masks.safetensors``."""
+    file = Path(path)
+    file = file / MASKS_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise InputError(f"masks are asked of {str(path)!r}: there is no such file")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise InputError(f"masks are asked of {str(path)!r}: the file holds no keep masks")
+            shapes = json.loads(metadata["shapes"])
+            return {name: PackedMask(handle.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
+    except SafetensorError as error:
+        raise InputError(f"masks are asked of {str(path)!r}: not a safetensors file ({error})") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, atomically."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read tensors by name."""
+    with safe_open(path, framework="pt") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a digest of every parameter's name, shape, dtype and up to 4,096 of its values, evenly spread."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+

@@ -1,0 +1,78 @@
+"""Which weights to prune."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.models.access import PRUNABLE, read_weight
+from lit_prune.models.blocks import Block
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to prune."""
+
+    name: str
+    """Dotted module name in the model."""
+    module: nn.Module
+    block: int
+    """Index of the decoder block that holds it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(o, i)``."""
+        outputs, inputs = read_weight(self.module).shape
+        return outputs, inputs
+
+    @property
+    def parameter(self) -> str:
+        """Name of the weight in the model's state dict."""
+        return f"{self.name}.weight"
+
+
+def find_targets(
+    model: nn.Module, blocks: Sequence[Block], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> list[Target]:
+    """Return the linear layers inside the decoder blocks, in the order of the model.
+
+    Embeddings, norms and ``lm_head`` lie outside the blocks or are no linear layers; a weight that two modules share is
+    left alone, because pruning it in one place would change the other.
+
+    Args:
+        model: any causal language model.
+        blocks: its decoder blocks.
+        include: shell patterns over full module names; a layer must match one of them.
+        exclude: shell patterns; a layer that matches one is left alone.
+
+    Raises:
+        InputError: where a pattern matches no layer, nothing is left, or a weight is quantised.
+    """
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    candidates = [
+        Target(f"{block.name}.{name}", module, block.index)
+        for block in blocks
+        for name, module in block.module.named_modules()
+        if isinstance(module, PRUNABLE) and uses[id(module.get_parameter("weight"))] == 1
+    ]
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(target.name, pattern) for target in candidates):
+                example = candidates[0].name if candidates else "none"
+                raise InputError(f"plan.{option}: {pattern!r} matches no linear layer; their names are like {example!r}")
+    targets = [t for t in candidates if _matches(t.name, include) and not _matches(t.name, exclude)]
+    if not targets:
+        raise InputError("plan.include and plan.exclude leave no layer to prune")
+    for target in targets:
+        if not read_weight(target.module).is_floating_point():
+            raise InputError(f"{target.name} is quantised ({read_weight(target.module).dtype}): prune the float model")
+    return targets
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,189 @@
+"""Sparsity patterns and the keep masks they select. True = kept, everywhere."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_prune.errors import InputError
+
+Group = Literal["row", "matrix"]
+
+
+class Pattern(ABC):
+    """Which positions of a weight ``[o, i]`` may be zero, and how many of them."""
+
+    sparsity: float
+    """Fraction of the weights that the pattern removes, in [0, 1)."""
+
+    @abstractmethod
+    def at(self, sparsity: float) -> Pattern:
+        """Return the same kind of pattern at another sparsity (for N:M, the nearest N)."""
+
+    @abstractmethod
+    def check(self, shape: tuple[int, int] | torch.Size, layer: str = "the layer") -> None:
+        """Raise ``InputError`` where a weight of this shape cannot have the pattern."""
+
+    @abstractmethod
+    def mask(self, scores: Tensor) -> Tensor:
+        """Return the keep mask ``[o, i]`` (bool) of the largest scores ``[o, i]``; counts are exact."""
+
+    def grouped(self, default: Group) -> Pattern:
+        """Return the pattern with ``default`` as the comparison group, where the user named none."""
+        return self
+
+
+def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
+    """Return ``sparsity`` as a float, or raise ``InputError`` where it is not in [0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise InputError(f"{name} is {sparsity!r}: it must be a number in [0, 1), such as 0.5 for half of the weights")
+    return float(sparsity)
+
+
+class Unstructured(Pattern):
+    """Any weight may go: exactly ``round(sparsity * n)`` of the ``n`` weights of each group.
+
+    .. code-block:: yaml
+
+        pattern: {class_path: Unstructured, init_args: {sparsity: 0.6, group: row}}
+    """
+
+    def __init__(self, sparsity: float, group: Group | None = None) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            sparsity: Fraction of the weights to remove, in [0, 1).
+            group: Which weights compete: those of one output (``row``), or all of the ``matrix``. ``null`` is what the
+                method is used to: rows for Wanda and GBLM, the matrix for the others.
+        """
+        self.sparsity = check_sparsity(sparsity)
+        if group not in (None, "row", "matrix"):
+            raise InputError(f"group is {group!r}: it must be 'row', 'matrix' or null")
+        self.group = group
+
+    def at(self, sparsity: float) -> Unstructured:
+        """Return the same grouping at another sparsity."""
+        return Unstructured(sparsity, self.group)
+
+    def grouped(self, default: Group) -> Unstructured:
+        """Return the pattern with ``default`` where ``group`` is None."""
+        return Unstructured(self.sparsity, self.group or default)
+
+    def check(self, shape: tuple[int, int] | torch.Size, layer: str = "the layer") -> None:
+        """Accept every shape: any weight can be pruned by rank."""
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Select by rank, never by a threshold that ties could overshoot."""
+        groups = scores if self.group == "row" else scores.reshape(1, -1)
+        pruned = round(self.sparsity * groups.shape[1])
+        return drop_smallest(groups, pruned).reshape(scores.shape)
+
+    def __repr__(self) -> str:
+        """Read as the constructor call."""
+        return f"Unstructured(sparsity={self.sparsity:g}, group={self.group!r})"
+
+
+class NM(Pattern):
+    """At most ``keep`` nonzeros in every ``of`` consecutive inputs of a row: ``NM(2, 4)`` is "2:4".
+
+    .. code-block:: yaml
+
+        pattern: {class_path: NM, init_args: {keep: 2, of: 4}}
+    """
+
+    def __init__(self, keep: int, of: int) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            keep: Weights kept in each run, from 1 to ``of``.
+            of: Length of a run of consecutive inputs; it must divide the layer's inputs.
+        """
+        if not all(isinstance(value, int) for value in (keep, of)) or not 1 <= keep <= of:
+            raise InputError(
+                f"N:M is {keep}:{of}: N (weights kept) must be a whole number from 1 to M, such as 2:4"
+            )
+        self.keep = keep
+        self.of = of
+        self.sparsity = 1 - keep / of
+
+    def at(self, sparsity: float) -> NM:
+        """Return the N:M with the same M whose sparsity is nearest, with at least one weight kept."""
+        return NM(max(1, round((1 - check_sparsity(sparsity)) * self.of)), self.of)
+
+    def check(self, shape: tuple[int, int] | torch.Size, layer: str = "the layer") -> None:
+        """Raise where M does not divide the inputs."""
+        if shape[1] % self.of:
+            raise InputError(
+                f"{self.keep}:{self.of} needs inputs divisible by {self.of}, and {layer} has {shape[1]}: "
+                "exclude it, or use an unstructured pattern"
+            )
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Keep the ``keep`` largest scores of every run."""
+        self.check(scores.shape)
+        runs = scores.reshape(-1, self.of)
+        return drop_smallest(runs, self.of - self.keep).reshape(scores.shape)
+
+    def __repr__(self) -> str:
+        """Read as the constructor call."""
+        return f"NM(keep={self.keep}, of={self.of})"
+
+
+def drop_smallest(groups: Tensor, count: int) -> Tensor:
+    """Return the keep mask of ``groups`` ``[g, n]`` that drops exactly ``count`` of the smallest of each group."""
+    keep = torch.ones_like(groups, dtype=torch.bool)
+    if count:
+        dropped = groups.topk(count, dim=1, largest=False, sorted=False).indices
+        keep.scatter_(1, dropped, False)
+    return keep
+
+
+def select(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Return the keep mask (bool ``[o, i]``) that ``pattern`` gives to ``scores`` (``[o, i]``, larger = keep).
+
+    >>> select(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), NM(2, 4))
+    tensor([[ True, False, False,  True]])
+
+    Raises:
+        InputError: where the scores are not a matrix, hold NaN, or have a shape that the pattern cannot have.
+    """
+    if scores.dim() != 2:
+        raise InputError(f"scores have the shape {tuple(scores.shape)}: a matrix [outputs, inputs] is needed")
+    if scores.isnan().any():
+        raise InputError(f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN: they cannot be ranked")
+    pattern.check(scores.shape)
+    return pattern.mask(scores)
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """A keep mask at one bit per weight.
+
+    Attributes:
+        bits: uint8 ``[ceil(n / 8)]``; bit ``k`` of byte ``b`` (least significant first) is weight ``8 b + k``, row by row.
+        shape: the mask's shape.
+    """
+
+    bits: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, keep: Tensor) -> PackedMask:
+        """Pack a bool mask of any shape."""
+        flat = keep.reshape(-1).to(torch.uint8)
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
+        return cls((flat << _bit_positions(keep.device)).sum(1, dtype=torch.uint8), tuple(keep.shape))
+
+    def unpack(self) -> Tensor:
+        """Return the bool mask."""
+        bits = (self.bits.unsqueeze(1) >> _bit_positions(self.bits.device)) & 1
+        numel = torch.Size(self.shape).numel()
+        return bits.reshape(-1)[:numel].bool().reshape(self.shape)
+
+
+def _bit_positions(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

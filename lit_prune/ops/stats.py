@@ -1,0 +1,114 @@
+"""Streaming statistics of one layer's inputs: what calibration hands to scorers and solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.ops import linalg
+
+COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient"})
+"""What a method may ask calibration for, through its ``needs``."""
+
+
+class LayerStats:
+    """Moments of a layer's inputs, summed batch by batch in float32.
+
+    Layers that read the same input share one object, and so one Gram matrix and one factorisation of it.
+    """
+
+    def __init__(self, needs: frozenset[str] = frozenset({"gram"})) -> None:
+        """Collect what ``needs`` names, of ``input_sq_norm``, ``gram`` and ``gradient``."""
+        if not needs <= COLLECTABLE:
+            raise InputError(f"needs is {sorted(needs)}: only {sorted(COLLECTABLE)} can be collected")
+        self.needs = needs
+        self.sequences = 0
+        """Number of calibration sequences seen."""
+        self.tokens = 0
+        """Number of input vectors seen."""
+        self._gram: Tensor | None = None
+        self._sum_sq: Tensor | None = None
+        self._factors: dict[tuple[str, float], Tensor] = {}
+
+    @classmethod
+    def from_inputs(cls, inputs: Tensor) -> LayerStats:
+        """Build the statistics of bare tensors.
+
+        >>> stats = LayerStats.from_inputs(torch.ones(2, 3, 4))  # two sequences of three tokens, four inputs
+        >>> stats.gram[0, 1].item(), stats.input_sq_norm[0].item()
+        (6.0, 3.0)
+
+        Args:
+            inputs: ``[sequences, t, i]``, or ``[t, i]`` for one sequence.
+        """
+        if inputs.dim() == 2:
+            inputs = inputs.unsqueeze(0)
+        if inputs.dim() != 3:
+            raise InputError(f"inputs have the shape {tuple(inputs.shape)}: [sequences, tokens, inputs] is needed")
+        stats = cls(frozenset({"gram"}))
+        stats.update(inputs, sequences=inputs.shape[0])
+        return stats
+
+    def update(self, inputs: Tensor, sequences: int) -> None:
+        """Add inputs ``[..., i]`` that belong to ``sequences`` calibration sequences."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        self.sequences += sequences
+        self.tokens += rows.shape[0]
+        self._factors.clear()
+        if "gram" in self.needs:
+            if self._gram is None:
+                self._gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self._gram.addmm_(rows.T, rows)
+        elif "input_sq_norm" in self.needs:
+            sum_sq = rows.square().sum(0)
+            self._sum_sq = sum_sq if self._sum_sq is None else self._sum_sq.add_(sum_sq)
+
+    def merge(self, other: LayerStats) -> None:
+        """Add what another process, or another share of the data, has collected of the same layer."""
+        self.sequences += other.sequences
+        self.tokens += other.tokens
+        self._factors.clear()
+        for name in ("_gram", "_sum_sq"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is not None:
+                setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
+
+    def check_finite(self, layer: str) -> None:
+        """Raise ``NumericalError`` that names the layer where an input was NaN or infinite."""
+        if self.needs and self.tokens and not self._sums().isfinite().all():
+            raise NumericalError(f"the inputs of {layer} hold NaN or Inf, or overflow float32 when squared")
+
+    @property
+    def gram(self) -> Tensor:
+        """``XᵀX`` ``[i, i]``, the plain sum over all tokens."""
+        if self._gram is None:
+            raise InputError("no Gram matrix was collected: add 'gram' to the method's needs, and calibrate it")
+        return self._gram
+
+    @property
+    def input_sq_norm(self) -> Tensor:
+        """``‖X_j‖²`` ``[i]``: squared norm of each input, averaged over sequences as in the Wanda reference."""
+        return self._sums() / self.sequences
+
+    def _sums(self) -> Tensor:
+        if self._gram is not None:
+            return self._gram.diagonal()
+        if self._sum_sq is None:
+            raise InputError(
+                "no input norms were collected: add 'input_sq_norm' to the method's needs, and calibrate it"
+            )
+        return self._sum_sq
+
+    def inverse_cholesky(self, damping: float) -> Tensor:
+        """Upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; computed once for all layers that share it."""
+        return self._factor("inverse_cholesky", damping, lambda: linalg.inverse_cholesky(self.gram, damping))
+
+    def _factor(self, name: str, damping: float, compute: Callable[[], Tensor]) -> Tensor:
+        key = (name, damping)
+        if key not in self._factors:
+            self._factors[key] = compute()
+        return self._factors[key]

@@ -1,0 +1,8 @@
+"""Layer 3: the plan, the engine, the schedule and the report."""
+
+from lit_prune.pruning.plan import PruningPlan
+from lit_prune.pruning.pruner import prune
+from lit_prune.pruning.report import PruningReport
+from lit_prune.pruning.schedule import Cubic, OneShot, Schedule
+
+__all__ = ["Cubic", "OneShot", "PruningPlan", "PruningReport", "Schedule", "prune"]

@@ -1,0 +1,116 @@
+"""The report for people: plots, an HTML page and a model card, rendered from a ``PruningReport``."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html import escape
+
+from matplotlib.figure import Figure
+
+from lit_prune.pruning.report import LayerReport, PruningReport
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Pruning report</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .15rem .8rem; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }} tr:nth-child(even) {{ background: #f4f5f7 }}
+img {{ max-width: 100% }} pre {{ background: #f4f5f7; padding: 1rem; overflow: auto }}
+</style></head><body><h1>Pruning report</h1>
+{summary}{plots}<h2>Layers</h2>{layers}<h2>Plan</h2><pre>{plan}</pre></body></html>
+"""
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pruned, sparse]
+---
+
+# {title}
+
+Pruned with lit-prune. Open it with
+`transformers.AutoModelForCausalLM.from_pretrained`; the zeros are in the weights.
+
+| | |
+|---|---|
+{summary}
+
+`masks.safetensors` holds the keep masks, one bit per weight. `pruning.json` and `report.html` say what happened to every
+layer. The plan:
+
+```json
+{plan}
+```
+"""
+
+
+def render(report: PruningReport, title: str) -> dict[str, str | bytes]:
+    """Return every document of a pruned model's folder: file name to content."""
+    plots = {"sparsity.png": _png(plot_layers(report, "reached", "sparsity", log=False))}
+    if any(layer.output_error for layer in report.layers):
+        plots["output_error.png"] = _png(plot_layers(report, "output_error", "relative output error", log=True))
+    return {
+        "pruning.json": json.dumps(report.as_dict(), indent=1),
+        "report.html": _html(report, plots),
+        "README.md": _card(report, title),
+        **plots,
+    }
+
+
+def plot_layers(report: PruningReport, attribute: str, label: str, log: bool) -> Figure:
+    """Plot one attribute of every layer over the blocks, a line per kind of matrix."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="block", ylabel=label, yscale="log" if log else "linear")
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in report.layers:
+        kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
+    for kind, layers in kinds.items():
+        axes.plot([layer.block for layer in layers], [getattr(layer, attribute) for layer in layers], ".-", label=kind)
+    if not log:
+        axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=4, fontsize="small")
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _html(report: PruningReport, plots: dict[str, bytes]) -> str:
+    images = "".join(
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        for name, data in plots.items()
+    )
+    header = ("layer", "shape", "asked", "reached", "output error", "seconds")
+    rows = [
+        (
+            layer.name,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            f"{layer.asked:.4f}",
+            f"{layer.reached:.4f}",
+            "" if layer.output_error is None else f"{layer.output_error:.5f}",
+            f"{layer.seconds:.2f}",
+        )
+        for layer in report.layers
+    ]
+    return _PAGE.format(
+        summary=_rows(report.summary()),
+        plots=images,
+        layers=_rows(rows, header),
+        plan=escape(json.dumps(report.identity, indent=1)),
+    )
+
+
+def _rows(rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _card(report: PruningReport, title: str) -> str:
+    summary = "\n".join(f"| {what} | {value} |" for what, value in report.summary())
+    return _CARD.format(title=title, summary=summary, plan=json.dumps(report.identity["plan"], indent=1))

@@ -1,0 +1,89 @@
+"""What to prune, how far and how: one validated value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from lit_prune.allocators import Allocator, Uniform
+from lit_prune.allocators.base import Layer
+from lit_prune.errors import InputError
+from lit_prune.introspection import describe
+from lit_prune.models.access import read_weight
+from lit_prune.models.targets import Target
+from lit_prune.ops import Pattern
+from lit_prune.scorers import Scorer
+from lit_prune.solvers import Solver, Zero
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Any scorer, any solver, any allocator, any pattern.
+
+    .. code-block:: yaml
+
+        plan:
+          pattern: {class_path: Unstructured, init_args: {sparsity: 0.5}}
+          scorer: {class_path: Wanda}
+          allocator: {class_path: Uniform}
+          solver: {class_path: Zero}
+          exclude: ["*.down_proj"]
+    """
+
+    pattern: Pattern
+    """The sparsity and its structure."""
+    scorer: Scorer | None = None
+    """How much each weight matters; may be left out where the solver chooses a mask itself (SparseGPT)."""
+    # None stands for the default, which as an object could not be written to a saved configuration.
+    allocator: Allocator = None  # type: ignore[assignment]
+    """How much of each layer goes; null = Uniform."""
+    solver: Solver = None  # type: ignore[assignment]
+    """How the weights that stay are repaired; null = Zero."""
+    include: Sequence[str] = ("*",)
+    """Shell patterns over module names: layers to prune, of the linear layers in the decoder blocks."""
+    exclude: Sequence[str] = ()
+    """Shell patterns over module names: layers to leave alone."""
+    output_error: bool = True
+    """Measure each layer's relative output error (needs its Gram matrix; off makes Magnitude and Wanda faster)."""
+    device: str | None = None
+    """Where blocks are calibrated and solved, one at a time, such as cuda for a model held in CPU memory."""
+    hidden_device: str | None = None
+    """Where the calibration set's hidden states wait, such as cpu to save GPU memory."""
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults, and raise ``InputError`` where the parts do not fit together."""
+        object.__setattr__(self, "allocator", self.allocator or Uniform())
+        object.__setattr__(self, "solver", self.solver or Zero())
+        if self.scorer is None and self.solver.needs_score:
+            raise InputError(f"plan.solver {type(self.solver).__name__} needs a plan.scorer, such as Wanda")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise InputError(f"plan.{name} is {getattr(self, name)!r}: it must be a list of shell patterns")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What calibration must collect; empty = no data is needed."""
+        needs = self.solver.needs | (self.scorer.needs if self.scorer else frozenset())
+        return needs | {"gram"} if self.output_error else needs
+
+    def at(self, sparsity: float) -> PruningPlan:
+        """Return the same plan at another sparsity."""
+        return replace(self, pattern=self.pattern.at(sparsity))
+
+    def allocate(self, targets: Sequence[Target]) -> dict[str, Pattern]:
+        """Return the pattern of every layer, by name, checked against the layer's shape."""
+        layers = [Layer(t.name, t.block, t.shape, lambda module=t.module: read_weight(module)) for t in targets]
+        pattern = self.pattern.grouped(self.scorer.group if self.scorer else self.solver.group)
+        sparsities = self.allocator.allocate(layers, pattern.sparsity)
+        patterns = {name: pattern.at(sparsity) for name, sparsity in sparsities.items()}
+        for layer in layers:
+            patterns[layer.name].check(layer.shape, layer.name)
+        return patterns
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan as plain data: class paths and arguments, as in YAML."""
+        described = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("pattern", "scorer", "allocator", "solver"):
+            described[name] = describe(described[name]) if described[name] is not None else None
+        return {**described, "include": list(self.include), "exclude": list(self.exclude)}

@@ -1,0 +1,107 @@
+"""Where a run is and how long it has taken: stages, seconds, memory, and the bar that shows them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a pruning run is."""
+
+    block: int
+    """Index of the block at work."""
+    blocks: int
+    """How many there are."""
+    stage: str
+    """``record``, ``calibrate``, ``solve`` or ``propagate``."""
+    seconds_left: float | None
+    """Estimate from the blocks finished so far; None before the first."""
+
+
+OnProgress = Callable[[Position], None]
+
+
+class Stages:
+    """Measures the stages of a run and tells where it is."""
+
+    def __init__(self, blocks: int, on_progress: OnProgress | None) -> None:
+        """Start the clock of a run over ``blocks`` blocks."""
+        self.seconds: dict[str, float] = {}
+        """Seconds spent in each stage."""
+        self._blocks = blocks
+        self._on_progress = on_progress
+        self._first_block: float | None = None
+
+    @contextmanager
+    def stage(self, name: str, block: int = 0) -> Iterator[None]:
+        """Announce a stage of a block, and add its duration."""
+        start = time.perf_counter()
+        if name != "record" and self._first_block is None:
+            self._first_block = start
+        if self._on_progress is not None:
+            left = (start - self._first_block) / block * (self._blocks - block) if block and self._first_block else None
+            self._on_progress(Position(block, self._blocks, name, left))
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class ProgressBar:
+    """A line that shows block i of n, the stage and the time left: ``with ProgressBar() as show: prune(..., show)``."""
+
+    def __init__(self) -> None:
+        """Prepare the bar; it appears on entering."""
+        columns = (
+            TextColumn("pruning"),
+            BarColumn(bar_width=24),
+            TextColumn("block {task.fields[block]}/{task.total} {task.fields[stage]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._progress = Progress(*columns)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> OnProgress:
+        """Show the bar and return the function that moves it."""
+        self._progress.start()
+        return self._show
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the bar as it stands; full where the run came to its end."""
+        if self._task is not None and error is None:
+            total = self._progress.tasks[0].total
+            self._progress.update(self._task, completed=total, stage="done", left="")
+        self._progress.stop()
+
+    def _show(self, position: Position) -> None:
+        left = "" if position.seconds_left is None else f"{_clock(position.seconds_left)} left"
+        state = {"block": position.block + 1, "stage": position.stage, "left": left}
+        if self._task is None:
+            self._task = self._progress.add_task("", total=position.blocks, **state)
+        self._progress.update(self._task, completed=position.block, **state)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def peak_memory() -> int | None:
+    """Return this process's peak of GPU memory where it uses a GPU, else of main memory, in bytes (None: unknown)."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,124 @@
+"""The engine: allocate; then, block by block, calibrate, score, solve, write and propagate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lit_prune.errors import NumericalError
+from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
+from lit_prune.models.blocks import find_blocks
+from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, evaluation_mode, resident
+from lit_prune.models.targets import Target, find_targets
+from lit_prune.ops import LayerStats, PackedMask, Pattern
+from lit_prune.ops.linalg import relative_output_error
+from lit_prune.pruning.journal import Journal, identity_of
+from lit_prune.pruning.plan import PruningPlan
+from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
+from lit_prune.pruning.report import LayerReport, PruningReport
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    plan: PruningPlan,
+    *,
+    on_progress: OnProgress | None = None,
+    journal_folder: str | Path | None = None,
+    resume: bool = False,
+    forward_context: ForwardContext = nullcontext,
+) -> PruningReport:
+    """Prune a causal language model in place.
+
+    >>> report = prune(model, [tokenizer(text, return_tensors="pt").input_ids], plan)  # doctest: +SKIP
+
+    Args:
+        model: any causal language model of transformers; its linear layers in the decoder blocks are replaced.
+        batches: calibration batches: token ids ``[sequences, t]`` (int64) or the model's keyword arguments; not read
+            where the plan needs no data.
+        plan: what to prune, how far and how.
+        on_progress: called at each stage of each block.
+        journal_folder: where finished blocks are written, so that the run can be resumed; None = nowhere.
+        resume: go on from the finished blocks in ``journal_folder``.
+        forward_context: entered around the model's own computations, such as autocast; never around the solves.
+
+    Returns:
+        What happened to every layer, and the masks.
+
+    Raises:
+        InputError: before any weight has changed, where plan, model and data do not fit.
+        NumericalError: where a Gram matrix is singular or an activation is not finite; finished blocks stay pruned.
+    """
+    blocks = find_blocks(model)
+    targets = find_targets(model, blocks, plan.include, plan.exclude)
+    patterns = plan.allocate(targets)
+    calibration = list(batches) if plan.needs else []
+    identity = identity_of(plan.describe(), model, calibration)
+    journal = Journal(Path(journal_folder), identity, resume) if journal_folder is not None else None
+    stages = Stages(len(blocks), on_progress)
+    report = PruningReport(identity=identity)
+    with evaluation_mode(model):
+        with stages.stage("record"):
+            replay = None
+            if plan.needs:
+                replay = BlockReplay(model, blocks, calibration, plan.device, plan.hidden_device, forward_context)
+        for block in blocks:
+            mine = [target for target in targets if target.block == block.index]
+            with resident(block.module, plan.device):
+                if journal and journal.finished(block.index):
+                    report.layers += journal.restore(block.index, mine)
+                else:
+                    layers = _prune_block(mine, patterns, replay, plan, stages, block.index)
+                    report.layers += layers
+                    if journal:
+                        journal.save(block.index, mine, layers)
+                if replay and block is not blocks[-1]:
+                    with stages.stage("propagate", block.index):
+                        replay.advance(block.index)
+    report.seconds, report.peak_memory = stages.seconds, peak_memory()
+    return report
+
+
+def _prune_block(
+    targets: Sequence[Target],
+    patterns: dict[str, Pattern],
+    replay: BlockReplay | None,
+    plan: PruningPlan,
+    stages: Stages,
+    block: int,
+) -> list[LayerReport]:
+    """Calibrate, score, solve and write the targets of one block."""
+    stats = dict.fromkeys((t.name for t in targets), LayerStats(frozenset()))
+    if replay and targets:
+        with stages.stage("calibrate", block):
+            stats = replay.collect(block, {t.name: t.module for t in targets}, plan.needs)
+    with stages.stage("solve", block):
+        return [_prune_layer(target, patterns[target.name], stats[target.name], plan) for target in targets]
+
+
+def _prune_layer(target: Target, pattern: Pattern, stats: LayerStats, plan: PruningPlan) -> LayerReport:
+    start = time.perf_counter()
+    weight = read_weight(target.module)
+    try:
+        score = plan.scorer.score(weight, stats) if plan.scorer else None
+        solution = plan.solver.solve(weight, stats, pattern, score)
+    except NumericalError as error:
+        raise NumericalError(f"{target.name}: {error}") from error
+    error = relative_output_error(weight, solution.weight, stats.gram) if plan.output_error else None
+    write_weight(target.module, solution.weight)
+    return LayerReport(
+        name=target.name,
+        block=target.block,
+        shape=target.shape,
+        asked=pattern.sparsity,
+        reached=1 - solution.keep.sum().item() / solution.keep.numel(),
+        output_error=error,
+        seconds=time.perf_counter() - start,
+        mask=PackedMask.pack(to_parameter_layout(target.module, solution.keep)),
+    )

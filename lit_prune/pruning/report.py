@@ -1,0 +1,142 @@
+"""What happened to every layer, as data."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from rich.table import Table
+
+from lit_prune.ops import PackedMask
+
+_VERSIONED = ("lit-prune", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer."""
+
+    name: str
+    """Dotted module name in the model."""
+    block: int
+    """Index of its decoder block."""
+    shape: tuple[int, int]
+    """``(o, i)``."""
+    asked: float
+    """Sparsity asked for."""
+    reached: float
+    """Fraction of the weights that the mask removes."""
+    output_error: float | None
+    """``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` on the calibration set; None where it was not measured."""
+    seconds: float
+    """Time to score, solve and write the layer."""
+    mask: PackedMask = field(repr=False)
+    """Keep mask in the layout of the parameter."""
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything but the mask as plain data."""
+        names = ("name", "block", "shape", "asked", "reached", "output_error", "seconds")
+        return {name: getattr(self, name) for name in names} | {"shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], mask: PackedMask) -> LayerReport:
+        """Rebuild what ``as_dict`` returned."""
+        return cls(**{**content, "shape": tuple(content["shape"])}, mask=mask)
+
+
+@dataclass
+class PruningReport:
+    """What a run did: by layer, by stage, and before and after."""
+
+    identity: dict[str, Any]
+    """``plan`` as plain data, and the fingerprints of ``model`` and ``data``."""
+    layers: list[LayerReport] = field(default_factory=list)
+    """The pruned layers, in the order of the model."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds spent in each stage: ``record``, ``calibrate``, ``solve``, ``propagate``, ``evaluate``."""
+    peak_memory: int | None = None
+    """Peak memory of the process (of the GPU where one is used), in bytes."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """``perplexity_before``, ``perplexity_after``, ``seqlen``, ``text``: filled in by whoever evaluates."""
+
+    @property
+    def masks(self) -> dict[str, PackedMask]:
+        """Keep masks by parameter name, one bit per weight, in the layout of the parameters."""
+        return {f"{layer.name}.weight": layer.mask for layer in self.layers}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all targeted weights that was removed."""
+        return _weighted(self.layers, "reached")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain data: the content of ``pruning.json``."""
+        return {
+            "sparsity": self.sparsity,
+            "evaluation": self.evaluation,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "peak_memory": self.peak_memory,
+            **self.identity,
+            "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
+            "layers": [layer.as_dict() for layer in self.layers],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> PruningReport:
+        """Rebuild a report from ``as_dict`` and the masks by layer name."""
+        return cls(
+            identity={name: content[name] for name in ("plan", "model", "data")},
+            layers=[LayerReport.from_dict(layer, masks[layer["name"]]) for layer in content["layers"]],
+            seconds=dict(content["seconds"]),
+            peak_memory=content["peak_memory"],
+            evaluation=dict(content["evaluation"]),
+        )
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Return the run in a few lines: (what, how much)."""
+        lines = [("sparsity of the targeted weights", f"{self.sparsity:.4%}"), ("layers", str(len(self.layers)))]
+        if "perplexity_before" in self.evaluation:
+            text = f"perplexity, {self.evaluation['text']}, windows of {self.evaluation['seqlen']} tokens"
+            before, after = self.evaluation["perplexity_before"], self.evaluation["perplexity_after"]
+            lines.append((text, f"{before:.2f} before, {after:.2f} after"))
+        lines += [(f"{stage} seconds", f"{seconds:.1f}") for stage, seconds in self.seconds.items()]
+        if self.peak_memory is not None:
+            lines.append(("peak memory", f"{self.peak_memory / 2**30:.2f} GiB"))
+        return lines
+
+    def blocks(self) -> list[tuple[int, list[LayerReport]]]:
+        """Return the layers by block, in order."""
+        indices = sorted({layer.block for layer in self.layers})
+        return [(index, [layer for layer in self.layers if layer.block == index]) for index in indices]
+
+    def table(self) -> Table:
+        """Return a table for a terminal: a row per block, and the summary as its caption."""
+        table = Table(title="Pruned blocks", caption="\n".join(f"{what}: {value}" for what, value in self.summary()))
+        for heading in ("block", "layers", "weights", "sparsity", "worst output error", "seconds"):
+            table.add_column(heading, justify="right")
+        for index, layers in self.blocks():
+            worst = max(layers, key=lambda layer: layer.output_error or 0.0)
+            name = worst.name.rsplit(".", 1)[-1]
+            table.add_row(
+                str(index),
+                str(len(layers)),
+                f"{sum(layer.numel for layer in layers):,}",
+                f"{_weighted(layers, 'reached'):.2%}",
+                "not measured" if worst.output_error is None else f"{worst.output_error:.4f} {name}",
+                f"{sum(layer.seconds for layer in layers):.1f}",
+            )
+        return table
+
+
+def _weighted(layers: Iterable[LayerReport], attribute: str) -> float:
+    layers = list(layers)
+    total = sum(layer.numel for layer in layers)
+    return sum(getattr(layer, attribute) * layer.numel for layer in layers) / total if total else 0.0

@@ -1,0 +1,109 @@
+"""When to prune, and how far: optimizer step to sparsity."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+from lit_prune.errors import InputError
+from lit_prune.ops.masks import check_sparsity
+
+
+class Schedule(ABC):
+    """Maps optimizer steps (not batches) to sparsities."""
+
+    @abstractmethod
+    def due(self, step: int) -> bool:
+        """Tell whether the model is pruned after ``step`` optimizer steps (0 = before the first)."""
+
+    @abstractmethod
+    def sparsity(self, step: int, final: float) -> float:
+        """Return the sparsity at a step that is due; the last one is exactly ``final``, the plan's own."""
+
+    @property
+    @abstractmethod
+    def last(self) -> int:
+        """The step after which nothing is pruned any more."""
+
+
+@final
+class OneShot(Schedule):
+    """Prune once, to the plan's sparsity.
+
+    .. code-block:: yaml
+
+        schedule: {class_path: OneShot, init_args: {step: 0}}
+    """
+
+    def __init__(self, step: int = 0) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            step: Optimizer steps before the pruning; 0 = at the start.
+        """
+        self.step = _check_step("step", step)
+
+    def due(self, step: int) -> bool:
+        """Only at ``step``."""
+        return step == self.step
+
+    def sparsity(self, step: int, final: float) -> float:
+        """Return ``final``."""
+        return final
+
+    @property
+    def last(self) -> int:
+        """``step``."""
+        return self.step
+
+
+@final
+class Cubic(Schedule):
+    """Fast at first, slower towards the end: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))³``.
+
+    Zhu & Gupta, "To prune, or not to prune", 2017. Prunes at ``start``, every ``every`` steps, and at ``end``.
+
+    .. code-block:: yaml
+
+        schedule: {class_path: Cubic, init_args: {start: 0, end: 300, every: 50, initial: 0.2}}
+    """
+
+    def __init__(self, start: int, end: int, every: int, initial: float = 0.0) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            start: Optimizer step of the first pruning.
+            end: Optimizer step of the last pruning, which reaches the plan's sparsity exactly.
+            every: Optimizer steps between two prunings.
+            initial: Sparsity at ``start``.
+        """
+        self.start = _check_step("start", start)
+        self.end = _check_step("end", end)
+        self.every = every
+        self.initial = check_sparsity(initial, "initial")
+        if end <= start:
+            raise InputError(f"schedule end is {end}: it must be after start, {start}")
+        if every < 1:
+            raise InputError(f"schedule every is {every}: it must be at least 1 optimizer step")
+
+    def due(self, step: int) -> bool:
+        """At ``start``, every ``every`` steps after it, and at ``end``."""
+        return step == self.end or (self.start <= step < self.end and (step - self.start) % self.every == 0)
+
+    def sparsity(self, step: int, final: float) -> float:
+        """Return the cubic's value at ``step``."""
+        if final < self.initial:
+            raise InputError(f"schedule initial is {self.initial}: it is above the plan's sparsity, {final}")
+        left = 1 - (step - self.start) / (self.end - self.start)
+        return final + (self.initial - final) * left**3
+
+    @property
+    def last(self) -> int:
+        """``end``."""
+        return self.end
+
+
+def _check_step(name: str, step: int) -> int:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise InputError(f"schedule {name} is {step!r}: it must be a whole number of optimizer steps, 0 or more")
+    return step

@@ -1,0 +1,25 @@
+"""Magnitude pruning."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor
+
+from lit_prune.ops import LayerStats
+from lit_prune.ops.precision import working
+from lit_prune.scorers.base import Scorer
+
+
+@final
+class Magnitude(Scorer):
+    """``|W|``: the smallest weights go. Needs no data (Han et al., "Learning both Weights and Connections", 2015).
+
+    .. code-block:: yaml
+
+        scorer: {class_path: Magnitude}
+    """
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        """Return ``|W|`` ``[o, i]``."""
+        return working(weight).abs()

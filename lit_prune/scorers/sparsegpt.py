@@ -1,0 +1,40 @@
+"""The SparseGPT saliency: what removing one weight costs when the others make up for it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from lit_prune.ops import LayerStats
+from lit_prune.ops.linalg import check_damping
+from lit_prune.ops.precision import working
+from lit_prune.scorers.base import Scorer
+
+
+@final
+class SparseGPTSaliency(Scorer):
+    """``(W_rj / U_jj)²``, with ``UᵀU`` the inverse of the damped Gram matrix (Frantar & Alistarh, "SparseGPT", 2023).
+
+    This scores the dense weights, all at once; the solver ``SparseGPT`` uses the same saliency column by column, on
+    weights that it has updated by then.
+
+    .. code-block:: yaml
+
+        scorer: {class_path: SparseGPTSaliency, init_args: {damping: 0.01}}
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def __init__(self, damping: float = 0.01) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            damping: Added to the diagonal of the Gram matrix, as a fraction of its mean.
+        """
+        self.damping = check_damping(damping)
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        """Return the saliency ``[o, i]``; ``stats`` must hold the Gram matrix ``[i, i]``."""
+        scale = stats.inverse_cholesky(self.damping).diagonal()
+        return (working(weight) / scale.to(weight.device)).square()

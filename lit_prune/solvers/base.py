@@ -1,0 +1,44 @@
+"""The contract of a solver."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from lit_prune.ops import LayerStats, Pattern
+from lit_prune.ops.masks import Group
+
+
+class Solution(NamedTuple):
+    """A pruned weight and its mask."""
+
+    weight: Tensor
+    """``[o, i]`` in the dtype of the dense weight, exactly zero where pruned."""
+    keep: Tensor
+    """``[o, i]`` bool, True = kept."""
+
+
+class Solver(ABC):
+    """Choose the mask and repair the weights that stay."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What calibration must collect, of ``input_sq_norm``, ``gram`` and ``gradient``."""
+
+    needs_score: ClassVar[bool] = False
+    """Whether the solver cannot choose a mask of its own."""
+
+    group: ClassVar[Group] = "matrix"
+    """Which weights compete when neither the pattern nor a scorer says so."""
+
+    @abstractmethod
+    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern, score: Tensor | None = None) -> Solution:
+        """Prune one weight; the arguments are never changed.
+
+        Args:
+            weight: ``[o, i]``, any floating dtype.
+            stats: statistics of the layer's inputs, with at least what ``needs`` names.
+            pattern: the sparsity asked; the solution has exactly that many zeros in the mask.
+            score: ``[o, i]``, larger = keep: another method's opinion, which gives the mask.
+        """

@@ -1,0 +1,31 @@
+"""Zero: mask, and repair nothing."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from lit_prune.errors import InputError
+from lit_prune.ops import LayerStats, Pattern, select
+from lit_prune.solvers.base import Solution, Solver
+
+
+@final
+class Zero(Solver):
+    """Zero the weights with the smallest scores and leave the others as they are, as Wanda and magnitude pruning do.
+
+    .. code-block:: yaml
+
+        scorer: {class_path: Wanda}
+        solver: {class_path: Zero}
+    """
+
+    needs_score: ClassVar[bool] = True
+
+    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern, score: Tensor | None = None) -> Solution:
+        """Return ``weight * keep``; ``score`` ``[o, i]`` is required."""
+        if score is None:
+            raise InputError("the solver Zero got no score: name a scorer, such as Wanda")
+        keep = select(score, pattern)
+        return Solution(weight.detach().masked_fill(~keep, 0.0), keep)

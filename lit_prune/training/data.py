@@ -1,0 +1,195 @@
+"""Text as windows of tokens: train, validation, test and calibration sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lit_prune.errors import InputError
+from lit_prune.models.io import load_tokenizer
+from lit_prune.training.text import Split, read_documents
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Equal windows of tokens, as the model's keyword arguments."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        """Hold ``tokens`` ``[windows, seqlen]`` (int64)."""
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one window: ``input_ids`` ``[seqlen]``."""
+        return {"input_ids": self.tokens[index]}
+
+
+class TextDataModule(LightningDataModule):
+    """Text for training, evaluation and calibration.
+
+    Documents are joined by blank lines, tokenised whole and cut into windows of ``seqlen`` tokens that do not overlap;
+    the rest is dropped. That is how the papers measure perplexity.
+
+    A source is ``embedded`` (English prose that comes with Python), ``wikitext2``, ``c4``, any hub set as ``name`` or
+    ``name:config``, or a local .txt, .jsonl or .parquet file.
+
+    .. code-block:: yaml
+
+        data: {dataset: wikitext2, calibration: c4, documents: long, sequences: 128, seqlen: 2048}
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        dataset: str = "wikitext2",
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        calibration: str | None = None,
+        sequences: int = 128,
+        seqlen: int = 2048,
+        batch_size: int = 1,
+        calibration_batch_size: int = 4,
+        documents: Literal["joined", "long"] = "joined",
+        search_limit: int = 10_000,
+        text_column: str = "text",
+        seed: int = 0,
+        num_workers: int = 0,
+        max_windows: int | None = None,
+    ) -> None:
+        """Validate and keep the arguments; text is read when it is first needed.
+
+        Args:
+            tokenizer: Hub name, folder or GGUF file; null = the model's own.
+            dataset: Source of every set that has no source of its own.
+            train: Source of the training set.
+            val: Source of the validation set.
+            test: Source of the test set.
+            calibration: Source of the calibration set; its training split is used.
+            sequences: Number of calibration sequences.
+            seqlen: Tokens per window, for training, evaluation and calibration.
+            batch_size: Windows per training or evaluation batch.
+            calibration_batch_size: Sequences that go through a block together while pruning.
+            documents: Where calibration sequences are cut from: the ``joined`` text, or ``long`` documents, each
+                longer than one sequence, as the papers do with C4.
+            search_limit: Documents that are looked at, at most, in a streamed set or to find long ones.
+            text_column: Column of a table that holds the text.
+            seed: Of the calibration sample and of the order of training windows.
+            num_workers: Processes that load batches.
+            max_windows: Evaluate and train on the first windows only; null = all of them.
+        """
+        super().__init__()
+        counts = {
+            "sequences": sequences,
+            "batch_size": batch_size,
+            "calibration_batch_size": calibration_batch_size,
+            "search_limit": search_limit,
+            "max_windows": max_windows,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise InputError(f"data.{name} is {value}: it must be at least 1")
+        if seqlen < 2:
+            raise InputError(f"data.seqlen is {seqlen}: it must be at least 2, so that there is a next token to predict")
+        self.tokenizer = tokenizer
+        self.sources = {"train": train or dataset, "val": val or dataset, "test": test or dataset}
+        self.calibration = calibration or dataset
+        self.sequences = sequences
+        self.seqlen = seqlen
+        self.batch_size = batch_size
+        self.calibration_batch_size = calibration_batch_size
+        self.documents = documents
+        self.search_limit = search_limit
+        self.text_column = text_column
+        self.seed = seed
+        self.num_workers = num_workers
+        self.max_windows = max_windows
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise InputError("data.tokenizer is null: name the model that the text is for")
+        return load_tokenizer(self.tokenizer)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return shuffled training windows."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._loader(self._windows("train", "train"), shuffle=True, generator=generator)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the validation windows in order."""
+        return self._loader(self._windows("val", "validation"))
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the test windows in order."""
+        return self._loader(self._windows("test", "test"))
+
+    def calibration_batches(self) -> list[Tensor]:
+        """Return the calibration set: batches of token ids ``[sequences, seqlen]`` (int64), sampled with the seed.
+
+        Raises:
+            InputError: where the text is shorter than one sequence, or too few documents are long enough.
+        """
+        documents = read_documents(self.calibration, "train", self.text_column, self.search_limit)
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.documents == "long":
+            sample = self._sample_long(documents, generator)
+        else:
+            sample = [_random_window(self._tokenize(documents, self.calibration), self.seqlen, generator, self.sequences)]
+        return list(torch.cat(sample).split(self.calibration_batch_size))
+
+    def _sample_long(self, documents: Sequence[str], generator: torch.Generator) -> list[Tensor]:
+        """Take one window out of each long document, in random order, looking at ``search_limit`` documents at most."""
+        found: list[Tensor] = []
+        order = torch.randperm(len(documents), generator=generator)[: self.search_limit].tolist()
+        for index in order:
+            tokens = self._encode(documents[index])
+            if len(tokens) > self.seqlen:
+                found.append(_random_window(tokens, self.seqlen, generator))
+            if len(found) == self.sequences:
+                return found
+        raise InputError(
+            f"data.calibration is {self.calibration!r}: of {len(order)} documents, {len(found)} are longer than "
+            f"{self.seqlen} tokens and {self.sequences} are needed; lower --data.seqlen or --data.sequences, raise "
+            "--data.search_limit, or use --data.documents joined"
+        )
+
+    def _windows(self, role: str, split: Split) -> Tensor:
+        source = self.sources[role]
+        tokens = self._tokenize(read_documents(source, split, self.text_column, self.search_limit), source)
+        windows = tokens[: len(tokens) // self.seqlen * self.seqlen].reshape(-1, self.seqlen)
+        return windows[: self.max_windows]
+
+    def _tokenize(self, documents: Sequence[str], source: str) -> Tensor:
+        tokens = self._encode("\n\n".join(documents))
+        if len(tokens) < self.seqlen:
+            raise InputError(
+                f"the text source {source!r} has {len(tokens)} tokens, fewer than one sequence of {self.seqlen}: "
+                "give a longer text or lower --data.seqlen"
+            )
+        return tokens
+
+    def _encode(self, text: str) -> Tensor:
+        return torch.tensor(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def _loader(
+        self, tokens: Tensor, shuffle: bool = False, generator: torch.Generator | None = None
+    ) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(
+            Windows(tokens), self.batch_size, shuffle=shuffle, generator=generator, num_workers=self.num_workers
+        )
+
+
+def _random_window(tokens: Tensor, seqlen: int, generator: torch.Generator, count: int = 1) -> Tensor:
+    """Return ``count`` windows ``[count, seqlen]`` at random places of a text of at least ``seqlen`` tokens."""
+    starts = torch.randint(len(tokens) - seqlen + 1, (count, 1), generator=generator)
+    return tokens[starts + torch.arange(seqlen)]

@@ -1,0 +1,136 @@
+"""The LightningModule around any causal language model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+
+from lit_prune.models.io import load_model, load_tokenizer
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class LitCausalLM(LightningModule):
+    """Trains and evaluates any ``AutoModelForCausalLM``.
+
+    .. code-block:: yaml
+
+        model:
+          pretrained: HuggingFaceTB/SmolLM2-135M
+          dtype: bfloat16
+          optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4, weight_decay: 0.1}}
+          lr_scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 1000}}
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: DtypeName = "auto",
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        config: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Keep the arguments; the model is loaded by ``configure_model``.
+
+        Args:
+            pretrained: Hub name, local Hugging Face folder, GGUF file, or ``random`` for random weights.
+            dtype: Of the weights; ``auto`` = as stored.
+            gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+            optimizer: Any torch optimizer.
+            lr_scheduler: Any torch learning-rate scheduler; it moves on with every optimizer step.
+            config: For ``random``: the ``model_type`` and any value of that model's config.
+            trust_remote_code: Let code that comes with the model run.
+        """
+        super().__init__()
+        self.pretrained = pretrained
+        self.dtype_name = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.config = config
+        self.trust_remote_code = trust_remote_code
+        self.model: Any = None
+        self._loss = MeanMetric()
+        self._batch_start = 0.0
+
+    def configure_model(self) -> None:
+        """Load the model, once."""
+        if self.model is not None:
+            return
+        dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
+        self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code)
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+
+    def load_tokenizer(self) -> Any:
+        """Return the tokenizer that belongs to the model."""
+        return load_tokenizer(self.pretrained, self.trust_remote_code)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the logits ``[sequences, t, vocabulary]`` of ``input_ids`` ``[sequences, t]``."""
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean cross-entropy of the next token, in nats."""
+        loss = next_token_loss(self(batch["input_ids"]), batch["input_ids"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Start the clock of the batch."""
+        self._batch_start = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log the tokens per second of all processes together."""
+        tokens = batch["input_ids"].numel() * self.trainer.world_size
+        self.log("train/tokens_per_second", tokens / (time.perf_counter() - self._batch_start), prog_bar=True)
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add the batch to the validation loss."""
+        self._add_loss(batch)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add the batch to the test loss."""
+        self._add_loss(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss`` and ``val/perplexity``."""
+        self._log_loss("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss`` and ``test/perplexity``."""
+        self._log_loss("test")
+
+    def _add_loss(self, batch: Mapping[str, Tensor]) -> None:
+        # torchmetrics' own Perplexity takes the log of a softmax, which is -inf for a token that a badly pruned model
+        # finds very unlikely; the mean of the cross-entropy is the same figure without that.
+        input_ids = batch["input_ids"]
+        self._loss.update(next_token_loss(self(input_ids), input_ids), weight=input_ids[:, 1:].numel())
+
+    def _log_loss(self, stage: str) -> None:
+        loss = self._loss.compute()
+        self._loss.reset()
+        self.log_dict({f"{stage}/loss": loss, f"{stage}/perplexity": loss.double().exp()}, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and the learning-rate scheduler, if there is one."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Return the mean cross-entropy (float32, nats) of every token but the first, given those before it."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
