@@ -77,16 +77,18 @@ def _unstructured_mask(work: Tensor, factor: Tensor, columns: slice, pattern: Un
 
 def _sweep_block(work: Tensor, factor: Tensor, keep: Tensor, columns: slice, choose: Pattern | None) -> Tensor:
     """Prune the columns of one block in place; return the errors ``[o, columns]`` for the columns beyond it."""
-    block = work[:, columns]
+    block = work[:, columns].T.contiguous()  # [columns, o]: the loop reads and writes whole rows of memory
+    pruned = ~keep[:, columns].T
     local = factor[columns, columns]
     errors = torch.empty_like(block)
-    for j in range(block.shape[1]):
+    for j, scale in enumerate(local.diagonal().tolist()):
         if isinstance(choose, NM) and j % choose.of == 0:
             run = slice(j, j + choose.of)
-            saliency = (block[:, run] / local.diagonal()[run]).square()
-            keep[:, columns.start + j : columns.start + j + choose.of] = choose.mask(saliency)
-        kept = block[:, j] * keep[:, columns.start + j]
-        errors[:, j] = (block[:, j] - kept) / local[j, j]
-        block[:, j] = kept
-        block[:, j + 1 :] -= errors[:, j : j + 1] * local[j, j + 1 :]
-    return errors
+            saliency = (block[run].T / local.diagonal()[run]).square()
+            pruned[run] = ~choose.mask(saliency).T
+        errors[j] = block[j].where(pruned[j], 0.0) / scale
+        block[j].masked_fill_(pruned[j], 0.0)
+        block[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
+    work[:, columns] = block.T
+    keep[:, columns] = ~pruned.T
+    return errors.T

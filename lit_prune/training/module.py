@@ -10,11 +10,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torchmetrics import MeanMetric
 
 from lit_prune.models.io import load_model, load_tokenizer
 
+IGNORED = -100
+"""Target of a position that does not count."""
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -133,4 +135,6 @@ class LitCausalLM(LightningModule):
 
 def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
     """Return the mean cross-entropy (float32, nats) of every token but the first, given those before it."""
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+    # The last position has no next token; ignoring it there spares a copy of the logits without it.
+    targets = pad(input_ids[:, 1:], (0, 1), value=IGNORED)
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)

@@ -62,9 +62,10 @@ def read_documents(source: str, split: Split, column: str, limit: int) -> list[s
 
 
 def _embedded(split: Split) -> list[str]:
-    """Deal the topics out: of every ten, eight are for training, one for validation and one for the test."""
+    """Deal the topics out by length: of every ten, eight are for training, one for validation and one for the test."""
     share = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}[split]
-    return [text for index, (_, text) in enumerate(sorted(topics.items())) if index % 10 in share]
+    by_length = sorted(topics.values(), key=lambda text: (len(text), text))
+    return [text for index, text in enumerate(by_length) if index % 10 in share]
 
 
 def _read_file(path: Path, column: str) -> list[str]:

@@ -1,0 +1,110 @@
+"""Compare pruning methods on one model: test perplexity, seconds by stage, peak memory.
+
+Each method runs in a process of its own and appends one line to a JSONL file; a method whose line is there is not run
+again, so the script can be stopped and continued. It ends by printing the table.
+
+    python scripts/bench/methods.py --model out/smollm2-135m --calibration valid.txt --test test.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lit_prune.ops import NM, Pattern, Unstructured
+from lit_prune.pruning import PruningPlan, prune
+from lit_prune.pruning.progress import peak_memory
+from lit_prune.scorers import Magnitude, Wanda
+from lit_prune.solvers import SparseGPT
+from lit_prune.training import LitCausalLM, TextDataModule
+
+PATTERNS: dict[str, Pattern] = {"50%": Unstructured(0.5), "2:4": NM(2, 4)}
+
+
+def plans() -> dict[str, PruningPlan | None]:
+    """Return the methods to compare, by name; None = the dense model."""
+    found: dict[str, PruningPlan | None] = {"dense": None}
+    for name, pattern in PATTERNS.items():
+        found[f"magnitude {name}"] = PruningPlan(pattern, Magnitude(), output_error=False)
+        found[f"Wanda {name}"] = PruningPlan(pattern, Wanda(), output_error=False)
+        found[f"SparseGPT {name}"] = PruningPlan(pattern, solver=SparseGPT(), output_error=False)
+    return found
+
+
+def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Prune and evaluate with one method."""
+    plan = plans()[name]
+    module = LitCausalLM(options.model, dtype="float32")
+    module.configure_model()
+    data = TextDataModule(
+        options.model,
+        calibration=options.calibration,
+        test=options.test,
+        sequences=options.sequences,
+        seqlen=options.seqlen,
+        seed=options.seed,
+        max_windows=options.max_windows,
+    )
+    record: dict[str, Any] = {"method": name, "seed": options.seed, "threads": torch.get_num_threads()}
+    if plan is not None:
+        report = prune(module.model, data.calibration_batches() if plan.needs else [], plan)
+        record |= {"sparsity": report.sparsity, "seconds": report.seconds, "peak_memory": peak_memory()}
+    start = time.perf_counter()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    record["perplexity"] = trainer.test(module, data, verbose=False)[0]["test/perplexity"]
+    record["evaluation_seconds"] = time.perf_counter() - start
+    return record
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the records as a Markdown table."""
+    lines = ["| method | perplexity | calibrate s | solve s | propagate s | peak memory GiB |", "|---|---|---|---|---|---|"]
+    for record in records:
+        seconds = record.get("seconds", {})
+        stages = [f"{seconds[s]:.1f}" if s in seconds else "" for s in ("calibrate", "solve", "propagate")]
+        memory = f"{record['peak_memory'] / 2**30:.2f}" if record.get("peak_memory") else ""
+        lines.append(f"| {record['method']} | {record['perplexity']:.2f} | {' | '.join(stages)} | {memory} |")
+    return "\n".join(lines)
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """Return what has been measured so far."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    parser.add_argument("--calibration", default="wikitext2", help="text source of the calibration set")
+    parser.add_argument("--test", default="wikitext2", help="text source of the test set")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-windows", type=int, default=None, help="evaluate on the first windows only")
+    parser.add_argument("--results", type=Path, default=Path("out/bench/methods.jsonl"))
+    parser.add_argument("--only", help="run this method in this process")
+    options = parser.parse_args()
+    if options.only:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        record = run(options.only, options)
+        with options.results.open("a") as results:
+            results.write(json.dumps(record) + "\n")
+        return
+    for name in plans():
+        if not any(r["method"] == name and r["seed"] == options.seed for r in read(options.results)):
+            print(f"running {name}", flush=True)
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], check=True)
+    print(table(read(options.results)))
+
+
+if __name__ == "__main__":
+    main()
