@@ -43,7 +43,7 @@ class Export(Callback):
             raise InputError("nothing was pruned in this run, so there is no report to export")
         save_pruned(
             self.output,
-            pl_module.model,  # type: ignore[arg-type]
+            pl_module.get_submodule("model"),
             pl_module.load_tokenizer(),  # type: ignore[operator]
             prune.report.masks,
             render(prune.report, title=str(pl_module.pretrained)),

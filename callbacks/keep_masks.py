@@ -40,7 +40,7 @@ class KeepMasks(Callback):
         """Zero the gradients of pruned weights, and their moments where the masks are new."""
         changed = self._refresh(trainer, pl_module)
         for name, pruned in self._pruned.items():
-            parameter = pl_module.model.get_parameter(name)
+            parameter = pl_module.get_submodule("model").get_parameter(name)
             tensors = [parameter.grad]
             if changed:
                 tensors += [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
@@ -60,7 +60,7 @@ class KeepMasks(Callback):
         """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero."""
         report = find_prune(trainer).report
         if report is not None:
-            check_masks_hold(pl_module.model, report.masks)  # type: ignore[arg-type]
+            check_masks_hold(pl_module.get_submodule("model"), report.masks)
 
     def _refresh(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         report = find_prune(trainer).report

@@ -105,7 +105,7 @@ class Prune(Callback):
         # Evaluation runs in inference mode, whose tensors could take no part in training later.
         with torch.inference_mode(False), ProgressBar() as show:
             self.report = prune(
-                pl_module.model,  # type: ignore[arg-type]
+                pl_module.get_submodule("model"),
                 batches,
                 plan,
                 on_progress=show,

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import ArgumentError, set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from lit_prune.callbacks import Export, KeepMasks, Prune  # noqa: F401 - their names are known to YAML from here on
 from lit_prune.callbacks.prune import find_prune
-from lit_prune.errors import InputError, NumericalError
-from lit_prune.models.io import check_output, check_space, save_pruned
+from lit_prune.cli_errors import explain
+from lit_prune.models.io import check_output, check_space, disable_model_progress_bars, save_pruned
 from lit_prune.pruning.documents import render
 from lit_prune.pruning.journal import Journal
+from lit_prune.pruning.report import PruningReport
 from lit_prune.training import LitCausalLM, TextDataModule
 
-_USER_MISTAKES = (InputError, NumericalError, ArgumentError, MisconfigurationException)
+_FLAGS = ("--overwrite", "--resume")
 
 
 class PruningTrainer(Trainer):
@@ -49,14 +49,15 @@ class PruningTrainer(Trainer):
         folder = check_output(output, overwrite)
         model.configure_model()
         check_space(folder, model)
+        callback.plan.find_targets(model.model)
+        if callback.plan.needs:
+            datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
         journal = folder.with_name(f".{folder.name}.journal")
-        start = time.perf_counter()
         before = self.test(model, datamodule, verbose=False)[0]
         with callback.at_next_test(journal, resume):
             after = self.test(model, datamodule, verbose=False)[0]
         report = callback.report
         assert report is not None
-        report.seconds["evaluate"] = time.perf_counter() - start - sum(report.seconds.values())
         report.evaluation = {
             "perplexity_before": before["test/perplexity"],
             "perplexity_after": after["test/perplexity"],
@@ -69,9 +70,9 @@ class PruningTrainer(Trainer):
         _show(report, folder)
 
 
-def _show(report: Any, folder: Path) -> None:
+def _show(report: PruningReport, folder: Path) -> None:
     console = Console()
-    console.print(report.table())
+    console.print(report.table(), report.summary_table())
     for file in sorted(folder.iterdir()):
         console.print(f"wrote {file}", soft_wrap=True, highlight=False)
 
@@ -102,21 +103,43 @@ class PruningCLI(LightningCLI):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake is one line (a traceback with ``--debug``)."""
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = _with_flags(sys.argv[1:] if args is None else args)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    _silence_libraries()
     try:
         PruningCLI(
             LitCausalLM,
             TextDataModule,
             trainer_class=PruningTrainer,
             save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False},
             args=arguments,
         )
-    except _USER_MISTAKES as error:
-        if "--debug" in arguments:
+    except Exception as error:
+        message = explain(error)
+        if message is None or "--debug" in arguments:
             raise
-        print(f"lit-prune: error: {error}", file=sys.stderr)
+        print(f"lit-prune: error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _with_flags(arguments: Sequence[str]) -> list[str]:
+    """Let ``--overwrite`` alone mean ``--overwrite=true``; jsonargparse wants a value for every bool."""
+    following = [*arguments[1:], ""]
+    return [
+        f"{argument}=true" if argument in _FLAGS and value not in ("true", "false") else argument
+        for argument, value in zip(arguments, following, strict=True)
+    ]
+
+
+def _silence_libraries() -> None:
+    """Keep what the libraries say about themselves off the screen."""
+    disable_model_progress_bars()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")

@@ -21,7 +21,7 @@ def import_all(package: ModuleType, base: type) -> dict[str, type]:
 
 
 def _subclasses(base: type) -> set[type]:
-    found = set(base.__subclasses__())
+    found: set[type] = set(base.__subclasses__())
     return found.union(*(_subclasses(cls) for cls in found))
 
 

@@ -1,4 +1,4 @@
-"""Layer 1: how much of each layer goes. One file per method; every file beside this one is imported and its class offered here."""
+"""Layer 1: how much of each layer goes. One file per method; every file here is imported, and its class offered."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def project_onto_budget(ratios: Tensor, sizes: Tensor, target: float, low: float
     shares = sizes / sizes.sum()
     positive = ratios > 0
     # Layers at ratio 0 stay at `low`, so the others may be unable to carry the budget on their own.
-    if (shares * torch.where(positive, high, low)).sum() < target - 1e-12:
+    if shares[positive].sum() * high + shares[~positive].sum() * low < target - 1e-12:
         raise InputError(f"the layers with a sparsity above 0 cannot carry the budget of {target:g} below {high:g}")
     if not positive.any():
         return torch.full_like(ratios, target)

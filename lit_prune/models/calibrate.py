@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +91,12 @@ class BlockReplay:
 
             return forward
 
-        with _forwards_replaced(self._blocks, stub):
-            try:
-                model(**inputs, use_cache=False)
-            except _Reached:
-                pass
+        with _forwards_replaced(self._blocks, stub), suppress(_Reached):
+            model(**inputs, use_cache=False)
         if len(recorded) != len(self._blocks):
-            raise InputError(f"the model called {len(recorded)} of its {len(self._blocks)} blocks: it cannot be replayed")
+            raise InputError(
+                f"the model called {len(recorded)} of its {len(self._blocks)} blocks: it cannot be replayed"
+            )
         pool = _Pool([calls[-1] for calls in self._calls if calls])
         for calls, call in zip(self._calls, recorded, strict=True):
             calls.append(_Call(pool.intern(call.args), pool.intern(call.kwargs)))
@@ -198,7 +197,9 @@ class _Collector:
                 self.stats[name] = self.stats[owner]
                 return
             if self._owners.setdefault(name, name) != name:
-                raise NumericalError(f"{name} shared its input with {self._owners[name]} on one batch but not on another")
+                raise NumericalError(
+                    f"{name} shared its input with {self._owners[name]} on one batch but not on another"
+                )
             self._seen.append((inputs, name))
             with torch.autocast(inputs.device.type, enabled=False):  # statistics are summed in float32 all the same
                 self.stats.setdefault(name, LayerStats(self._needs)).update(inputs, self.sequences)
@@ -273,7 +274,7 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 @contextmanager
 def _forwards_replaced(blocks: Sequence[Block], stub: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
     for block in blocks:
-        block.module.forward = stub(block)  # type: ignore[method-assign]
+        block.module.forward = stub(block)
     try:
         yield
     finally:
@@ -293,7 +294,12 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def _tensors(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    _map_tensors(value, lambda tensor: found.append(tensor) or tensor)
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map_tensors(value, add)
     return found
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from lit_prune.errors import InputError, first_line
 from lit_prune.ops import PackedMask
@@ -52,7 +53,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(location, **extra, **options)
     if extra:  # transformers has dequantised the GGUF file: what it holds now is a plain float model
         del model.config.quantization_config
-        model.hf_quantizer = None
+        model.hf_quantizer = None  # type: ignore[assignment]
     return model.eval()
 
 
@@ -82,7 +83,9 @@ def _locate(pretrained: str) -> tuple[str, dict[str, str]]:
     path = Path(pretrained).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputError(f"model.pretrained is {pretrained!r}: a file must be a .gguf file; give the model's folder")
+            raise InputError(
+                f"model.pretrained is {pretrained!r}: a file must be a .gguf file; give the model's folder"
+            )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -119,6 +122,11 @@ def quiet_hub() -> Iterator[None]:
         yield
     finally:
         hub_logging.set_verbosity(verbosity)
+
+
+def disable_model_progress_bars() -> None:
+    """Load and save models without a progress bar of transformers'."""
+    disable_progress_bar()
 
 
 def check_output(folder: str | Path, overwrite: bool) -> Path:
@@ -179,12 +187,14 @@ def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
         parameter = model.get_parameter(name).detach()
         revived = int(parameter[~mask.unpack().to(parameter.device)].count_nonzero())
         if revived:
-            raise RuntimeError(f"{name}: {revived} pruned weights are not zero, so this model is not as sparse as its masks")
+            raise RuntimeError(
+                f"{name}: {revived} pruned weights are not zero, so this model is not as sparse as its masks"
+            )
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` that takes its place at the end; a killed run leaves the old one or none."""
+    """Yield a temporary sibling of ``path`` that takes its place in the end; a killed run leaves the old or none."""
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.writing-*"):
@@ -278,5 +288,3 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-

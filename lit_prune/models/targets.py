@@ -64,7 +64,9 @@ def find_targets(
         for pattern in patterns:
             if not any(fnmatchcase(target.name, pattern) for target in candidates):
                 example = candidates[0].name if candidates else "none"
-                raise InputError(f"plan.{option}: {pattern!r} matches no linear layer; their names are like {example!r}")
+                raise InputError(
+                    f"plan.{option}: {pattern!r} matches no linear layer; their names are like {example!r}"
+                )
     targets = [t for t in candidates if _matches(t.name, include) and not _matches(t.name, exclude)]
     if not targets:
         raise InputError("plan.include and plan.exclude leave no layer to prune")

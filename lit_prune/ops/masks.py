@@ -103,9 +103,7 @@ class NM(Pattern):
             of: Length of a run of consecutive inputs; it must divide the layer's inputs.
         """
         if not all(isinstance(value, int) for value in (keep, of)) or not 1 <= keep <= of:
-            raise InputError(
-                f"N:M is {keep}:{of}: N (weights kept) must be a whole number from 1 to M, such as 2:4"
-            )
+            raise InputError(f"N:M is {keep}:{of}: N (weights kept) must be a whole number from 1 to M, such as 2:4")
         self.keep = keep
         self.of = of
         self.sparsity = 1 - keep / of
@@ -164,7 +162,7 @@ class PackedMask:
     """A keep mask at one bit per weight.
 
     Attributes:
-        bits: uint8 ``[ceil(n / 8)]``; bit ``k`` of byte ``b`` (least significant first) is weight ``8 b + k``, row by row.
+        bits: uint8 ``[ceil(n / 8)]``; bit ``k`` (least significant first) of byte ``b`` is weight ``8 b + k``.
         shape: the mask's shape.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Sequence
 from html import escape
 
 from matplotlib.figure import Figure
@@ -36,8 +37,8 @@ Pruned with lit-prune. Open it with
 |---|---|
 {summary}
 
-`masks.safetensors` holds the keep masks, one bit per weight. `pruning.json` and `report.html` say what happened to every
-layer. The plan:
+`masks.safetensors` holds the keep masks, one bit per weight. `pruning.json` and `report.html` say what happened to
+every layer. The plan:
 
 ```json
 {plan}
@@ -105,7 +106,7 @@ def _html(report: PruningReport, plots: dict[str, bytes]) -> str:
     )
 
 
-def _rows(rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
+def _rows(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
+
+from torch import nn
 
 from lit_prune.allocators import Allocator, Uniform
 from lit_prune.allocators.base import Layer
 from lit_prune.errors import InputError
 from lit_prune.introspection import describe
 from lit_prune.models.access import read_weight
-from lit_prune.models.targets import Target
+from lit_prune.models.blocks import Block, find_blocks
+from lit_prune.models.targets import Target, find_targets
 from lit_prune.ops import Pattern
 from lit_prune.scorers import Scorer
 from lit_prune.solvers import Solver, Zero
@@ -71,15 +75,20 @@ class PruningPlan:
         """Return the same plan at another sparsity."""
         return replace(self, pattern=self.pattern.at(sparsity))
 
+    def find_targets(self, model: nn.Module) -> tuple[list[Block], list[Target]]:
+        """Return the model's decoder blocks and the layers to prune; raise where the plan cannot be carried out."""
+        blocks = find_blocks(model)
+        targets = find_targets(model, blocks, self.include, self.exclude)
+        for target in targets:
+            self.pattern.check(target.shape, target.name)
+        return blocks, targets
+
     def allocate(self, targets: Sequence[Target]) -> dict[str, Pattern]:
-        """Return the pattern of every layer, by name, checked against the layer's shape."""
-        layers = [Layer(t.name, t.block, t.shape, lambda module=t.module: read_weight(module)) for t in targets]
+        """Return the pattern of every layer, by name."""
+        layers = [Layer(t.name, t.block, t.shape, partial(read_weight, t.module)) for t in targets]
         pattern = self.pattern.grouped(self.scorer.group if self.scorer else self.solver.group)
         sparsities = self.allocator.allocate(layers, pattern.sparsity)
-        patterns = {name: pattern.at(sparsity) for name, sparsity in sparsities.items()}
-        for layer in layers:
-            patterns[layer.name].check(layer.shape, layer.name)
-        return patterns
+        return {name: pattern.at(sparsity) for name, sparsity in sparsities.items()}
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain data: class paths and arguments, as in YAML."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -85,7 +86,7 @@ class ProgressBar:
 
     def _show(self, position: Position) -> None:
         left = "" if position.seconds_left is None else f"{_clock(position.seconds_left)} left"
-        state = {"block": position.block + 1, "stage": position.stage, "left": left}
+        state: dict[str, Any] = {"block": position.block + 1, "stage": position.stage, "left": left}
         if self._task is None:
             self._task = self._progress.add_task("", total=position.blocks, **state)
         self._progress.update(self._task, completed=position.block, **state)

@@ -12,9 +12,8 @@ from torch import nn
 
 from lit_prune.errors import NumericalError
 from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
-from lit_prune.models.blocks import find_blocks
 from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, evaluation_mode, resident
-from lit_prune.models.targets import Target, find_targets
+from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, Pattern
 from lit_prune.ops.linalg import relative_output_error
 from lit_prune.pruning.journal import Journal, identity_of
@@ -55,8 +54,7 @@ def prune(
         InputError: before any weight has changed, where plan, model and data do not fit.
         NumericalError: where a Gram matrix is singular or an activation is not finite; finished blocks stay pruned.
     """
-    blocks = find_blocks(model)
-    targets = find_targets(model, blocks, plan.include, plan.exclude)
+    blocks, targets = plan.find_targets(model)
     patterns = plan.allocate(targets)
     calibration = list(batches) if plan.needs else []
     identity = identity_of(plan.describe(), model, calibration)
@@ -110,7 +108,7 @@ def _prune_layer(target: Target, pattern: Pattern, stats: LayerStats, plan: Prun
         solution = plan.solver.solve(weight, stats, pattern, score)
     except NumericalError as error:
         raise NumericalError(f"{target.name}: {error}") from error
-    error = relative_output_error(weight, solution.weight, stats.gram) if plan.output_error else None
+    output_error = relative_output_error(weight, solution.weight, stats.gram) if plan.output_error else None
     write_weight(target.module, solution.weight)
     return LayerReport(
         name=target.name,
@@ -118,7 +116,7 @@ def _prune_layer(target: Target, pattern: Pattern, stats: LayerStats, plan: Prun
         shape=target.shape,
         asked=pattern.sparsity,
         reached=1 - solution.keep.sum().item() / solution.keep.numel(),
-        output_error=error,
+        output_error=output_error,
         seconds=time.perf_counter() - start,
         mask=PackedMask.pack(to_parameter_layout(target.module, solution.keep)),
     )

@@ -61,7 +61,7 @@ class PruningReport:
     layers: list[LayerReport] = field(default_factory=list)
     """The pruned layers, in the order of the model."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds spent in each stage: ``record``, ``calibrate``, ``solve``, ``propagate``, ``evaluate``."""
+    """Seconds spent in each stage: ``record``, ``calibrate``, ``solve``, ``propagate``."""
     peak_memory: int | None = None
     """Peak memory of the process (of the GPU where one is used), in bytes."""
     evaluation: dict[str, Any] = field(default_factory=dict)
@@ -118,8 +118,8 @@ class PruningReport:
         return [(index, [layer for layer in self.layers if layer.block == index]) for index in indices]
 
     def table(self) -> Table:
-        """Return a table for a terminal: a row per block, and the summary as its caption."""
-        table = Table(title="Pruned blocks", caption="\n".join(f"{what}: {value}" for what, value in self.summary()))
+        """Return a table for a terminal: a row per block."""
+        table = Table(title="Pruned blocks")
         for heading in ("block", "layers", "weights", "sparsity", "worst output error", "seconds"):
             table.add_column(heading, justify="right")
         for index, layers in self.blocks():
@@ -133,6 +133,13 @@ class PruningReport:
                 "not measured" if worst.output_error is None else f"{worst.output_error:.4f} {name}",
                 f"{sum(layer.seconds for layer in layers):.1f}",
             )
+        return table
+
+    def summary_table(self) -> Table:
+        """Return the summary as a table for a terminal."""
+        table = Table(title="Summary", show_header=False)
+        for what, value in self.summary():
+            table.add_row(what, value)
         return table
 
 

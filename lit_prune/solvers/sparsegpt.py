@@ -19,7 +19,7 @@ from lit_prune.solvers.base import Solution, Solver
 class SparseGPT(Solver):
     """One optimal-brain-surgeon sweep over the columns (Frantar & Alistarh, "SparseGPT", 2023).
 
-    ``U`` is the upper Cholesky factor of the inverse damped Gram matrix. Column ``j`` loses its pruned weights, with the
+    ``U`` is the upper Cholesky factor of the inverse damped Gram matrix. Column ``j`` loses the weights with the least
     saliency ``(W_rj / U_jj)²``, and the error ``e = (W_j - W'_j) / U_jj`` is made good to its right:
     ``W[:, j:] -= e U[j, j:]``, at once within a block of columns and lazily beyond it.
 
@@ -70,7 +70,7 @@ def _unstructured_mask(work: Tensor, factor: Tensor, columns: slice, pattern: Un
     saliency = (work[:, columns] / factor.diagonal()[columns]).square()
     by_row = pattern.group == "row"
     competing = 1 if by_row else len(work)  # rows that share one count
-    count = round(pattern.sparsity * competing * columns.stop) - round(pattern.sparsity * competing * columns.start)
+    count = round(pattern.sparsity * (competing * columns.stop)) - round(pattern.sparsity * (competing * columns.start))
     groups = saliency if by_row else saliency.reshape(1, -1)
     return drop_smallest(groups, count).reshape(saliency.shape)
 

@@ -99,7 +99,9 @@ class TextDataModule(LightningDataModule):
             if value is not None and value < 1:
                 raise InputError(f"data.{name} is {value}: it must be at least 1")
         if seqlen < 2:
-            raise InputError(f"data.seqlen is {seqlen}: it must be at least 2, so that there is a next token to predict")
+            raise InputError(
+                f"data.seqlen is {seqlen}: it must be at least 2, so that there is a next token to predict"
+            )
         self.tokenizer = tokenizer
         self.sources = {"train": train or dataset, "val": val or dataset, "test": test or dataset}
         self.calibration = calibration or dataset
@@ -134,29 +136,31 @@ class TextDataModule(LightningDataModule):
         return self._loader(self._windows("test", "test"))
 
     def calibration_batches(self) -> list[Tensor]:
-        """Return the calibration set: batches of token ids ``[sequences, seqlen]`` (int64), sampled with the seed.
+        """Return the calibration set: batches of token ids ``[sequences, seqlen]`` (int64), a seeded sample.
 
         Raises:
             InputError: where the text is shorter than one sequence, or too few documents are long enough.
         """
+        return list(torch.split(self._calibration_sample, self.calibration_batch_size))
+
+    @cached_property
+    def _calibration_sample(self) -> Tensor:
         documents = read_documents(self.calibration, "train", self.text_column, self.search_limit)
         generator = torch.Generator().manual_seed(self.seed)
         if self.documents == "long":
-            sample = self._sample_long(documents, generator)
-        else:
-            sample = [_random_window(self._tokenize(documents, self.calibration), self.seqlen, generator, self.sequences)]
-        return list(torch.cat(sample).split(self.calibration_batch_size))
+            return self._sample_long(documents, generator)
+        return _random_windows(self._tokenize(documents, self.calibration), self.seqlen, generator, self.sequences)
 
-    def _sample_long(self, documents: Sequence[str], generator: torch.Generator) -> list[Tensor]:
+    def _sample_long(self, documents: Sequence[str], generator: torch.Generator) -> Tensor:
         """Take one window out of each long document, in random order, looking at ``search_limit`` documents at most."""
         found: list[Tensor] = []
         order = torch.randperm(len(documents), generator=generator)[: self.search_limit].tolist()
         for index in order:
             tokens = self._encode(documents[index])
             if len(tokens) > self.seqlen:
-                found.append(_random_window(tokens, self.seqlen, generator))
+                found.append(_random_windows(tokens, self.seqlen, generator, count=1))
             if len(found) == self.sequences:
-                return found
+                return torch.cat(found)
         raise InputError(
             f"data.calibration is {self.calibration!r}: of {len(order)} documents, {len(found)} are longer than "
             f"{self.seqlen} tokens and {self.sequences} are needed; lower --data.seqlen or --data.sequences, raise "
@@ -189,7 +193,7 @@ class TextDataModule(LightningDataModule):
         )
 
 
-def _random_window(tokens: Tensor, seqlen: int, generator: torch.Generator, count: int = 1) -> Tensor:
+def _random_windows(tokens: Tensor, seqlen: int, generator: torch.Generator, count: int) -> Tensor:
     """Return ``count`` windows ``[count, seqlen]`` at random places of a text of at least ``seqlen`` tokens."""
     starts = torch.randint(len(tokens) - seqlen + 1, (count, 1), generator=generator)
     return tokens[starts + torch.arange(seqlen)]

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Literal
 
 import datasets
-from pydoc_data.topics import topics
 
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.io import quiet_hub
@@ -90,7 +90,9 @@ def _read_hub(source: str, split: Split, column: str, limit: int) -> list[str]:
 def _column(rows: Iterable[dict[str, str]], column: str, source: str) -> Iterator[str]:
     for row in rows:
         if column not in row:
-            raise InputError(f"{source!r} has no column {column!r}, only {sorted(row)}: name one with --data.text_column")
+            raise InputError(
+                f"{source!r} has no column {column!r}, only {sorted(row)}: name one with --data.text_column"
+            )
         yield row[column]
 
 
@@ -103,6 +105,6 @@ def _explained(source: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"the text source {source!r} cannot be read ({first_line(error)}); without a hub in reach, give the path of "
-            "a .txt, .jsonl or .parquet file, or 'embedded'"
+            f"the text source {source!r} cannot be read ({first_line(error)}); without a hub in reach, give the path "
+            "of a .txt, .jsonl or .parquet file, or 'embedded'"
         ) from error

@@ -66,7 +66,10 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return the records as a Markdown table."""
-    lines = ["| method | perplexity | calibrate s | solve s | propagate s | peak memory GiB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| method | perplexity | calibrate s | solve s | propagate s | peak memory GiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for record in records:
         seconds = record.get("seconds", {})
         stages = [f"{seconds[s]:.1f}" if s in seconds else "" for s in ("calibrate", "solve", "propagate")]

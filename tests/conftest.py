@@ -1,0 +1,71 @@
+"""Small models and golden numbers that many tests share."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a hub
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from lit_prune.models.io import load_model
+from lit_prune.ops import LayerStats
+
+settings.register_profile("project", deadline=None, max_examples=50)  # nothing here is timed
+settings.load_profile("project")
+
+DATA = Path(__file__).parent / "data"
+
+_WIDTHS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 384}
+_GROUPED = {**_WIDTHS, "intermediate_size": 48, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": _GROUPED,
+    "qwen2": _GROUPED,
+    "gemma3_text": {**_GROUPED, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "opt": {**_WIDTHS, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 384, "n_positions": 64, "n_inner": 48},
+    "gpt_neox": {**_WIDTHS, "intermediate_size": 48, "max_position_embeddings": 64},
+}
+"""Tiny models of six architectures, one with Conv1D, two with tied embeddings, one with two kinds of attention."""
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., nn.Module]:
+    """Build a tiny random model: ``tiny_model("llama")``."""
+
+    def build(model_type: str = "llama", seed: int = 0, **config: object) -> nn.Module:
+        torch.manual_seed(seed)
+        return load_model("random", config={"model_type": model_type, **CONFIGS[model_type], **config})
+
+    return build
+
+
+@pytest.fixture
+def tokens() -> list[Tensor]:
+    """Two calibration batches of three sequences of sixteen tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 259, (3, 16), generator=generator) for _ in range(2)]
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Tensor]:
+    """The reference implementations' numbers for one layer."""
+    with np.load(DATA / "layer.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+@pytest.fixture(scope="session")
+def golden_stats(golden: dict[str, Tensor]) -> LayerStats:
+    """The statistics of the golden layer's inputs."""
+    return LayerStats.from_inputs(golden["inputs"])
+
+
+@pytest.fixture(scope="session")
+def golden_errors() -> dict[str, float]:
+    """The reference implementations' relative output errors on the golden layer."""
+    return json.loads((DATA / "summary.json").read_text())["relative_output_error"]

@@ -1,0 +1,173 @@
+"""What every scorer, allocator and solver promises, checked on all that are discovered."""
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_prune import allocators, scorers, solvers
+from lit_prune.allocators.base import Allocator, Layer
+from lit_prune.errors import InputError
+from lit_prune.introspection import describe
+from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
+from lit_prune.ops.stats import COLLECTABLE
+from lit_prune.scorers.base import Scorer
+from lit_prune.solvers.base import Solver
+
+METHODS = [*scorers.METHODS.values(), *allocators.METHODS.values(), *solvers.METHODS.values()]
+PATTERNS = [Unstructured(0.5), Unstructured(0.3, "row"), Unstructured(0.9), Unstructured(0.0), NM(2, 4), NM(1, 4)]
+OUTPUTS, INPUTS = 10, 24  # not square, on purpose
+
+
+def by_name(cls: type) -> str:
+    return cls.__name__
+
+
+def make_layer(dtype: torch.dtype = torch.float32) -> tuple[Tensor, LayerStats, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator).to(dtype)
+    mixing = torch.randn(INPUTS, INPUTS, generator=generator)
+    stats = LayerStats.from_inputs(torch.randn(4, 20, INPUTS, generator=generator) @ mixing)
+    return weight, stats, torch.rand(OUTPUTS, INPUTS, generator=generator)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=by_name)
+def test_a_method_is_final_documented_and_alone_in_its_file(method: type) -> None:
+    assert getattr(method, "__final__", False)
+    module = inspect.getmodule(method)
+    in_file = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == method.__module__]
+    assert in_file == [method]
+    assert "class_path: " + method.__name__ in (method.__doc__ or "")
+    for parameter in inspect.signature(method).parameters:
+        assert f"{parameter}: " in (method.__init__.__doc__ or "")
+
+
+@pytest.mark.parametrize("scorer", scorers.METHODS.values(), ids=by_name)
+class TestScorers:
+    def test_scores_are_finite_float32_and_of_the_weights_shape(self, scorer: type[Scorer]) -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            weight, stats, _ = make_layer(dtype)
+            score = scorer().score(weight, stats)
+            assert score.shape == weight.shape
+            assert score.dtype == torch.float32
+            assert score.isfinite().all()
+
+    def test_arguments_are_not_changed(self, scorer: type[Scorer]) -> None:
+        weight, stats, _ = make_layer()
+        before, gram = weight.clone(), stats.gram.clone()
+        scorer().score(weight, stats)
+        assert torch.equal(weight, before)
+        assert torch.equal(stats.gram, gram)
+
+    def test_permuting_outputs_permutes_scores(self, scorer: type[Scorer]) -> None:
+        weight, stats, _ = make_layer()
+        order = torch.randperm(OUTPUTS)
+        torch.testing.assert_close(scorer().score(weight[order], stats), scorer().score(weight, stats)[order])
+
+    def test_needs_can_be_collected(self, scorer: type[Scorer]) -> None:
+        assert scorer.needs <= COLLECTABLE
+
+
+@pytest.mark.parametrize("solver", solvers.METHODS.values(), ids=by_name)
+class TestSolvers:
+    @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+    @pytest.mark.parametrize("scored", [False, True])
+    def test_the_pattern_is_met_exactly(self, solver: type[Solver], pattern: Pattern, scored: bool) -> None:
+        if not scored and solver.needs_score:
+            pytest.skip("needs a score")
+        for dtype in (torch.float32, torch.bfloat16):
+            weight, stats, score = make_layer(dtype)
+            solution = solver().solve(weight, stats, pattern, score if scored else None)
+            assert solution.weight.dtype == dtype
+            assert solution.weight.shape == solution.keep.shape == weight.shape
+            assert solution.weight.isfinite().all()
+            assert (solution.weight[~solution.keep] == 0).all()
+            assert (solution.keep == pattern.mask(solution.keep.float())).all()  # the counts are the pattern's
+
+    def test_arguments_are_not_changed(self, solver: type[Solver]) -> None:
+        weight, stats, score = make_layer()
+        copies = weight.clone(), stats.gram.clone(), score.clone()
+        solver().solve(weight, stats, Unstructured(0.5), score)
+        for now, before in zip((weight, stats.gram, score), copies, strict=True):
+            assert torch.equal(now, before)
+
+    def test_nothing_pruned_is_nothing_changed(self, solver: type[Solver]) -> None:
+        weight, stats, score = make_layer()
+        solution = solver().solve(weight, stats, Unstructured(0.0), score)
+        torch.testing.assert_close(solution.weight, weight, rtol=1e-4, atol=1e-5)
+
+    def test_permuting_outputs_permutes_the_solution(self, solver: type[Solver]) -> None:
+        weight, stats, score = make_layer()
+        order = torch.randperm(OUTPUTS)
+        pattern = Unstructured(0.5, "row")
+        straight = solver().solve(weight, stats, pattern, score)
+        permuted = solver().solve(weight[order], stats, pattern, score[order])
+        torch.testing.assert_close(permuted.weight, straight.weight[order], rtol=1e-3, atol=1e-4)
+
+    def test_indivisible_inputs_are_refused(self, solver: type[Solver]) -> None:
+        weight, score = torch.randn(4, 30), torch.rand(4, 30)
+        stats = LayerStats.from_inputs(torch.randn(2, 40, 30))
+        with pytest.raises(InputError, match="divisible by 4"):
+            solver().solve(weight, stats, NM(2, 4), score)
+
+
+def make_layers() -> list[Layer]:
+    shapes = [(8, 8), (4, 8), (16, 8), (8, 16)] * 3
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k, shape in enumerate(shapes)]
+    return [Layer(f"layers.{k}", k // 4, tuple(w.shape), lambda w=w: w) for k, w in enumerate(weights)]
+
+
+@pytest.fixture
+def make_allocator(tmp_path: Path) -> Callable[[type[Allocator]], Allocator]:
+    def make(cls: type[Allocator], **init_args: Any) -> Allocator:
+        if cls.__name__ == "FromFile":
+            path = tmp_path / "allocation.json"
+            path.write_text(json.dumps({f"layers.{k}": 0.1 + 0.07 * k for k in range(12)}))
+            init_args["path"] = str(path)
+        return cls(**init_args)
+
+    return make
+
+
+def mean(layers: Sequence[Layer], sparsity: dict[str, float]) -> float:
+    return sum(sparsity[layer.name] * layer.numel for layer in layers) / sum(layer.numel for layer in layers)
+
+
+@pytest.mark.parametrize("allocator", allocators.METHODS.values(), ids=by_name)
+class TestAllocators:
+    @pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.8, 0.95])
+    def test_the_budget_is_met_exactly(
+        self, allocator: type[Allocator], target: float, make_allocator: Callable[..., Allocator]
+    ) -> None:
+        layers = make_layers()
+        sparsity = make_allocator(allocator).allocate(layers, target)
+        assert list(sparsity) == [layer.name for layer in layers]
+        assert mean(layers, sparsity) == pytest.approx(target, abs=1e-9)
+        assert all(0 <= value < 1 for value in sparsity.values())
+
+    def test_bounds_hold(self, allocator: type[Allocator], make_allocator: Callable[..., Allocator]) -> None:
+        if "max_sparsity" not in inspect.signature(allocator).parameters:
+            pytest.skip("has no bounds")
+        layers = make_layers()
+        sparsity = make_allocator(allocator, min_sparsity=0.5, max_sparsity=0.7).allocate(layers, 0.6)
+        assert mean(layers, sparsity) == pytest.approx(0.6, abs=1e-9)
+        assert all(0.5 <= value <= 0.7 for value in sparsity.values())
+
+    def test_a_description_rebuilds_the_method(
+        self, allocator: type[Allocator], make_allocator: Callable[..., Allocator]
+    ) -> None:
+        method = make_allocator(allocator)
+        assert describe(type(method)(**describe(method)["init_args"])) == describe(method)
+
+
+@pytest.mark.parametrize("method", [*scorers.METHODS.values(), *solvers.METHODS.values()], ids=by_name)
+def test_a_description_rebuilds_the_method(method: type) -> None:
+    description = describe(method())
+    assert description["class_path"] == method.__name__
+    assert describe(method(**description["init_args"])) == description
+    json.dumps(description)

@@ -1,0 +1,127 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.models.blocks import find_blocks
+from lit_prune.models.calibrate import BlockReplay, evaluation_mode
+from lit_prune.models.targets import find_targets
+
+GRAM = frozenset({"gram"})
+
+
+def layers_of(model: nn.Module, block: int) -> dict[str, nn.Module]:
+    return {t.name: t.module for t in find_targets(model, find_blocks(model)) if t.block == block}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "opt", "gpt2", "gpt_neox"])
+def test_replay_sees_what_the_whole_model_sees(
+    model_type: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    # The reference: hooks on the whole model's own forward pass. Sixteen tokens exceed Gemma's window of eight, so a
+    # block replayed with another block's attention mask would differ.
+    model = tiny_model(model_type)
+    expected: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].detach().reshape(-1, args[0].shape[-1])
+            expected[name] = expected.get(name, 0) + rows.T @ rows
+
+        return add
+
+    blocks = find_blocks(model)
+    targets = find_targets(model, blocks)
+    handles = [t.module.register_forward_pre_hook(hook(t.name)) for t in targets]
+    with torch.no_grad():
+        for batch in tokens:
+            model(input_ids=batch)
+    for handle in handles:
+        handle.remove()
+    replay = BlockReplay(model, blocks, tokens)
+    for block in blocks:
+        stats = replay.collect(block.index, layers_of(model, block.index), GRAM)
+        for name, layer_stats in stats.items():
+            torch.testing.assert_close(layer_stats.gram, expected.pop(name), rtol=1e-4, atol=1e-4)
+            assert (layer_stats.sequences, layer_stats.tokens) == (6, 96)
+        replay.advance(block.index)
+    assert not expected
+
+
+def test_layers_with_the_same_input_share_their_statistics(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model()
+    stats = BlockReplay(model, find_blocks(model), tokens).collect(0, layers_of(model, 0), GRAM)
+    by_kind = {name.rsplit(".", 1)[-1]: value for name, value in stats.items()}
+    assert by_kind["q_proj"] is by_kind["k_proj"] is by_kind["v_proj"]
+    assert by_kind["gate_proj"] is by_kind["up_proj"]
+    assert len({id(value) for value in stats.values()}) == 4
+
+
+def test_equal_masks_are_held_once(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    model = tiny_model("gemma3_text")
+    replay = BlockReplay(model, find_blocks(model), tokens)
+    for calls in replay._calls:
+        first, second = (call.kwargs["position_embeddings"] for call in calls)
+        assert first[0] is second[0]
+
+
+def test_the_model_is_left_as_it_was(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    model = tiny_model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    forwards = [block.module.forward for block in find_blocks(model)]
+    with evaluation_mode(model):
+        replay = BlockReplay(model, find_blocks(model), tokens)
+        replay.collect(0, layers_of(model, 0), GRAM)
+    assert model.training and all(module.training for module in model.modules())
+    assert [block.module.forward for block in find_blocks(model)] == forwards
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_keyword_batches_work_and_padded_ones_are_refused(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model()
+    batch = {"input_ids": tokens[0], "attention_mask": torch.ones_like(tokens[0])}
+    BlockReplay(model, find_blocks(model), [batch]).advance(0)
+    batch["attention_mask"][0, -1] = 0
+    with pytest.raises(InputError, match="padded"):
+        BlockReplay(model, find_blocks(model), [batch])
+
+
+def test_no_batches_are_refused(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model()
+    with pytest.raises(InputError, match="no calibration batches"):
+        BlockReplay(model, find_blocks(model), [])
+
+
+def test_nan_activations_name_block_and_batch(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    replay = BlockReplay(model, find_blocks(model), tokens)
+    replay.advance(0)
+    with pytest.raises(NumericalError, match=r"output of model\.layers\.1 holds NaN or Inf on calibration batch 0"):
+        replay.advance(1)
+
+
+def test_a_layer_that_is_never_called_is_named(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    model = tiny_model()
+    replay = BlockReplay(model, find_blocks(model), tokens)
+    with pytest.raises(InputError, match="spare was never called"):
+        replay.collect(0, {"spare": nn.Linear(2, 2)}, GRAM)
+
+
+def test_autocast_statistics_are_float32(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    model = tiny_model()
+    replay = BlockReplay(
+        model, find_blocks(model), tokens, forward_context=lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    )
+    stats = replay.collect(0, layers_of(model, 0), GRAM)
+    assert all(value.gram.dtype == torch.float32 for value in stats.values())
+    exact = BlockReplay(model, find_blocks(model), tokens).collect(0, layers_of(model, 0), GRAM)
+    for name, value in stats.items():
+        assert (value.gram - exact[name].gram).norm() < 0.02 * exact[name].gram.norm()

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_prune.errors import InputError
+from lit_prune.ops import NM, PackedMask, Pattern, Unstructured, select
+
+# A worked 2x3 example. Scores:
+#     3 1 2
+#     6 4 5
+# Half of the matrix is 3 of 6 weights: 1, 2 and 3 go, which is the whole first row. A third of each row is 1 of 3: 1
+# goes from the first row and 4 from the second.
+SCORES = torch.tensor([[3.0, 1.0, 2.0], [6.0, 4.0, 5.0]])
+
+
+def test_worked_example() -> None:
+    assert select(SCORES, Unstructured(0.5)).tolist() == [[False] * 3, [True] * 3]
+    assert select(SCORES, Unstructured(1 / 3, group="row")).tolist() == [[True, False, True]] * 2
+    assert select(SCORES, NM(1, 3)).tolist() == [[True, False, False]] * 2
+
+
+@given(
+    rows=st.integers(1, 7), columns=st.integers(1, 30), sparsity=st.floats(0, 0.999), group=st.sampled_from(["row", "matrix"])
+)
+def test_counts_are_exact_even_with_ties(rows: int, columns: int, sparsity: float, group: str) -> None:
+    pruned = ~select(torch.ones(rows, columns), Unstructured(sparsity, group))
+    if group == "row":
+        assert pruned.sum(1).tolist() == [round(sparsity * columns)] * rows
+    else:
+        assert pruned.sum().item() == round(sparsity * rows * columns)
+
+
+@given(runs=st.integers(1, 6), of=st.integers(1, 8), data=st.data())
+def test_nm_keeps_exactly_n_of_every_run(runs: int, of: int, data: st.DataObject) -> None:
+    keep = data.draw(st.integers(1, of))
+    mask = select(torch.ones(3, runs * of), NM(keep, of))
+    assert (mask.reshape(-1, of).sum(1) == keep).all()
+
+
+@given(seed=st.integers(0, 10_000), group=st.sampled_from(["row", "matrix"]))
+def test_permuting_scores_permutes_the_mask(seed: int, group: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randperm(24, generator=generator).reshape(4, 6).float()
+    order = torch.randperm(6, generator=generator)
+    pattern = Unstructured(0.4, group)
+    assert torch.equal(select(scores[:, order], pattern), select(scores, pattern)[:, order])
+
+
+def test_only_the_order_of_scores_counts() -> None:
+    scores = torch.rand(5, 8)
+    for pattern in (Unstructured(0.3), Unstructured(0.3, "row"), NM(2, 4)):
+        assert torch.equal(select(scores, pattern), select(scores.exp() * 7, pattern))
+
+
+@pytest.mark.parametrize("sparsity", [1.2, -0.1, 1.0, float("nan"), "abc", None, True])
+def test_a_sparsity_outside_0_to_1_is_refused(sparsity: object) -> None:
+    with pytest.raises(InputError, match=r"sparsity is .*: it must be a number in \[0, 1\)"):
+        Unstructured(sparsity)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("keep", "of"), [(5, 4), (0, 4), (-1, 4), (1.5, 4)])
+def test_an_impossible_nm_is_refused(keep: int, of: int) -> None:
+    with pytest.raises(InputError, match=f"N:M is {keep}:{of}"):
+        NM(keep, of)
+
+
+def test_an_unknown_group_is_refused() -> None:
+    with pytest.raises(InputError, match="group is 'column'"):
+        Unstructured(0.5, "column")  # type: ignore[arg-type]
+
+
+def test_nm_needs_divisible_inputs() -> None:
+    with pytest.raises(InputError, match="2:4 needs inputs divisible by 4, and up_proj has 30"):
+        NM(2, 4).check((8, 30), "up_proj")
+    with pytest.raises(InputError, match="divisible by 4"):
+        select(torch.rand(2, 30), NM(2, 4))
+
+
+@pytest.mark.parametrize("scores", [torch.tensor([[1.0, float("nan")]]), torch.rand(3)])
+def test_scores_that_cannot_be_ranked_are_refused(scores: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="NaN|matrix"):
+        select(scores, Unstructured(0.5))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "row"), NM(4, 8)])
+def test_retargeting_keeps_the_structure(pattern: Pattern) -> None:
+    other = pattern.at(0.25)
+    assert type(other) is type(pattern)
+    assert other.sparsity == 0.25
+    assert repr(other.at(0.5)) == repr(pattern)
+
+
+def test_retargeted_nm_never_empties_a_run() -> None:
+    assert NM(2, 4).at(0.99).keep == 1
+
+
+def test_a_default_group_yields_to_the_users() -> None:
+    assert Unstructured(0.5).grouped("row").group == "row"
+    assert Unstructured(0.5, "matrix").grouped("row").group == "matrix"
+
+
+@given(numel=st.integers(0, 70), seed=st.integers(0, 1000))
+def test_packing_is_one_bit_per_weight_and_loses_nothing(numel: int, seed: int) -> None:
+    keep = torch.rand(numel, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = PackedMask.pack(keep)
+    assert packed.bits.numel() == -(-numel // 8)
+    assert torch.equal(packed.unpack(), keep)
+
+
+def test_packed_bits_are_least_significant_first() -> None:
+    assert PackedMask.pack(torch.tensor([[True, False, True], [False, False, True]])).bits.tolist() == [0b100101]
