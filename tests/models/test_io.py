@@ -1,0 +1,162 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lit_prune.errors import InputError
+from lit_prune.models import io
+from lit_prune.ops import PackedMask
+
+
+def mask_of(model: nn.Module, name: str) -> dict[str, PackedMask]:
+    keep = torch.rand(model.get_parameter(name).shape) < 0.5
+    with torch.no_grad():
+        model.get_parameter(name).masked_fill_(~keep, 0.0)
+    return {name: PackedMask.pack(keep)}
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_a_saved_folder_holds_model_tokenizer_masks_and_documents(
+    tmp_path: Path, tiny_model: Callable[..., nn.Module]
+) -> None:
+    model = tiny_model()
+    masks = mask_of(model, UP)
+    out = io.save_pruned(tmp_path / "out", model, io.load_tokenizer("random"), masks, {"a.json": "{}", "b.png": b"\x89"})
+    assert (out / "a.json").read_text() == "{}"
+    assert (out / "b.png").read_bytes() == b"\x89"
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert torch.equal(io.load_masks(out)[UP].unpack(), masks[UP].unpack())
+    assert io.load_tokenizer(str(out))("hi")["input_ids"] == io.load_tokenizer("random")("hi")["input_ids"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_revived_weight_is_not_saved(tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model()
+    masks = mask_of(model, UP)
+    pruned = (~masks[UP].unpack()).nonzero()[0]
+    model.get_parameter(UP).data[tuple(pruned)] = 1e-9
+    with pytest.raises(RuntimeError, match=rf"{UP}: 1 pruned weights are not zero"):
+        io.save_pruned(tmp_path / "out", model, None, masks, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_kept_unless_overwritten(tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> None:
+    out = tmp_path / "out"
+    io.save_pruned(out, tiny_model(), None, {}, {"a": "old"})
+    with pytest.raises(InputError, match="it exists and is kept"):
+        io.save_pruned(out, tiny_model(), None, {}, {"a": "new"})
+    assert (out / "a").read_text() == "old"
+    io.save_pruned(out, tiny_model(), None, {}, {"b": "new"}, overwrite=True)
+    assert (out / "b").read_text() == "new" and not (out / "a").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_is_no_model_folder_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="no model folder, so it is not overwritten"):
+        io.check_output(tmp_path, overwrite=True)
+
+
+def test_a_full_disk_is_told_before(tmp_path: Path, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(io.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match=r"it needs 0\.00 GB, and 0\.00 GB are free"):
+        io.check_space(tmp_path / "out", tiny_model())
+
+
+def test_a_failure_while_saving_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), io.replacing_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("half")
+        raise OSError("full")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_kill_while_saving_leaves_the_old_folder_or_none(tmp_path: Path, existing: bool) -> None:
+    out = tmp_path / "out"
+    if existing:
+        out.mkdir()
+        (out / "config.json").write_text("old")
+    program = f"""
+        import time
+        from pathlib import Path
+        from lit_prune.models.io import replacing_folder
+        with replacing_folder(Path({str(out)!r})) as folder:
+            (folder / "config.json").write_text("half")
+            Path({str(tmp_path / "writing")!r}).touch()
+            time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)])
+    while not (tmp_path / "writing").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (out / "config.json").read_text() == "old" if existing else not out.exists()
+    with io.replacing_folder(out) as folder:  # the next run clears what the killed one left
+        (folder / "config.json").write_text("new")
+    (tmp_path / "writing").unlink()
+    assert os.listdir(tmp_path) == ["out"]
+    assert (out / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "message"),
+    [
+        ("{tmp}", "the folder has no config.json"),
+        ("{tmp}/none", "there is no such file or folder"),
+        ("{tmp}/weights.bin", r"a file must be a \.gguf file"),
+        ("{tmp}/broken", "cannot be loaded"),
+        ("{tmp}/broken.gguf", "cannot be loaded|GGUF"),
+        ("nobody/no-such-model", "couldn't connect.*give a local folder"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_line(pretrained: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").touch()
+    (tmp_path / "broken.gguf").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=message) as error:
+        io.load_model(pretrained.format(tmp=tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_random_needs_a_model_type() -> None:
+    with pytest.raises(InputError, match="must name a model_type"):
+        io.load_model("random")
+    with pytest.raises(InputError, match="lama"):
+        io.load_model("random", config={"model_type": "lama"})
+
+
+def test_masks_are_asked_of_the_right_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such file"):
+        io.load_masks(tmp_path)
+    io.save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(InputError, match="holds no keep masks"):
+        io.load_masks(tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("not safetensors at all")
+    with pytest.raises(InputError, match="not a safetensors file"):
+        io.load_masks(tmp_path / "text")
+
+
+def test_a_fingerprint_tells_models_apart(tiny_model: Callable[..., nn.Module]) -> None:
+    assert io.model_fingerprint(tiny_model(seed=0)) == io.model_fingerprint(tiny_model(seed=0))
+    assert io.model_fingerprint(tiny_model(seed=0)) != io.model_fingerprint(tiny_model(seed=1))
+
+
+def test_json_is_read_as_written(tmp_path: Path) -> None:
+    io.write_json(tmp_path / "deep" / "a.json", {"x": [1, None]})
+    assert io.read_json(tmp_path / "deep" / "a.json") == {"x": [1, None]}
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"x": [1, None]}

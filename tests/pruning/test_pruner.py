@@ -1,0 +1,211 @@
+"""The engine, on six architectures."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lit_prune
+from lit_prune.allocators import FromFile
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
+from lit_prune.pruning import PruningPlan, prune
+from lit_prune.pruning.progress import Position
+from lit_prune.scorers import Magnitude, SparseGPTSaliency, Wanda
+from lit_prune.solvers import SparseGPT
+
+MODELS = ["llama", "qwen2", "gemma3_text", "opt", "gpt2", "gpt_neox"]
+PLANS = {
+    "magnitude": PruningPlan(Unstructured(0.5), Magnitude()),
+    "wanda": PruningPlan(Unstructured(0.6), Wanda()),
+    "saliency": PruningPlan(Unstructured(0.3, "row"), SparseGPTSaliency()),
+    "sparsegpt": PruningPlan(Unstructured(0.7), solver=SparseGPT()),
+    "sparsegpt 2:4": PruningPlan(NM(2, 4), solver=SparseGPT(block_size=16)),
+    "wanda 2:4": PruningPlan(NM(2, 4), Wanda()),
+}
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("name", PLANS)
+def test_exactly_the_targeted_weights_are_pruned(
+    model_type: str, name: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model, plan = tiny_model(model_type), PLANS[name]
+    before = copy.deepcopy(model.state_dict())
+    report = prune(model, tokens, plan)
+    masks = report.masks
+    assert len(masks) == len(plan.find_targets(model)[1])
+    for parameter, value in model.state_dict().items():
+        if parameter not in masks:
+            assert torch.equal(value, before[parameter]), parameter
+            continue
+        keep = masks[parameter].unpack()
+        assert keep.shape == value.shape
+        assert (value[~keep] == 0).all()
+    for layer in report.layers:
+        # By row, each row rounds on its own; else the count is exact to one weight.
+        by_row = getattr(plan.pattern.grouped(plan.scorer.group if plan.scorer else "matrix"), "group", None) == "row"
+        slack = 0.5 * layer.shape[0] if by_row else 1
+        assert abs(layer.reached - plan.pattern.sparsity) * layer.numel <= slack
+        assert layer.output_error is not None and 0 <= layer.output_error < 1.5
+    assert not model.training
+
+
+def test_the_stages_agree_with_the_parts(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    # The first layer of the first block, worked out with the parts alone.
+    model = tiny_model()
+    module = model.model.layers[0].self_attn.q_proj
+    inputs: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    for batch in tokens:
+        model(input_ids=batch)
+    handle.remove()
+    stats = LayerStats.from_inputs(torch.cat(inputs))
+    expected = SparseGPT().solve(module.weight, stats, Unstructured(0.5)).weight
+    prune(model, tokens, PruningPlan(Unstructured(0.5), solver=SparseGPT()))
+    torch.testing.assert_close(module.weight.detach(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_later_blocks_see_the_pruned_blocks_before_them(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    whole, later = tiny_model(), tiny_model()
+    first = ["model.layers.0.*"]
+    prune(whole, tokens, PruningPlan(Unstructured(0.5), Wanda()))
+    prune(later, tokens, PruningPlan(Unstructured(0.5), Wanda(), include=first))
+    prune(later, tokens, PruningPlan(Unstructured(0.5), Wanda(), exclude=first))
+    assert all(torch.equal(value, later.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_plan_that_needs_no_data_reads_none(tiny_model: Callable[..., nn.Module]) -> None:
+    def no_data() -> None:
+        raise AssertionError("read")
+        yield
+
+    report = prune(tiny_model(), no_data(), PruningPlan(Unstructured(0.5), Magnitude(), output_error=False))
+    assert report.sparsity == pytest.approx(0.5, abs=1e-4)
+    assert all(layer.output_error is None for layer in report.layers)
+
+
+def test_an_allocation_is_carried_out(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").write_text('{"model.layers.0.*": 0.4, "*": 0.8}')
+    report = prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Magnitude(), FromFile(str(tmp_path / "a.json"))))
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    by_block = [layers[0].asked for _, layers in report.blocks()]
+    assert by_block == pytest.approx([0.3, 0.6, 0.6])
+
+
+def test_excluded_blocks_are_passed_through(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    report = prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Wanda(), exclude=["*.layers.1.*"]))
+    assert [index for index, _ in report.blocks()] == [0, 2]
+
+
+def test_half_precision_and_other_devices_for_waiting_states(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model().bfloat16()
+    report = prune(model, tokens, PruningPlan(NM(2, 4), solver=SparseGPT(), device="cpu", hidden_device="cpu"))
+    assert report.sparsity == 0.5
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def test_progress_counts_blocks_and_estimates_time(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    seen: list[Position] = []
+    report = prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Wanda()), on_progress=seen.append)
+    per_block = ["calibrate", "solve", "propagate"]
+    assert [p.stage for p in seen] == ["record", *(per_block * 3)[:-1]]
+    assert [p.block for p in seen] == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert all((p.seconds_left is not None) == (p.block > 0) for p in seen)
+    assert set(report.seconds) == {"record", *per_block}
+    assert report.peak_memory and report.peak_memory > 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (lambda: PruningPlan(Unstructured(0.5)), "Zero needs a plan.scorer"),
+        (lambda: PruningPlan(Unstructured(0.5), Wanda(), include="*"), "must be a list"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(plan: Callable[[], PruningPlan], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plan()
+
+
+def test_nothing_changes_when_a_plan_cannot_be_carried_out(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model("llama", intermediate_size=30)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=r"2:4 needs inputs divisible by 4, and model\.layers\.0\.mlp\.down_proj has 30"):
+        prune(model, tokens, PruningPlan(NM(2, 4), Wanda()))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_singular_gram_matrix_names_the_layer(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    with pytest.raises(NumericalError, match=r"model\.layers\.0\..*: the Gram matrix .* at damping 0 "):
+        prune(tiny_model(), [tokens[0][:1, :4]], PruningPlan(Unstructured(0.5), solver=SparseGPT(damping=0.0)))
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=repr)
+def test_a_killed_run_resumes_to_the_same_bits(
+    model_type: str, pattern: Pattern, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    plan = PruningPlan(pattern, solver=SparseGPT())
+    straight = tiny_model(model_type)
+    expected = prune(straight, tokens, plan)
+
+    def kill(position: Position) -> None:
+        if (position.block, position.stage) == (2, "solve"):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        prune(tiny_model(model_type), tokens, plan, journal_folder=tmp_path, on_progress=kill)
+    stages: list[tuple[int, str]] = []
+    resumed = tiny_model(model_type)
+    report = prune(
+        resumed,
+        tokens,
+        plan,
+        journal_folder=tmp_path,
+        resume=True,
+        on_progress=lambda p: stages.append((p.block, p.stage)),
+    )
+    assert [s for s in stages if s[1] == "solve"] == [(2, "solve")]
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
+    for name, mask in expected.masks.items():
+        assert torch.equal(mask.unpack(), report.masks[name].unpack())
+    assert [layer.reached for layer in report.layers] == [layer.reached for layer in expected.layers]
+
+
+def test_resuming_something_else_is_refused_and_named(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    plan = PruningPlan(Unstructured(0.5), Wanda())
+    prune(tiny_model(), tokens, plan, journal_folder=tmp_path)
+    with pytest.raises(InputError, match=r"plan\.pattern\.init_args\.sparsity was 0\.5 and is now 0\.6"):
+        prune(tiny_model(), tokens, plan.at(0.6), journal_folder=tmp_path, resume=True)
+    with pytest.raises(InputError, match="data was"):
+        prune(tiny_model(), tokens[:1], plan, journal_folder=tmp_path, resume=True)
+    with pytest.raises(InputError, match="model was"):
+        prune(tiny_model(seed=1), tokens, plan, journal_folder=tmp_path, resume=True)
+    prune(tiny_model(), tokens, plan.at(0.6), journal_folder=tmp_path)  # without resume it starts afresh
+
+
+def test_the_public_names_are_the_documented_ones() -> None:
+    for name in lit_prune.__all__:
+        assert getattr(lit_prune, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        _ = lit_prune.nope
