@@ -96,27 +96,33 @@ class PruningCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Give the data the model's tokenizer where none is named."""
-        config = self.config[self.subcommand]
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
+
+
+def build(arguments: list[str], run: bool = True) -> PruningCLI:
+    """Parse the arguments, build model, data and trainer, and carry the subcommand out (unless ``run`` is off)."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    _silence_libraries()
+    return PruningCLI(
+        LitCausalLM,
+        TextDataModule,
+        trainer_class=PruningTrainer,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"exit_on_error": False},
+        args=arguments,
+        run=run,
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake is one line (a traceback with ``--debug``)."""
     arguments = _with_flags(sys.argv[1:] if args is None else args)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    _silence_libraries()
     try:
-        PruningCLI(
-            LitCausalLM,
-            TextDataModule,
-            trainer_class=PruningTrainer,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False},
-            args=arguments,
-        )
+        build(arguments)
     except Exception as error:
         message = explain(error)
         if message is None or "--debug" in arguments:

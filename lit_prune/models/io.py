@@ -15,8 +15,18 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from lit_prune.errors import InputError, first_line
@@ -60,10 +70,19 @@ def load_model(
 def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to ``pretrained`` (bytes for ``random``)."""
     if pretrained == RANDOM:
-        return ByT5Tokenizer()
+        return _byte_tokenizer()
     with _explained(pretrained):
         location, extra = _locate(pretrained)
         return AutoTokenizer.from_pretrained(location, **extra, trust_remote_code=trust_remote_code)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Return a tokenizer of the 256 bytes and an end-of-text token, for models with random weights."""
+    vocabulary = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 def _config_of(config: Mapping[str, Any] | None) -> Any:
@@ -71,7 +90,7 @@ def _config_of(config: Mapping[str, Any] | None) -> Any:
         raise InputError("model.pretrained is 'random': model.config must name a model_type, such as llama")
     values = dict(config)
     model_type = values.pop("model_type")
-    values.setdefault("vocab_size", len(ByT5Tokenizer()))
+    values.setdefault("vocab_size", len(_byte_tokenizer()))
     try:
         return AutoConfig.for_model(model_type, **values)
     except ValueError as error:

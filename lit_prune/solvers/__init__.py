@@ -1,4 +1,4 @@
-"""Layer 1: choose the mask, repair the rest. One file per method; every file here is imported, and its class offered."""
+"""Layer 1: choose the mask, repair the rest. One file per method; every file here is imported, its class offered."""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ class LitCausalLM(LightningModule):
         if self.model is not None:
             return
         dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
-        self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code)
+        # Lightning trains modules in the mode in which it finds them.
+        self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code).train()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
 
@@ -121,7 +122,8 @@ class LitCausalLM(LightningModule):
 
     def _log_loss(self, stage: str) -> None:
         loss = self._loss.compute()
-        self._loss.reset()
+        with torch.inference_mode(False):  # the metric may be used in a training run next
+            self._loss.reset()
         self.log_dict({f"{stage}/loss": loss, f"{stage}/perplexity": loss.double().exp()}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:

@@ -69,7 +69,7 @@ def test_from_file_reads_an_earlier_run(tmp_path: Path) -> None:
 
 
 def test_from_file_names_what_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="gives no sparsity for a.k"):
+    with pytest.raises(InputError, match=r"gives no sparsity for a\.k"):
         FromFile(write(tmp_path / "a.json", {"a.q": 0.1})).allocate(LAYERS, 0.5)
     with pytest.raises(InputError, match=r"'b\.\*' matches no layer"):
         FromFile(write(tmp_path / "b.json", {"*": 0.1, "b.*": 0.2})).allocate(LAYERS, 0.5)
@@ -81,5 +81,5 @@ def test_from_file_names_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("{")
     with pytest.raises(InputError, match="not a JSON file"):
         FromFile(str(tmp_path / "d.json"))
-    with pytest.raises(InputError, match="min_sparsity 0.5 is above max_sparsity 0.2"):
+    with pytest.raises(InputError, match=r"min_sparsity 0\.5 is above max_sparsity 0\.2"):
         FromFile(write(tmp_path / "e.json", {"*": 0.1}), min_sparsity=0.5, max_sparsity=0.2)

@@ -33,7 +33,9 @@ def test_a_saved_folder_holds_model_tokenizer_masks_and_documents(
 ) -> None:
     model = tiny_model()
     masks = mask_of(model, UP)
-    out = io.save_pruned(tmp_path / "out", model, io.load_tokenizer("random"), masks, {"a.json": "{}", "b.png": b"\x89"})
+    out = io.save_pruned(
+        tmp_path / "out", model, io.load_tokenizer("random"), masks, {"a.json": "{}", "b.png": b"\x89"}
+    )
     assert (out / "a.json").read_text() == "{}"
     assert (out / "b.png").read_bytes() == b"\x89"
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -70,7 +72,9 @@ def test_what_is_no_model_folder_is_never_overwritten(tmp_path: Path) -> None:
         io.check_output(tmp_path, overwrite=True)
 
 
-def test_a_full_disk_is_told_before(tmp_path: Path, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_before(
+    tmp_path: Path, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(io.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     with pytest.raises(InputError, match=r"it needs 0\.00 GB, and 0\.00 GB are free"):
         io.check_space(tmp_path / "out", tiny_model())

@@ -21,7 +21,10 @@ def test_worked_example() -> None:
 
 
 @given(
-    rows=st.integers(1, 7), columns=st.integers(1, 30), sparsity=st.floats(0, 0.999), group=st.sampled_from(["row", "matrix"])
+    rows=st.integers(1, 7),
+    columns=st.integers(1, 30),
+    sparsity=st.floats(0, 0.999),
+    group=st.sampled_from(["row", "matrix"]),
 )
 def test_counts_are_exact_even_with_ties(rows: int, columns: int, sparsity: float, group: str) -> None:
     pruned = ~select(torch.ones(rows, columns), Unstructured(sparsity, group))
@@ -79,7 +82,7 @@ def test_nm_needs_divisible_inputs() -> None:
 
 @pytest.mark.parametrize("scores", [torch.tensor([[1.0, float("nan")]]), torch.rand(3)])
 def test_scores_that_cannot_be_ranked_are_refused(scores: torch.Tensor) -> None:
-    with pytest.raises(InputError, match="NaN|matrix"):
+    with pytest.raises(InputError, match=r"NaN|matrix"):
         select(scores, Unstructured(0.5))
 
 

@@ -94,7 +94,9 @@ def test_an_allocation_is_carried_out(
     tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
 ) -> None:
     (tmp_path / "a.json").write_text('{"model.layers.0.*": 0.4, "*": 0.8}')
-    report = prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Magnitude(), FromFile(str(tmp_path / "a.json"))))
+    report = prune(
+        tiny_model(), tokens, PruningPlan(Unstructured(0.5), Magnitude(), FromFile(str(tmp_path / "a.json")))
+    )
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     by_block = [layers[0].asked for _, layers in report.blocks()]
     assert by_block == pytest.approx([0.3, 0.6, 0.6])
@@ -114,9 +116,7 @@ def test_half_precision_and_other_devices_for_waiting_states(
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
 
-def test_progress_counts_blocks_and_estimates_time(
-    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
-) -> None:
+def test_progress_counts_blocks_and_estimates_time(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
     seen: list[Position] = []
     report = prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Wanda()), on_progress=seen.append)
     per_block = ["calibrate", "solve", "propagate"]
@@ -144,7 +144,7 @@ def test_nothing_changes_when_a_plan_cannot_be_carried_out(
 ) -> None:
     model = tiny_model("llama", intermediate_size=30)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match=r"2:4 needs inputs divisible by 4, and model\.layers\.0\.mlp\.down_proj has 30"):
+    with pytest.raises(InputError, match=r"divisible by 4, and model\.layers\.0\.mlp\.down_proj has 30"):
         prune(model, tokens, PruningPlan(NM(2, 4), Wanda()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +39,7 @@ def test_cubic_rises_to_exactly_the_plans_sparsity(
     assert (steps[0], steps[-1]) == (start, schedule.last)
     assert values[0] == pytest.approx(initial)
     assert values[-1] == final
-    assert all(a <= b + 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(a <= b + 1e-12 for a, b in pairwise(values))
 
 
 def test_impossible_schedules_are_refused() -> None:

@@ -17,7 +17,9 @@ def test_magnitude_worked_example() -> None:
 def test_wanda_worked_example() -> None:
     # Squared norms averaged over the two sequences: (4 + 4) / 2 = 4, (1 + 0) / 2 = 0.5, 0.5.
     score = Wanda().score(WEIGHT, LayerStats.from_inputs(INPUTS))
-    torch.testing.assert_close(score, torch.tensor([[2.0, 2 * 0.5**0.5, 3 * 0.5**0.5], [8.0, 5 * 0.5**0.5, 6 * 0.5**0.5]]))
+    torch.testing.assert_close(
+        score, torch.tensor([[2.0, 2 * 0.5**0.5, 3 * 0.5**0.5], [8.0, 5 * 0.5**0.5, 6 * 0.5**0.5]])
+    )
 
 
 def test_sparsegpt_saliency_worked_example() -> None:

@@ -9,14 +9,16 @@ from lit_prune.solvers import SparseGPT
 
 
 def test_worked_example() -> None:
-    # Weights (1, 2, 3) in the first row, Gram matrix G = [[2, 1, 0], [1, 2, 0], [0, 0, 9]], no damping, a third to prune.
-    # G⁻¹ = [[2/3, -1/3, 0], [-1/3, 2/3, 0], [0, 0, 1/9]]; its upper Cholesky factor has U_00² = 2/3, U_01 = -1/3 / U_00,
+    # Weights (1, 2, 3) in the first row, G = [[2, 1, 0], [1, 2, 0], [0, 0, 9]], a third to prune.
+    # G⁻¹ = [[2/3, -1/3, 0], [-1/3, 2/3, 0], [0, 0, 1/9]]; the upper factor has U_00² = 2/3, U_01 = -1/3 / U_00,
     # U_11² = 2/3 - 1/6 = 1/2 and U_22² = 1/9. The saliencies of (1, 2, 3) are 1 / (2/3) = 1.5, 4 / (1/2) = 8 and
     # 9 / (1/9) = 81, so the first weight goes, with e = 1 / U_00, and the second becomes 2 - e U_01 = 2 + 1/2. A second
     # row (4, 1, 0) has the saliencies 24, 2 and 0: of the six weights the two smallest are its 0 and the first row's 1.
     gram = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 9.0]], dtype=torch.float64)
     stats = LayerStats.from_inputs(torch.linalg.cholesky(gram).T)
-    solution = SparseGPT(damping=0.0).solve(torch.tensor([[1.0, 2.0, 3.0], [4.0, 1.0, 0.0]]), stats, Unstructured(1 / 3))
+    solution = SparseGPT(damping=0.0).solve(
+        torch.tensor([[1.0, 2.0, 3.0], [4.0, 1.0, 0.0]]), stats, Unstructured(1 / 3)
+    )
     torch.testing.assert_close(solution.weight, torch.tensor([[0.0, 2.5, 3.0], [4.0, 1.0, 0.0]]))
     assert solution.keep.tolist() == [[False, True, True], [True, True, False]]
 

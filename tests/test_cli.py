@@ -1,0 +1,223 @@
+"""The command line as a person uses it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_prune.cli import main
+from lit_prune.models.io import load_masks, load_model
+
+MODELS = {
+    "llama": {"num_key_value_heads": 2, "intermediate_size": 48},
+    "qwen2": {"num_key_value_heads": 2, "intermediate_size": 48, "tie_word_embeddings": True},
+    "gemma3_text": {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8, "sliding_window": 8},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {"n_inner": 48},
+    "gpt_neox": {"intermediate_size": 48},
+}
+
+
+def unstructured(sparsity: object) -> dict[str, object]:
+    return {"class_path": "Unstructured", "init_args": {"sparsity": sparsity}}
+
+
+WANDA = {"pattern": unstructured(0.5), "scorer": {"class_path": "Wanda"}}
+
+
+def write_config(folder: Path, model_type: str = "llama", plan: object = None, **data: object) -> str:
+    model = {"model_type": model_type, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {
+        "model": {"pretrained": "random", "config": {**model, **MODELS[model_type]}},
+        "data": {"dataset": "embedded", "sequences": 4, "seqlen": 32, "max_windows": 3, **data},
+        "trainer": {
+            "accelerator": "cpu",
+            "default_root_dir": str(folder / "logs"),
+            "callbacks": [{"class_path": "Prune", "init_args": {"plan": plan or WANDA}}],
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def fails_with(message: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> None:
+    """Run the command line; it must end with one line that matches ``message``, and no traceback."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lit-prune: error: ")]
+    assert len(errors) == 1
+    assert re.search(message, errors[0]), errors[0]
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_prune_gives_the_sparsity_asked_and_opens_anywhere(model_type: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["prune", "-c", write_config(tmp_path, model_type), "--output", str(out)]) == 0
+    report = json.loads((out / "pruning.json").read_text())
+    model = load_model(str(out))
+    for name, mask in load_masks(out).items():
+        keep = mask.unpack()
+        assert (model.get_parameter(name)[~keep] == 0).all()
+        assert abs((~keep).sum().item() - 0.5 * keep.numel()) <= 1
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    # A process that knows nothing of lit_prune opens the folder and finds the reported perplexity.
+    program = f"""
+import math, sys, torch
+from pydoc_data.topics import topics
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(out)!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained({str(out)!r})
+texts = sorted(topics.values(), key=lambda text: (len(text), text))
+tokens = tokenizer("\\n\\n".join(t for k, t in enumerate(texts) if k % 10 == 9), return_tensors="pt").input_ids[0]
+windows = tokens[: 3 * 32].reshape(3, 32)
+with torch.no_grad():
+    losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
+assert "lit_prune" not in sys.modules
+print(math.exp(sum(losses) / len(losses)))
+"""
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert float(result.stdout) == pytest.approx(report["evaluation"]["perplexity_after"], rel=1e-4)
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))  # TensorBoard is the default logger
+
+
+def test_a_precision_of_the_trainer_is_used(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--trainer.precision", "bf16-true", "--output", str(out)]
+    assert main(["prune", "-c", write_config(tmp_path), *options]) == 0
+    assert load_model(str(out)).dtype == torch.bfloat16
+
+
+def test_fit_validate_and_test_run(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert main(["fit", "-c", config, "--trainer.max_steps", "2", "--trainer.logger", "false"]) == 0
+    assert main(["validate", "-c", config]) == 0
+    assert main(["test", "-c", config]) == 0
+
+
+def test_print_config_can_be_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["prune", "-c", write_config(tmp_path), "--data.seqlen", "16", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["seqlen"] == 16
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(printed))
+    out = str(tmp_path / "out")
+    assert main(["prune", "-c", str(tmp_path / "again.yaml"), "--output", out]) == 0
+
+
+def test_help_comes_from_the_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["prune", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Replace the folder where it exists." in text
+    assert "Tokens per window, for training, evaluation and calibration." in text
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            {"pattern": unstructured(1.2)},
+            r"sparsity is 1\.2: it must be .*\[0, 1\)",
+        ),
+        ({"pattern": unstructured(-0.1)}, r"sparsity is -0\.1"),
+        (
+            {"pattern": unstructured("abc")},
+            r"sparsity: Expected a .*float.* abc",
+        ),
+        ({"pattern": {"class_path": "NM", "init_args": {"keep": 5, "of": 4}}}, r"N:M is 5:4"),
+        ({"scorer": {"class_path": "Wandah"}}, r"plan\.scorer: there is no class 'Wandah'; use .*Wanda"),
+        ({"scorer": None}, r"Zero needs a plan\.scorer"),
+        ({"include": ["*.nothing"]}, r"plan\.include: '\*\.nothing' matches no linear layer"),
+        ({"scorrer": None}, r"scorrer"),
+        ({"solver": {"class_path": "SparseGPT", "init_args": {"damping": -1}}}, r"damping is -1"),
+    ],
+)
+def test_a_bad_plan_is_one_line(
+    plan: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, plan={**WANDA, **plan})
+    fails_with(message, capsys, "prune", "-c", config, "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_indivisible_inputs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = {**WANDA, "pattern": {"class_path": "NM", "init_args": {"keep": 2, "of": 4}}}
+    config = write_config(tmp_path, plan=plan)
+    Path(config).write_text(Path(config).read_text().replace("intermediate_size: 48", "intermediate_size: 30"))
+    message = r"2:4 needs inputs divisible by 4, and model\.layers\.0\.mlp\.down_proj has 30"
+    fails_with(message, capsys, "prune", "-c", config, "--output", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.nope", "3"], r"data\.nope"),
+        (["--model.pretrained", "{tmp}"], r"no config\.json, so it is no model"),
+        (["--model.pretrained", "nobody/no-such-model"], r"'nobody/no-such-model': it cannot be loaded .*local folder"),
+        (["--data.dataset", "wikitext2"], r"'wikitext2' cannot be read .*without a hub in reach"),
+        (["--data.seqlen", "10000000"], r"fewer than one sequence of 10000000"),
+        (["--data.calibration", "{tmp}/short.txt"], r"short\.txt' has 5 tokens, fewer than one sequence"),
+        (["--trainer.max_steps", "many"], r"trainer\.max_steps: Expected a .*int.* many"),
+        (["--trainer.accelerator", "gpu"], r"CUDA|gpu"),
+        (["-c", "{tmp}/none.yaml"], r"File does not exist"),
+    ],
+)
+def test_a_bad_argument_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "gpu" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (tmp_path / "short.txt").write_text("short")
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    config = write_config(tmp_path)
+    fails_with(message, capsys, "prune", "-c", config, "--output", str(tmp_path / "out"), *given)
+
+
+def test_an_unknown_subcommand_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    fails_with("invalid choice: 'prine'", capsys, "prine")
+
+
+def test_an_output_folder_is_kept_unless_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = write_config(tmp_path), tmp_path / "out"
+    assert main(["prune", "-c", config, "--output", str(out)]) == 0
+    before = (out / "model.safetensors").read_bytes()
+    fails_with("it exists and is kept", capsys, "prune", "-c", config, "--output", str(out))
+    assert (out / "model.safetensors").read_bytes() == before
+    assert main(["prune", "-c", config, "--output", str(out), "--overwrite"]) == 0
+    assert main(["prune", "-c", config, "--output", str(out), "--overwrite", "true"]) == 0
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    config = write_config(tmp_path, plan={**WANDA, "pattern": unstructured(1.5)})
+    with pytest.raises(Exception, match=r"sparsity is 1\.5"):
+        main(["prune", "--debug", "-c", config])
+
+
+def test_a_killed_run_leaves_nothing_half_written_and_resumes(tmp_path: Path) -> None:
+    config, out = write_config(tmp_path), tmp_path / "out"
+    Path(config).write_text(Path(config).read_text().replace("num_hidden_layers: 2", "num_hidden_layers: 12"))
+    command = [sys.executable, "-m", "lit_prune", "prune", "-c", config, "--output", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = tmp_path / ".out.journal"
+    while not (journal / "block_0001.json").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert main([*command[3:], "--resume"]) == 0
+    straight = tmp_path / "straight"
+    assert main(["prune", "-c", config, "--output", str(straight)]) == 0
+    for name, value in load_model(str(straight)).state_dict().items():
+        assert torch.equal(value, load_model(str(out)).state_dict()[name])
+    assert not journal.exists()
+    assert sorted(p for p in os.listdir(tmp_path) if "out" in p) == ["out"]

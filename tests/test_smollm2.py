@@ -1,0 +1,25 @@
+"""The real model of the demo: fetched, pruned and explained by the commands that the README names."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_prunes_a_real_model(tmp_path: Path) -> None:
+    model = ROOT / "out" / "smollm2-135m"
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py"), str(model)], check=True)
+    command = [sys.executable, "-m", "lit_prune", "prune", "--config", str(ROOT / "configs" / "demo.yaml")]
+    small = ["--data.sequences", "4", "--data.max_windows", "6", "--trainer.default_root_dir", str(tmp_path)]
+    subprocess.run([*command, "--model.pretrained", str(model), "--output", str(tmp_path / "out"), *small], check=True)
+    report = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-6)
+    assert len(report["layers"]) == 210
+    evaluation = report["evaluation"]
+    assert 5 < evaluation["perplexity_before"] < 40
+    assert 1 < evaluation["perplexity_after"] / evaluation["perplexity_before"] < 3

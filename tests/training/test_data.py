@@ -1,0 +1,147 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from lit_prune.errors import InputError
+from lit_prune.models.io import load_tokenizer
+from lit_prune.training import TextDataModule
+from lit_prune.training.text import read_documents
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {k}\n" for k in range(200)))
+    return str(path)
+
+
+def module(**options: object) -> TextDataModule:
+    return TextDataModule(tokenizer="random", **{"dataset": "embedded", "seqlen": 32, "sequences": 6, **options})  # type: ignore[arg-type]
+
+
+def test_windows_are_the_whole_text_without_overlap(text_file: str) -> None:
+    data = module(test=text_file, batch_size=3)
+    windows = torch.cat([batch["input_ids"] for batch in data.test_dataloader()])
+    tokens = torch.tensor(load_tokenizer("random")(Path(text_file).read_text())["input_ids"])
+    assert torch.equal(windows.flatten(), tokens[: len(tokens) // 32 * 32])
+    assert len(module(test=text_file, max_windows=2).test_dataloader().dataset) == 2  # type: ignore[arg-type]
+
+
+def test_the_embedded_splits_share_no_document() -> None:
+    parts = [set(read_documents("embedded", split, "text", 1)) for split in ("train", "validation", "test")]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    sizes = [sum(map(len, part)) for part in parts]
+    assert sum(sizes) > 300_000
+    assert all(0.05 < size / sum(sizes) < 0.2 for size in sizes[1:])
+
+
+def test_calibration_is_a_seeded_sample_of_the_training_text() -> None:
+    batches = module(calibration_batch_size=4).calibration_batches()
+    assert [tuple(batch.shape) for batch in batches] == [(4, 32), (2, 32)]
+    assert batches[0].dtype == torch.int64
+    again, other = module().calibration_batches(), module(seed=1).calibration_batches()
+    assert torch.equal(torch.cat(batches), torch.cat(again))
+    assert not torch.equal(torch.cat(batches), torch.cat(other))
+    training = torch.cat([batch["input_ids"] for batch in module().train_dataloader()]).flatten().tolist()
+    text = ",".join(map(str, sorted(training)[:0])) + ",".join(map(str, _tokens("train")))
+    assert ",".join(map(str, batches[0][0].tolist())) in text
+
+
+def _tokens(split: str) -> list[int]:
+    documents = read_documents("embedded", split, "text", 1)  # type: ignore[arg-type]
+    return load_tokenizer("random")("\n\n".join(documents))["input_ids"]
+
+
+def test_training_windows_are_shuffled_with_the_seed() -> None:
+    first, again = (torch.cat([b["input_ids"] for b in module().train_dataloader()]) for _ in range(2))
+    other = torch.cat([b["input_ids"] for b in module(seed=1).train_dataloader()])
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_parquet(path: Path, rows: list[dict[str, str]]) -> None:
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+@pytest.mark.parametrize(("suffix", "write"), [(".jsonl", write_jsonl), (".parquet", write_parquet)])
+def test_tables_are_read_by_column(
+    suffix: str, write: Callable[[Path, list[dict[str, str]]], None], tmp_path: Path
+) -> None:
+    path = tmp_path / f"rows{suffix}"
+    write(path, [{"body": "one"}, {"body": "two"}])
+    assert read_documents(str(path), "train", "body", 10) == ["one", "two"]
+    with pytest.raises(InputError, match=r"has no column 'text', only \['body'\]"):
+        read_documents(str(path), "train", "text", 10)
+
+
+def test_long_documents_are_looked_for_within_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"text": "short"}] * 20 + [{"text": "long " * 20}] * 4)
+    data = module(calibration=str(path), documents="long", sequences=4)
+    assert torch.cat(data.calibration_batches()).shape == (4, 32)
+    with pytest.raises(InputError, match=r"of 24 documents, 4 are longer than 32 tokens and 5 are needed"):
+        module(calibration=str(path), documents="long", sequences=5).calibration_batches()
+    with pytest.raises(InputError, match=r"of 2 documents, "):
+        module(calibration=str(path), documents="long", search_limit=2).calibration_batches()
+
+
+@pytest.mark.parametrize("use", ["test_dataloader", "calibration_batches", "train_dataloader"])
+def test_a_text_shorter_than_one_sequence_is_refused(use: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("too short")
+    with pytest.raises(InputError, match=r"a\.txt' has 9 tokens, fewer than one sequence of 32"):
+        getattr(module(dataset=str(tmp_path / "a.txt")), use)()
+
+
+def test_a_text_of_exactly_one_sequence_will_do(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 32)
+    data = module(dataset=str(tmp_path / "a.txt"))
+    assert len(data.test_dataloader()) == 1
+    assert torch.cat(data.calibration_batches()).shape == (6, 32)
+
+
+@pytest.mark.parametrize("source", ["wikitext2", "c4", "nobody/no-such-set:config"])
+def test_a_hub_set_without_a_hub_says_what_to_do(source: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"'{source}' cannot be read .*\.txt, \.jsonl or \.parquet file, or 'embedded'"
+    ):
+        read_documents(source, "train", "text", 10)
+
+
+@pytest.mark.parametrize("source", ["none.txt", "none.parquet", "."])
+def test_a_missing_file_is_named(source: str) -> None:
+    with pytest.raises(InputError, match="there is no such file"):
+        read_documents(source, "train", "text", 10)
+
+
+def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.docx").touch()
+    with pytest.raises(InputError, match=r"it must end in \.txt"):
+        read_documents(str(tmp_path / "a.docx"), "train", "text", 10)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("seqlen", 1),
+        ("sequences", 0),
+        ("batch_size", 0),
+        ("calibration_batch_size", 0),
+        ("search_limit", 0),
+        ("max_windows", 0),
+    ],
+)
+def test_impossible_counts_are_refused(option: str, value: int) -> None:
+    with pytest.raises(InputError, match=rf"data\.{option} is {value}"):
+        module(**{option: value})
+
+
+def test_a_tokenizer_is_needed() -> None:
+    with pytest.raises(InputError, match=r"data\.tokenizer is null"):
+        TextDataModule(dataset="embedded").test_dataloader()

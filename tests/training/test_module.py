@@ -1,0 +1,86 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from transformers import AutoModelForCausalLM
+
+from lit_prune.models.io import save_pruned
+from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.training.module import next_token_loss
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+def trainer(**options: object) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return Trainer(**{**quiet, "enable_model_summary": False, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def data() -> TextDataModule:
+    return TextDataModule("random", dataset="embedded", seqlen=32, max_windows=40, batch_size=3)
+
+
+def test_the_loss_worked_example() -> None:
+    # Two tokens, a vocabulary of two, logits 0 and ln 3 at the first position: the second token, 1, has probability
+    # 3/4. The last position predicts nothing and its logits do not count.
+    logits = torch.tensor([[[0.0, math.log(3)], [9.0, -9.0]]])
+    assert next_token_loss(logits, torch.tensor([[0, 1]])).item() == pytest.approx(math.log(4 / 3))
+
+
+def test_perplexity_is_the_papers(data: TextDataModule) -> None:
+    # exp of the mean, over windows, of each window's mean loss as transformers works it out.
+    module = LitCausalLM("random", config=LLAMA)
+    result = trainer().test(module, data, verbose=False)[0]
+    losses = [
+        module.model(input_ids=window[None], labels=window[None]).loss.item()
+        for batch in data.test_dataloader()
+        for window in batch["input_ids"]
+    ]
+    assert result["test/perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert result["test/loss"] == pytest.approx(math.log(result["test/perplexity"]), rel=1e-5)
+
+
+def test_a_hopeless_model_has_a_finite_perplexity(data: TextDataModule) -> None:
+    module = LitCausalLM("random", config=LLAMA)
+    module.configure_model()
+    module.model.lm_head.weight.data.mul_(2000)
+    assert math.isfinite(trainer().test(module, data, verbose=False)[0]["test/perplexity"])
+
+
+def test_training_learns_and_reports_tokens_per_second(data: TextDataModule) -> None:
+    torch.manual_seed(0)
+    module = LitCausalLM(
+        "random",
+        config=LLAMA,
+        gradient_checkpointing=True,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=10),
+    )
+    runner = trainer(max_steps=10, log_every_n_steps=1)
+    before = trainer().validate(module, data, verbose=False)[0]["val/loss"]
+    runner.fit(module, data)
+    assert module.model.is_gradient_checkpointing
+    assert runner.callback_metrics["train/tokens_per_second"] > 0
+    assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3)  # the schedule moved with every step
+    assert trainer().validate(module, data, verbose=False)[0]["val/loss"] < before - 0.5
+
+
+def test_a_saved_model_is_loaded_in_the_asked_precision(tmp_path: Path, data: TextDataModule) -> None:
+    module = LitCausalLM("random", config=LLAMA)
+    module.configure_model()
+    save_pruned(tmp_path / "m", module.model, module.load_tokenizer(), {}, {})
+    for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        loaded = LitCausalLM(str(tmp_path / "m"), dtype=name)  # type: ignore[arg-type]
+        loaded.configure_model()
+        assert loaded.model.dtype == dtype
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), type(module.model))
