@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,69 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
         )
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+
+class NormalisedGram(NamedTuple):
+    """A damped Gram matrix with inputs of unit norm, ``H = XᵀX / (n nᵀ) + damping * mean(diag) I``, and its ``eigh``."""
+
+    gram: Tensor
+    """``H`` ``[i, i]``."""
+    eigenvalues: Tensor
+    """``[i]``, ascending."""
+    eigenvectors: Tensor
+    """``[i, i]``, one per column."""
+
+    @classmethod
+    def of(cls, gram: Tensor, norm: Tensor, damping: float) -> NormalisedGram:
+        """Normalise, damp and decompose ``XᵀX`` ``[i, i]``.
+
+        Raises:
+            NumericalError: where the matrix is not finite.
+        """
+        if not gram.isfinite().all():
+            raise NumericalError(f"the Gram matrix [{len(gram)}, {len(gram)}] holds NaN or Inf")
+        matrix = gram / torch.outer(norm, norm)
+        diagonal = matrix.diagonal()
+        diagonal += damping * diagonal.mean()
+        return cls(matrix, *torch.linalg.eigh(matrix))
+
+    def to(self, like: Tensor) -> NormalisedGram:
+        """Return it with the dtype and on the device of ``like``."""
+        return NormalisedGram(*(tensor.to(like) for tensor in self))
+
+    def solve(self, rows: Tensor, rho: float) -> Tensor:
+        """Return ``rows (H + rho I)⁻¹`` for ``rows`` ``[o, i]``: by the inverse, or in the eigenbasis, what is less work."""
+        scale = 1 / (self.eigenvalues + rho)
+        if len(rows) > len(self.gram):
+            return rows @ ((self.eigenvectors * scale) @ self.eigenvectors.T)
+        return ((rows @ self.eigenvectors) * scale) @ self.eigenvectors.T
+
+
+def conjugate_gradient(gram: Tensor, dense: Tensor, start: Tensor, keep: Tensor, steps: int) -> Tensor:
+    """Improve each row of ``start`` towards the least squares on its support: min ``(w - d) G (w - d)ᵀ``, w zero off it.
+
+    Args:
+        gram: ``G`` ``[i, i]``, positive definite.
+        dense: ``d`` ``[o, i]``.
+        start: ``[o, i]``, zero outside ``keep``.
+        keep: ``[o, i]`` bool, the support of each row.
+        steps: conjugate-gradient steps with the diagonal as preconditioner; each costs one product with ``G``.
+    """
+    solution = start
+    residual = ((dense - start) @ gram) * keep
+    inverse_diagonal = 1 / gram.diagonal()
+    direction = residual * inverse_diagonal
+    size = (residual * direction).sum(1, keepdim=True)
+    tiny = torch.finfo(gram.dtype).tiny  # a row that is solved already takes a step of zero
+    for _ in range(steps):
+        product = (direction @ gram) * keep
+        length = size / (direction * product).sum(1, keepdim=True).clamp_min(tiny)
+        solution = solution + length * direction
+        residual = residual - length * product
+        scaled = residual * inverse_diagonal
+        previous, size = size, (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + size / previous.clamp_min(tiny) * direction
+    return solution
 
 
 def relative_output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:

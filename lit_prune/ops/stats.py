@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import linalg
 
+Factor = TypeVar("Factor")
+NORM_FLOOR = 1e-8
+"""Added to input norms, so that a dead input can be divided by its own."""
 COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient"})
 """What a method may ask calibration for, through its ``needs``."""
 
@@ -31,7 +35,7 @@ class LayerStats:
         """Number of input vectors seen."""
         self._gram: Tensor | None = None
         self._sum_sq: Tensor | None = None
-        self._factors: dict[tuple[str, float], Tensor] = {}
+        self._factors: dict[tuple[str, float], Any] = {}
 
     @classmethod
     def from_inputs(cls, inputs: Tensor) -> LayerStats:
@@ -105,10 +109,14 @@ class LayerStats:
 
     def inverse_cholesky(self, damping: float) -> Tensor:
         """Upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; computed once for all layers that share it."""
-        return self._factor("inverse_cholesky", damping, lambda: linalg.inverse_cholesky(self.gram, damping))
+        return self._once(("inverse_cholesky", damping), lambda: linalg.inverse_cholesky(self.gram, damping))
 
-    def _factor(self, name: str, damping: float, compute: Callable[[], Tensor]) -> Tensor:
-        key = (name, damping)
+    def normalised(self, damping: float) -> tuple[Tensor, linalg.NormalisedGram]:
+        """Input norms ``[i]`` and the damped Gram matrix at unit norms with its ``eigh``; computed once."""
+        norm = self.gram.diagonal().sqrt() + NORM_FLOOR
+        return norm, self._once(("normalised", damping), lambda: linalg.NormalisedGram.of(self.gram, norm, damping))
+
+    def _once(self, key: tuple[str, float], compute: Callable[[], Factor]) -> Factor:
         if key not in self._factors:
             self._factors[key] = compute()
         return self._factors[key]

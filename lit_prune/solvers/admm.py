@@ -1,0 +1,162 @@
+"""ADMM: update the weights that stay while the mask is being chosen."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
+from lit_prune.ops.linalg import NormalisedGram, check_damping, conjugate_gradient
+from lit_prune.ops.masks import drop_smallest
+from lit_prune.ops.precision import working
+from lit_prune.solvers.base import Solution, Solver
+
+_RHO = (0.05, 1.0)
+"""Penalty of the first and the last iteration of the continuation."""
+
+
+@final
+class ADMM(Solver):
+    """Alternating directions on the layer-wise problem: the least ``||X (W' - W)ᵀ||²`` over all W' with the pattern.
+
+    Boža, "Fast and Effective Weight Update for Pruned Large Language Models", 2024. With ``n = sqrt(diag XᵀX)``,
+    ``H = XᵀX / (n nᵀ)`` (damped) and ``Ŵ = W n``, an iteration is ``Z = (W + U) M``, ``U += W - Z``,
+    ``W = (H + ρI)⁻¹ (H Ŵ + ρ (Z - U))``, and the mask M is chosen anew from ``|W + U|``.
+
+    By default ρ starts small and grows geometrically (``schedule: continuation``): while it is small the weights move
+    freely and the mask follows them; as it grows they settle. The last ``polish`` iterations are steps of conjugate
+    gradients on the weights that stay, which is the least-squares solution for the final mask. One eigendecomposition
+    of H serves every ρ, and every layer with the same input.
+
+    ``schedule: cubic`` is the paper's gradual mask selection at ρ = 1: in the first three quarters of the iterations
+    the sparsity rises as ``s (1 - (1 - k / n)³)``. ``as_released`` is the published code, which ignores that schedule
+    for whole matrices. Both keep the paper's damping of 0.1 and have no polish unless told so.
+
+    .. code-block:: yaml
+
+        solver: {class_path: ADMM, init_args: {iterations: 20}}
+
+    To repair a mask that a scorer gives, in place of choosing one:
+
+    .. code-block:: yaml
+
+        scorer: {class_path: Wanda}
+        solver: {class_path: ADMM, init_args: {mask: fixed}}
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def __init__(
+        self,
+        iterations: int = 20,
+        schedule: Literal["continuation", "cubic"] = "continuation",
+        mask: Literal["gradual", "fixed"] = "gradual",
+        polish: int | None = None,
+        damping: float | None = None,
+        as_released: bool = False,
+        rows_at_once: int | None = None,
+    ) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            iterations: Weight updates in all, the polish included; each costs one or two products with H.
+            schedule: How the mask is found: ``continuation`` of ρ, or the paper's ``cubic`` rise of the sparsity.
+            mask: Choose the mask anew in every iteration (``gradual``), or keep the one of the score, or of ``|Ŵ|``
+                without a score, from the start (``fixed``).
+            polish: Conjugate-gradient steps at the end; null = 4 for the continuation and none for the others.
+            damping: Added to the diagonal of H, as a fraction of its mean; null = 0.003 for the continuation and 0.1,
+                the paper's, for the others.
+            as_released: Reproduce the published code.
+            rows_at_once: Rows of W that are worked on together, to save memory, where the mask is chosen by row, as
+                N:M, or fixed; null = all.
+        """
+        published = as_released or schedule == "cubic"
+        if schedule not in ("continuation", "cubic"):
+            raise InputError(f"schedule is {schedule!r}: it must be 'continuation' or 'cubic'")
+        if mask not in ("gradual", "fixed"):
+            raise InputError(f"mask is {mask!r}: it must be 'gradual' or 'fixed'")
+        if iterations < 1:
+            raise InputError(f"iterations is {iterations!r}: it must be at least 1, such as 20")
+        if polish is not None and not 0 <= polish < iterations:
+            raise InputError(f"polish is {polish!r}: it must be from 0 to {iterations - 1}, one less than iterations")
+        if rows_at_once is not None and rows_at_once < 1:
+            raise InputError(f"rows_at_once is {rows_at_once!r}: it must be at least 1, or null")
+        self.iterations = iterations
+        self.schedule = schedule
+        self.mask = mask
+        self.polish = (0 if published else min(4, iterations - 1)) if polish is None else polish
+        self.damping = check_damping((0.1 if published else 0.003) if damping is None else damping)
+        self.as_released = as_released
+        self.rows_at_once = rows_at_once
+
+    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern, score: Tensor | None = None) -> Solution:
+        """Choose the mask of ``weight`` ``[o, i]`` and update what stays; the result is in the dtype of ``weight``."""
+        pattern.check(weight.shape)
+        dense = working(weight)
+        norm, problem = stats.normalised(self.damping)
+        norm, problem = norm.to(dense), problem.to(dense)
+        dense = dense * norm
+        start = None if score is None else select(score, pattern)
+        if self.mask == "fixed" and start is None:
+            start = select(dense.abs(), pattern)
+        size = self.rows_at_once if self.rows_at_once and self._splits(pattern) else len(dense)
+        parts = [
+            self._solve_rows(dense[rows], problem, pattern, None if start is None else start[rows])
+            for rows in (slice(first, first + size) for first in range(0, len(dense), size))
+        ]
+        keep = torch.cat([part_keep for _, part_keep in parts])
+        solved = torch.cat([part for part, _ in parts]) / norm
+        if not solved.isfinite().all():
+            raise NumericalError(f"ADMM diverged at damping {self.damping:g}: use a larger one")
+        return Solution(solved.to(weight.dtype).masked_fill_(~keep, 0.0), keep)
+
+    def _splits(self, pattern: Pattern) -> bool:
+        """Tell whether rows can be solved apart from each other."""
+        if self.mask == "fixed" or getattr(pattern, "group", None) == "row":
+            return True
+        return isinstance(pattern, NM) and not self._published
+
+    @property
+    def _published(self) -> bool:
+        return self.as_released or self.schedule == "cubic"
+
+    def _solve_rows(
+        self, dense: Tensor, problem: NormalisedGram, pattern: Pattern, start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the solution ``[rows, i]`` in units of ``Ŵ``, and its mask."""
+        updates = self.iterations - self.polish
+        rho, growth = (1.0, 1.0) if self._published else (_RHO[0], (_RHO[1] / _RHO[0]) ** (1 / max(1, updates - 1)))
+        current, dual = dense, torch.zeros_like(dense)
+        keep = torch.ones_like(dense, dtype=torch.bool) if start is None else start
+        for step in range(updates):
+            free = current + dual
+            if self.mask == "gradual" and not (step == 0 and start is not None):
+                keep = self._choose(free.abs(), pattern, keep, (step + 1) / max(1, round(0.75 * updates)))
+            split = free * keep
+            dual = free - split
+            # (H + rho I)^-1 (H dense + rho (split - dual)), with H dense = (H + rho I) dense - rho dense
+            current = dense + rho * problem.solve(split - dual - dense, rho)
+            dual = dual / growth
+            rho *= growth
+        solved = (current + dual) * keep
+        if self.polish:
+            solved = conjugate_gradient(problem.gram, dense, solved, keep, self.polish)
+        return solved, keep
+
+    def _choose(self, magnitude: Tensor, pattern: Pattern, keep: Tensor, progress: float) -> Tensor:
+        """Return the mask of an iteration; ``progress`` is 1 where the paper's schedule reaches the full sparsity."""
+        if not self._published:
+            return pattern.mask(magnitude)
+        if progress > 1:
+            return keep
+        by_matrix = isinstance(pattern, Unstructured) and pattern.group != "row"
+        if progress == 1 or (self.as_released and by_matrix):
+            return pattern.mask(magnitude)
+        sparsity = pattern.sparsity * (1 - (1 - progress) ** 3)
+        if isinstance(pattern, NM):  # what N:M keeps in the end is out of the question from the start
+            magnitude = magnitude.masked_fill(pattern.mask(magnitude), float("inf"))
+        groups = magnitude.reshape(1, -1) if by_matrix or isinstance(pattern, NM) else magnitude
+        return drop_smallest(groups, int(sparsity * groups.shape[1])).reshape(magnitude.shape)
