@@ -70,7 +70,7 @@ class BlockReplay:
         self._forward_context = forward_context
         self._calls: list[list[_Call]] = [[] for _ in blocks]
         self._hidden: list[Tensor] = []
-        inputs = [_model_inputs(batch, home) for batch in batches]
+        inputs = [model_inputs(batch, home) for batch in batches]
         with forward_context():
             outputs = _probe_outputs(model, blocks, inputs[0])
             for batch in inputs:
@@ -91,7 +91,7 @@ class BlockReplay:
 
             return forward
 
-        with _forwards_replaced(self._blocks, stub), suppress(_Reached):
+        with forwards_replaced(self._blocks, stub), suppress(_Reached):
             model(**inputs, use_cache=False)
         if len(recorded) != len(self._blocks):
             raise InputError(
@@ -232,7 +232,8 @@ class _Pool:
         return self._known[id(tensor)]
 
 
-def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Return a batch as the model's keyword arguments on ``device``; raise ``InputError`` where it is padded."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask.all()):
@@ -272,7 +273,8 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def _forwards_replaced(blocks: Sequence[Block], stub: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
+def forwards_replaced(blocks: Sequence[Block], stub: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
+    """Let each block run ``stub(block)`` in place of its own forward."""
     for block in blocks:
         block.module.forward = stub(block)
     try:

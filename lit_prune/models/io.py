@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -306,4 +306,14 @@ def model_fingerprint(model: nn.Module) -> str:
         sample = flat[:: max(1, flat.numel() // 4096)].double().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def data_fingerprint(batches: Sequence[Tensor | Mapping[str, Tensor]]) -> str:
+    """Return a digest of the calibration set's tokens, in order."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()) if isinstance(batch, Mapping) else [("input_ids", batch)]:
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -57,7 +57,7 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
 
 
 class NormalisedGram(NamedTuple):
-    """A damped Gram matrix with inputs of unit norm, ``H = XᵀX / (n nᵀ) + damping * mean(diag) I``, and its ``eigh``."""
+    """A damped Gram matrix at unit input norms, ``H = XᵀX / (n nᵀ) + damping * mean(diag) I``, and its ``eigh``."""
 
     gram: Tensor
     """``H`` ``[i, i]``."""
@@ -85,7 +85,7 @@ class NormalisedGram(NamedTuple):
         return NormalisedGram(*(tensor.to(like) for tensor in self))
 
     def solve(self, rows: Tensor, rho: float) -> Tensor:
-        """Return ``rows (H + rho I)⁻¹`` for ``rows`` ``[o, i]``: by the inverse, or in the eigenbasis, what is less work."""
+        """Return ``rows (H + rho I)⁻¹`` for ``rows`` ``[o, i]``, by way of the inverse where that is less work."""
         scale = 1 / (self.eigenvalues + rho)
         if len(rows) > len(self.gram):
             return rows @ ((self.eigenvectors * scale) @ self.eigenvectors.T)
@@ -93,7 +93,7 @@ class NormalisedGram(NamedTuple):
 
 
 def conjugate_gradient(gram: Tensor, dense: Tensor, start: Tensor, keep: Tensor, steps: int) -> Tensor:
-    """Improve each row of ``start`` towards the least squares on its support: min ``(w - d) G (w - d)ᵀ``, w zero off it.
+    """Improve each row towards the least squares on its support: min ``(w - d) G (w - d)ᵀ`` with w zero off it.
 
     Args:
         gram: ``G`` ``[i, i]``, positive definite.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import linalg
 
+GradientNorm = Literal["l1", "l2"]
+"""How gradients are added up over samples: the sum of their sizes, or the root of the sum of their squares."""
 Factor = TypeVar("Factor")
 NORM_FLOOR = 1e-8
 """Added to input norms, so that a dead input can be divided by its own."""
@@ -35,10 +38,11 @@ class LayerStats:
         """Number of input vectors seen."""
         self._gram: Tensor | None = None
         self._sum_sq: Tensor | None = None
+        self._gradients: Mapping[str, Tensor] = {}
         self._factors: dict[tuple[str, float], Any] = {}
 
     @classmethod
-    def from_inputs(cls, inputs: Tensor) -> LayerStats:
+    def from_inputs(cls, inputs: Tensor, gradients: Tensor | None = None) -> LayerStats:
         """Build the statistics of bare tensors.
 
         >>> stats = LayerStats.from_inputs(torch.ones(2, 3, 4))  # two sequences of three tokens, four inputs
@@ -47,6 +51,7 @@ class LayerStats:
 
         Args:
             inputs: ``[sequences, t, i]``, or ``[t, i]`` for one sequence.
+            gradients: of the loss of each sample, ``[samples, o, i]``, for methods that need them.
         """
         if inputs.dim() == 2:
             inputs = inputs.unsqueeze(0)
@@ -54,7 +59,9 @@ class LayerStats:
             raise InputError(f"inputs have the shape {tuple(inputs.shape)}: [sequences, tokens, inputs] is needed")
         stats = cls(frozenset({"gram"}))
         stats.update(inputs, sequences=inputs.shape[0])
-        return stats
+        if gradients is None:
+            return stats
+        return stats.with_gradient({"l1": gradients.abs().sum(0), "l2": gradients.square().sum(0).sqrt()})
 
     def update(self, inputs: Tensor, sequences: int) -> None:
         """Add inputs ``[..., i]`` that belong to ``sequences`` calibration sequences."""
@@ -81,9 +88,21 @@ class LayerStats:
             if theirs is not None:
                 setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
 
+    def with_gradient(self, norms: Mapping[str, Tensor]) -> LayerStats:
+        """Return these statistics with one layer's gradient norms ``[o, i]``; all else is shared, factors included."""
+        mine = copy.copy(self)
+        mine._gradients = norms
+        return mine
+
+    def gradient(self, norm: GradientNorm) -> Tensor:
+        """Norm over samples of the gradient of every weight, ``[o, i]``."""
+        if norm not in self._gradients:
+            raise InputError(f"no {norm} norm of gradients was collected: add 'gradient' to the method's needs")
+        return self._gradients[norm]
+
     def check_finite(self, layer: str) -> None:
         """Raise ``NumericalError`` that names the layer where an input was NaN or infinite."""
-        if self.needs and self.tokens and not self._sums().isfinite().all():
+        if self.needs & {"gram", "input_sq_norm"} and self.tokens and not self._sums().isfinite().all():
             raise NumericalError(f"the inputs of {layer} hold NaN or Inf, or overflow float32 when squared")
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.models.access import read_weight, write_weight
 from lit_prune.models.calibrate import Batch
-from lit_prune.models.io import load_tensors, model_fingerprint, read_json, save_tensors, write_json
+from lit_prune.models.io import data_fingerprint, load_tensors, model_fingerprint, read_json, save_tensors, write_json
 from lit_prune.models.targets import Target
 from lit_prune.ops import PackedMask
 from lit_prune.pruning.report import LayerReport
@@ -85,16 +84,6 @@ class Journal:
 def identity_of(plan: Mapping[str, Any], model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     """Return what makes a run the same run: the plan and the digests of model and data."""
     return {"plan": dict(plan), "model": model_fingerprint(model), "data": data_fingerprint(batches)}
-
-
-def data_fingerprint(batches: Sequence[Batch]) -> str:
-    """Return a digest of the calibration set's tokens, in order."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, tensor in sorted(batch.items()) if isinstance(batch, Mapping) else [("input_ids", batch)]:
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Any:

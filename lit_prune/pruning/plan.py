@@ -48,6 +48,8 @@ class PruningPlan:
     """Shell patterns over module names: layers to prune, of the linear layers in the decoder blocks."""
     exclude: Sequence[str] = ()
     """Shell patterns over module names: layers to leave alone."""
+    gradient_cache: str | None = None
+    """Folder in which gradient norms are kept for other runs with the same model and data (GBLM); null = nowhere."""
     output_error: bool = True
     """Measure each layer's relative output error (needs its Gram matrix; off makes Magnitude and Wanda faster)."""
     device: str | None = None

@@ -8,11 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.errors import NumericalError
 from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
 from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, evaluation_mode, resident
+from lit_prune.models.gradients import gradient_norms
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, Pattern
 from lit_prune.ops.linalg import relative_output_error
@@ -66,13 +67,14 @@ def prune(
             replay = None
             if plan.needs:
                 replay = BlockReplay(model, blocks, calibration, plan.device, plan.hidden_device, forward_context)
+        gradients = _gradients(model, calibration, targets, plan, stages, forward_context)
         for block in blocks:
             mine = [target for target in targets if target.block == block.index]
             with resident(block.module, plan.device):
                 if journal and journal.finished(block.index):
                     report.layers += journal.restore(block.index, mine)
                 else:
-                    layers = _prune_block(mine, patterns, replay, plan, stages, block.index)
+                    layers = _prune_block(mine, patterns, replay, gradients, plan, stages, block.index)
                     report.layers += layers
                     if journal:
                         journal.save(block.index, mine, layers)
@@ -83,10 +85,28 @@ def prune(
     return report
 
 
+def _gradients(
+    model: nn.Module,
+    calibration: Sequence[Batch],
+    targets: Sequence[Target],
+    plan: PruningPlan,
+    stages: Stages,
+    forward_context: ForwardContext,
+) -> dict[str, Tensor]:
+    """Return the gradient norm ``[o, i]`` of every target of the dense model, where the plan needs one."""
+    if plan.scorer is None or "gradient" not in plan.needs:
+        return {}
+    with stages.stage("gradients"):
+        return gradient_norms(
+            model, calibration, targets, plan.scorer.gradient_norm, plan.gradient_cache, forward_context
+        )
+
+
 def _prune_block(
     targets: Sequence[Target],
     patterns: dict[str, Pattern],
     replay: BlockReplay | None,
+    gradients: dict[str, Tensor],
     plan: PruningPlan,
     stages: Stages,
     block: int,
@@ -96,6 +116,8 @@ def _prune_block(
     if replay and targets:
         with stages.stage("calibrate", block):
             stats = replay.collect(block, {t.name: t.module for t in targets}, plan.needs)
+    if plan.scorer and gradients:
+        stats = {n: s.with_gradient({plan.scorer.gradient_norm: gradients.pop(n)}) for n, s in stats.items()}
     with stages.stage("solve", block):
         return [_prune_layer(target, patterns[target.name], stats[target.name], plan) for target in targets]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_prune.ops import LayerStats
 from lit_prune.ops.masks import Group
+from lit_prune.ops.stats import GradientNorm
 
 
 class Scorer(ABC):
@@ -19,6 +20,9 @@ class Scorer(ABC):
 
     group: ClassVar[Group] = "matrix"
     """Which weights the method is used to compare; a pattern's own ``group`` wins."""
+
+    gradient_norm: GradientNorm = "l2"
+    """Which norm the gradient pass adds up, where ``needs`` names ``gradient``."""
 
     @abstractmethod
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:

@@ -73,7 +73,9 @@ class LitCausalLM(LightningModule):
         # Lightning trains modules in the mode in which it finds them.
         self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code).train()
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            # transformers is renaming it
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable()
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer that belongs to the model."""

@@ -28,11 +28,13 @@ def by_name(cls: type) -> str:
     return cls.__name__
 
 
-def make_layer(dtype: torch.dtype = torch.float32) -> tuple[Tensor, LayerStats, Tensor]:
+def make_layer(dtype: torch.dtype = torch.float32, order: Tensor | None = None) -> tuple[Tensor, LayerStats, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator).to(dtype)
     mixing = torch.randn(INPUTS, INPUTS, generator=generator)
-    stats = LayerStats.from_inputs(torch.randn(4, 20, INPUTS, generator=generator) @ mixing)
+    inputs = torch.randn(4, 20, INPUTS, generator=generator) @ mixing
+    gradients = torch.randn(3, OUTPUTS, INPUTS, generator=generator) * 0.01
+    stats = LayerStats.from_inputs(inputs, gradients if order is None else gradients[:, order])
     return weight, stats, torch.rand(OUTPUTS, INPUTS, generator=generator)
 
 
@@ -67,7 +69,8 @@ class TestScorers:
     def test_permuting_outputs_permutes_scores(self, scorer: type[Scorer]) -> None:
         weight, stats, _ = make_layer()
         order = torch.randperm(OUTPUTS)
-        torch.testing.assert_close(scorer().score(weight[order], stats), scorer().score(weight, stats)[order])
+        _, permuted, _ = make_layer(order=order)
+        torch.testing.assert_close(scorer().score(weight[order], permuted), scorer().score(weight, stats)[order])
 
     def test_needs_can_be_collected(self, scorer: type[Scorer]) -> None:
         assert scorer.needs <= COLLECTABLE

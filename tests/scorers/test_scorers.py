@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_prune.errors import InputError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
-from lit_prune.scorers import Magnitude, SparseGPTSaliency, Wanda
+from lit_prune.scorers import GBLM, Magnitude, SparseGPTSaliency, Wanda
 
 # The worked 2x3 example: weights, and two one-token sequences of inputs.
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
@@ -51,3 +52,35 @@ def test_wanda_masks_equal_the_reference(
 ) -> None:
     score = Wanda().score(golden["weight"], golden_stats)
     assert torch.equal(select(score, pattern.grouped(Wanda.group)), golden[f"wanda.kept.{name}"])
+
+
+def test_gblm_worked_example() -> None:
+    # Input norms as for Wanda: 2, sqrt(0.5), sqrt(0.5). Two samples whose gradients are 0.03 and 0.04 everywhere: with
+    # alpha 100 the l2 norm is 100 * 0.05 = 5, the l1 norm 100 * 0.07 = 7.
+    gradients = torch.stack([torch.full((2, 3), 0.03), torch.full((2, 3), -0.04)])
+    stats = LayerStats.from_inputs(INPUTS, gradients)
+    norms = torch.tensor([2.0, 0.5**0.5, 0.5**0.5])
+    torch.testing.assert_close(GBLM().score(WEIGHT, stats), WEIGHT.abs() * (norms + 5))
+    torch.testing.assert_close(GBLM("l1").score(WEIGHT, stats), WEIGHT.abs() * (norms + 7))
+    torch.testing.assert_close(GBLM(gradient_only=True, alpha=10).score(WEIGHT, stats), WEIGHT.abs() * 0.5)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_gblm_scores_and_masks_equal_the_reference(norm: str, golden: dict[str, Tensor]) -> None:
+    stats = LayerStats.from_inputs(golden["inputs"], golden["gblm.sample_gradients"])
+    scorer = GBLM(norm)  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        stats.gradient(scorer.gradient_norm) * 100, golden[f"gblm.grad_{norm}"], rtol=1e-5, atol=0.0
+    )
+    score = scorer.score(golden["weight"], stats)
+    torch.testing.assert_close(score, golden[f"gblm.score.{norm}"], rtol=1e-5, atol=0.0)
+    assert torch.equal(select(score, Unstructured(0.5).grouped(GBLM.group)), golden[f"gblm.kept.{norm}.0.5"])
+
+
+def test_gblm_refuses_what_it_cannot_use() -> None:
+    with pytest.raises(InputError, match="norm is 'max'"):
+        GBLM("max")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="alpha is 0"):
+        GBLM(alpha=0)
+    with pytest.raises(InputError, match="no l2 norm of gradients was collected"):
+        GBLM().score(WEIGHT, LayerStats.from_inputs(INPUTS))
