@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from lit_prune.allocators import Allocator, Uniform
-from lit_prune.allocators.base import Layer
+from lit_prune.allocators.base import Layer, in_whole_levels
 from lit_prune.errors import InputError
 from lit_prune.introspection import describe
 from lit_prune.models.access import read_weight
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.targets import Target, find_targets
-from lit_prune.ops import Pattern
+from lit_prune.ops import NM, Pattern
 from lit_prune.scorers import Scorer
 from lit_prune.solvers import Solver, Zero
 
@@ -90,6 +90,8 @@ class PruningPlan:
         layers = [Layer(t.name, t.block, t.shape, partial(read_weight, t.module)) for t in targets]
         pattern = self.pattern.grouped(self.scorer.group if self.scorer else self.solver.group)
         sparsities = self.allocator.allocate(layers, pattern.sparsity)
+        if isinstance(pattern, NM):
+            sparsities = in_whole_levels(layers, sparsities, pattern.sparsity, pattern.of)
         return {name: pattern.at(sparsity) for name, sparsity in sparsities.items()}
 
     def describe(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_prune.allocators import FromFile
-from lit_prune.allocators.base import Layer, project_onto_budget
+from lit_prune.allocators.base import Layer, in_whole_levels, project_onto_budget
 from lit_prune.errors import InputError
 
 LAYERS = [Layer("a.q", 0, (2, 3), lambda: torch.zeros(2, 3)), Layer("a.k", 0, (4, 3), lambda: torch.zeros(4, 3))]
@@ -83,3 +83,24 @@ def test_from_file_names_what_does_not_fit(tmp_path: Path) -> None:
         FromFile(str(tmp_path / "d.json"))
     with pytest.raises(InputError, match=r"min_sparsity 0\.5 is above max_sparsity 0\.2"):
         FromFile(write(tmp_path / "e.json", {"*": 0.1}), min_sparsity=0.5, max_sparsity=0.2)
+
+
+def test_whole_levels_worked_example() -> None:
+    layers = [Layer(name, 0, (4, 4), lambda: torch.zeros(4, 4)) for name in "ab"]
+    assert in_whole_levels(layers, {"a": 0.3, "b": 0.45}, 0.375, 4) == {"a": 0.25, "b": 0.5}
+
+
+@given(
+    sparsity=st.lists(st.floats(0, 0.7), min_size=2, max_size=12),
+    seed=st.integers(0, 99),
+    levels=st.sampled_from([4, 8]),
+)
+def test_whole_levels_meet_the_budget_to_one_step(sparsity: list[float], seed: int, levels: int) -> None:
+    widths = torch.randint(1, 9, (len(sparsity),), generator=torch.Generator().manual_seed(seed)).tolist()
+    layers = [Layer(str(k), 0, (width, 8), lambda: torch.zeros(0)) for k, width in enumerate(widths)]
+    total = sum(layer.numel for layer in layers)
+    target = sum(s * layer.numel for s, layer in zip(sparsity, layers, strict=True)) / total
+    rounded = in_whole_levels(layers, {str(k): s for k, s in enumerate(sparsity)}, target, levels)
+    assert all(value * levels == int(value * levels) and value < 1 for value in rounded.values())
+    mean = sum(rounded[layer.name] * layer.numel for layer in layers) / total
+    assert abs(mean - target) * total <= max(layer.numel for layer in layers) / levels + 1e-6

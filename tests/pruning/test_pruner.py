@@ -15,7 +15,7 @@ from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.progress import Position
 from lit_prune.scorers import Magnitude, SparseGPTSaliency, Wanda
-from lit_prune.solvers import SparseGPT
+from lit_prune.solvers import ADMM, SparseGPT
 
 MODELS = ["llama", "qwen2", "gemma3_text", "opt", "gpt2", "gpt_neox"]
 PLANS = {
@@ -100,6 +100,16 @@ def test_an_allocation_is_carried_out(
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     by_block = [layers[0].asked for _, layers in report.blocks()]
     assert by_block == pytest.approx([0.3, 0.6, 0.6])
+
+
+def test_an_allocation_makes_mixed_nm(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").write_text('{"model.layers.0.*": 0.4, "*": 0.7}')
+    report = prune(tiny_model(), tokens, PruningPlan(NM(3, 8), None, FromFile(str(tmp_path / "a.json")), ADMM()))
+    assert report.sparsity == pytest.approx(5 / 8, abs=0.01)
+    assert {layer.asked * 8 for layer in report.layers} <= {3, 4, 5, 6}
+    assert all(layer.asked == layer.reached for layer in report.layers)
 
 
 def test_excluded_blocks_are_passed_through(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:

@@ -1,0 +1,142 @@
+"""AlphaPruning: the shape of each weight's spectrum decides how much of it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_prune.allocators.base import Allocator, Layer, check_bounds, meet_budget
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.ops.spectrum import METRICS, eigenvalues, windowed_eigenvalues
+
+MetricName = Literal[
+    "alpha_peak",
+    "alpha_peak_as_released",
+    "alpha_mid",
+    "alpha_full",
+    "alpha_hat",
+    "stable_rank",
+    "entropy",
+    "spectral_norm",
+    "frobenius_norm",
+]
+
+
+@final
+class AlphaPruning(Allocator):
+    """``r = η [(α - α_min) / (α_max - α_min) 2ε + 1 - ε]``: less goes where the spectrum's tail is heavy.
+
+    Lu et al., "AlphaPruning", 2024. The metric α of every matrix is worked out from its eigenvalues; by default the
+    mean of a block's matrices is mapped, and all of them get the block's sparsity. η meets the budget; what leaves the
+    bounds is clipped and the rest re-spread until the parameter-weighted mean is exact. Metrics that fall where the
+    tail gets lighter (``spectral_norm``, ``frobenius_norm``) are mapped the other way round. Equal metrics mean
+    uniform sparsity.
+
+    .. code-block:: yaml
+
+        allocator: {class_path: AlphaPruning, init_args: {metric: alpha_peak, epsilon: 0.2}}
+    """
+
+    def __init__(
+        self,
+        metric: MetricName = "alpha_peak",
+        epsilon: float = 0.2,
+        mapping: Literal["block", "matrix", "mixed"] = "block",
+        windows: bool = False,
+        values: str | None = None,
+        min_sparsity: float = 0.0,
+        max_sparsity: float = 0.99,
+    ) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            metric: What is read off the spectrum.
+            epsilon: How far sparsities spread around the target, as a fraction of it, in [0, 1).
+            mapping: Map the mean of each ``block``, each ``matrix`` by itself, or ``mixed``: blocks first, then the
+                matrices of a block around its sparsity.
+            windows: Read the metric off the pooled spectra of square windows (FARMS) and not of the whole matrix.
+            values: ``.npy`` file with the metric of every matrix in the order of the model, in place of working it
+                out, such as the files that are published with the paper; null = work it out.
+            min_sparsity: No layer gets less.
+            max_sparsity: No layer gets more.
+        """
+        if metric not in METRICS:
+            raise InputError(f"metric is {metric!r}: it must be one of {', '.join(METRICS)}")
+        if not 0 <= epsilon < 1:
+            raise InputError(f"epsilon is {epsilon!r}: it must be in [0, 1), such as 0.2")
+        if mapping not in ("block", "matrix", "mixed"):
+            raise InputError(f"mapping is {mapping!r}: it must be 'block', 'matrix' or 'mixed'")
+        check_bounds(min_sparsity, max_sparsity)
+        self.metric = metric
+        self.epsilon = epsilon
+        self.mapping = mapping
+        self.windows = windows
+        self.values = values
+        self.min_sparsity = min_sparsity
+        self.max_sparsity = max_sparsity
+        self._read = None if values is None else _read(values)
+
+    def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
+        """Return the sparsity of every layer by name; see ``Allocator.allocate``.
+
+        Raises:
+            InputError: where ``values`` has another number of matrices than the model.
+            NumericalError: where a weight is zero, of rank one or has a flat spectrum, so that no power law fits it.
+        """
+        metrics = self.measure(layers) * METRICS[self.metric].direction
+        blocks = torch.tensor([layer.block for layer in layers])
+        _, block_of = blocks.unique(return_inverse=True)
+        ratios = linear_mapping(metrics if self.mapping == "matrix" else _block_means(metrics, block_of), self.epsilon)
+        if self.mapping == "mixed":
+            for block in block_of.unique():
+                ratios[block_of == block] *= linear_mapping(metrics[block_of == block], self.epsilon)
+        proposed = {layer.name: ratio for layer, ratio in zip(layers, ratios.tolist(), strict=True)}
+        return meet_budget(layers, proposed, target, self.min_sparsity, self.max_sparsity)
+
+    def measure(self, layers: Sequence[Layer]) -> Tensor:
+        """Return the metric of every layer, ``[layers]`` float64."""
+        if self._read is not None:
+            if len(self._read) != len(layers):
+                raise InputError(
+                    f"allocator.values is {self.values!r}: it has {len(self._read)} values and the model has "
+                    f"{len(layers)} layers to prune, so it belongs to another model"
+                )
+            return self._read.clone()
+        spectrum = windowed_eigenvalues if self.windows else eigenvalues
+        return torch.tensor([self._value(layer, spectrum) for layer in layers], dtype=torch.float64)
+
+    def _value(self, layer: Layer, spectrum: Callable[[Tensor], Tensor]) -> float:
+        try:
+            return METRICS[self.metric].value(spectrum(layer.read()))
+        except NumericalError as error:
+            raise NumericalError(f"{layer.name}: {error}; leave it out with plan.exclude") from error
+
+
+def linear_mapping(metrics: Tensor, epsilon: float) -> Tensor:
+    """Map metrics linearly to ``[1 - ε, 1 + ε]``; all to 1 where they are equal."""
+    low, high = metrics.min(), metrics.max()
+    if high == low:
+        return torch.ones_like(metrics)
+    return (metrics - low) / (high - low) * 2 * epsilon + 1 - epsilon
+
+
+def _block_means(metrics: Tensor, block_of: Tensor) -> Tensor:
+    """Replace each layer's metric by the plain mean of its block's matrices."""
+    sums = torch.zeros(int(block_of.max()) + 1, dtype=metrics.dtype).index_add(0, block_of, metrics)
+    return (sums / block_of.bincount())[block_of]
+
+
+def _read(path: str) -> Tensor:
+    try:
+        values = np.load(Path(path), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"allocator.values is {path!r}: it cannot be read as .npy ({error})") from error
+    tensor = torch.from_numpy(np.asarray(values, dtype=np.float64)).flatten()
+    if not len(tensor) or not tensor.isfinite().all():
+        raise InputError(f"allocator.values is {path!r}: it must hold finite numbers, one for each matrix")
+    return tensor

@@ -1,0 +1,192 @@
+"""The eigenvalue spectrum (ESD) of a weight, and the metrics of its shape.
+
+A heavy tail, so a small alpha, is the mark of a layer that has learnt much; AlphaPruning takes less from it.
+Martin & Mahoney, "Implicit Self-Regularization in Deep Neural Networks", 2021; Lu et al., "AlphaPruning", 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_prune.errors import NumericalError
+
+_BINS = 100
+_CHUNK = 1 << 22
+"""Candidates times eigenvalues that are looked at together."""
+
+
+class PowerLaw(NamedTuple):
+    """A power law ``p(λ) ~ λ^-alpha`` fitted to the eigenvalues from ``lambda_min`` up."""
+
+    alpha: float
+    """Exponent, by Hill's estimator ``1 + n / Σ ln(λ_i / λ_min)``."""
+    lambda_min: float
+    """Where the tail begins."""
+    distance: float
+    """Kolmogorov-Smirnov distance between the tail and the fit."""
+    tail: int
+    """Number of eigenvalues in the tail."""
+
+
+def eigenvalues(weight: Tensor) -> Tensor:
+    """Return the eigenvalues of ``WᵀW`` (``WWᵀ`` where that is smaller): ``[min(o, i)]`` float64, ascending.
+
+    Squaring a matrix halves the digits of its small singular values, so the product is formed in float64. Values that
+    are zero but for rounding are left out.
+
+    Raises:
+        NumericalError: where the weight is zero, or not finite.
+    """
+    matrix = weight.detach().double()
+    gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+    if not gram.isfinite().all():
+        raise NumericalError(f"the weight [{weight.shape[0]}, {weight.shape[1]}] holds NaN or Inf")
+    values = torch.linalg.eigvalsh(gram)
+    values = values[values > values[-1] * len(values) * torch.finfo(values.dtype).eps]
+    if not len(values):
+        raise NumericalError(f"the weight [{weight.shape[0]}, {weight.shape[1]}] is all zero: it has no spectrum")
+    return values
+
+
+def windowed_eigenvalues(weight: Tensor, fraction: float = 0.5) -> Tensor:
+    """Return the pooled eigenvalues of square windows of the weight, ascending.
+
+    A matrix's aspect ratio bends its spectrum whatever it has learnt; windows of one shape take that away (FARMS, Hu et
+    al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias", 2025). Windows are as wide as
+    ``fraction`` of the matrix's shorter side and overlap by half or a little more.
+    """
+    side = max(2, round(min(weight.shape) * fraction))
+    rows, columns = (_window_starts(length, side) for length in weight.shape)
+    windows = [weight[r : r + side, c : c + side] for r in rows for c in columns]
+    return torch.cat([eigenvalues(window) for window in windows]).sort().values
+
+
+def _window_starts(length: int, side: int) -> list[int]:
+    """Return evenly spread starts of windows that cover ``length`` and overlap by at least half."""
+    if length <= side:
+        return [0]
+    count = -(-2 * (length - side) // side) + 1
+    return [round(k * (length - side) / (count - 1)) for k in range(count)]
+
+
+def fit_power_law(values: Tensor, candidates: Tensor) -> PowerLaw:
+    """Fit the tail from each candidate up, and return the fit with the smallest Kolmogorov-Smirnov distance.
+
+    The distance is ``max_k |1 - (λ_k / λ_min)^(1 - alpha) - k / n|`` over the tail's ``n`` eigenvalues, k = 0 … n - 1.
+
+    Args:
+        values: eigenvalues, ascending and positive.
+        candidates: ascending indices of possible ``λ_min``.
+
+    Raises:
+        NumericalError: where no candidate leaves a tail of different values, as in a flat spectrum.
+    """
+    logs = values.double().log()
+    total = len(logs)
+    tails = total - candidates
+    sums = logs.flip(0).cumsum(0).flip(0)[candidates] - tails * logs[candidates]
+    fits = sums > tails * 1e-12  # a flat tail has no exponent
+    candidates, tails, sums = candidates[fits], tails[fits], sums[fits]
+    if not len(candidates):
+        raise _no_tail(total)
+    alphas = 1 + tails / sums
+    distances = torch.cat(
+        [
+            _distances(logs, part, alphas[part_index])
+            for part, part_index in _chunks(candidates, max(1, _CHUNK // total))
+        ]
+    )
+    best = int(distances.argmin())
+    return PowerLaw(
+        alphas[best].item(), values[candidates[best]].item(), distances[best].item(), int(tails[best].item())
+    )
+
+
+def _no_tail(count: int) -> NumericalError:
+    return NumericalError(f"no power law fits a spectrum of {count} eigenvalues, all alike or only one")
+
+
+def _chunks(candidates: Tensor, size: int) -> list[tuple[Tensor, slice]]:
+    return [(candidates[start : start + size], slice(start, start + size)) for start in range(0, len(candidates), size)]
+
+
+def _distances(logs: Tensor, candidates: Tensor, alphas: Tensor) -> Tensor:
+    """Return the Kolmogorov-Smirnov distance of each candidate ``[c]``."""
+    index = torch.arange(len(logs), device=logs.device)
+    first = int(candidates[0])
+    rank = (index[first:] - candidates[:, None]) / (len(logs) - candidates[:, None])
+    model = 1 - ((1 - alphas[:, None]) * (logs[first:] - logs[candidates, None])).exp()
+    return torch.where(rank >= 0, (model - rank).abs(), 0.0).amax(1)
+
+
+def alpha_peak(values: Tensor, as_released: bool = False) -> PowerLaw:
+    """Fit with ``λ_min`` near the peak of the histogram of ``log10 λ`` (100 bins): 0.95 to 1.5 times its left edge.
+
+    ``as_released`` keeps the published code's lower bound, which compares 0.95 times the logarithm with an eigenvalue.
+    """
+    logs = values.log10().float()  # the reference's histogram is in float32
+    if logs[0] == logs[-1]:
+        raise _no_tail(len(values))
+    counts = torch.histc(logs, _BINS)
+    left = torch.linspace(logs[0].item(), logs[-1].item(), _BINS + 1)[int(counts.argmax())].item()
+    low = 0.95 * left if as_released else 0.95 * 10**left
+    inside = (values > low) & (values < 1.5 * 10**left)
+    inside[-1] = False  # a tail of one has no exponent
+    if not inside.any():  # a gap above the peak's edge: the peak itself is the one candidate
+        inside[int(torch.searchsorted(values, 10**left).clamp(max=len(values) - 2))] = True
+    return fit_power_law(values, inside.nonzero().flatten())
+
+
+def alpha_mid(values: Tensor) -> PowerLaw:
+    """Fit with ``λ_min`` at the median: ascending index ``⌊N/2⌋``."""
+    return fit_power_law(values, torch.tensor([len(values) // 2]))
+
+
+def alpha_full(values: Tensor) -> PowerLaw:
+    """Fit with every eigenvalue but the largest as a candidate."""
+    return fit_power_law(values, torch.arange(len(values) - 1))
+
+
+def spectral_norm(values: Tensor) -> float:
+    """Largest singular value."""
+    return values[-1].sqrt().item()
+
+
+def stable_rank(values: Tensor) -> float:
+    """``Σ λ / λ_max``: in how many directions the weight is about as strong as in its strongest."""
+    return (values.sum() / values[-1]).item()
+
+
+def entropy(values: Tensor) -> float:
+    """Shannon entropy of ``λ / Σ λ``, as a fraction of that of a flat spectrum."""
+    if len(values) == 1:
+        return 0.0
+    shares = values / values.sum()
+    return (-(shares * shares.log()).sum() / torch.tensor(float(len(values))).log()).item()
+
+
+class Metric(NamedTuple):
+    """A number that tells a spectrum's shape."""
+
+    value: Callable[[Tensor], float]
+    """Of the eigenvalues, ascending."""
+    direction: int
+    """1 where a larger value calls for more sparsity, -1 where it calls for less."""
+
+
+METRICS = {
+    "alpha_peak": Metric(lambda values: alpha_peak(values).alpha, 1),
+    "alpha_peak_as_released": Metric(lambda values: alpha_peak(values, as_released=True).alpha, 1),
+    "alpha_mid": Metric(lambda values: alpha_mid(values).alpha, 1),
+    "alpha_full": Metric(lambda values: alpha_full(values).alpha, 1),
+    "alpha_hat": Metric(lambda values: alpha_peak(values).alpha * values[-1].log10().item(), 1),
+    "stable_rank": Metric(stable_rank, 1),
+    "entropy": Metric(entropy, 1),
+    "spectral_norm": Metric(spectral_norm, -1),
+    "frobenius_norm": Metric(lambda values: values.sum().sqrt().item(), -1),
+}
+"""The shape metrics that the AlphaPruning paper compares, by name."""
