@@ -101,7 +101,7 @@ class Prune(Callback):
             self.pruned_at = step
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan, request: _Request) -> None:
-        batches = trainer.datamodule.calibration_batches() if plan.needs else []  # type: ignore[attr-defined]
+        batches = trainer.datamodule.calibration_batches() if plan.needs_data else []  # type: ignore[attr-defined]
         # Evaluation runs in inference mode, whose tensors could take no part in training later.
         with torch.inference_mode(False), ProgressBar() as show:
             self.report = prune(

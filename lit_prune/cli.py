@@ -50,7 +50,7 @@ class PruningTrainer(Trainer):
         model.configure_model()
         check_space(folder, model)
         callback.plan.find_targets(model.model)
-        if callback.plan.needs:
+        if callback.plan.needs_data:
             datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
         journal = folder.with_name(f".{folder.name}.journal")
         before = self.test(model, datamodule, verbose=False)[0]

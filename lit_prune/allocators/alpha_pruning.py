@@ -88,7 +88,7 @@ class AlphaPruning(Allocator):
             InputError: where ``values`` has another number of matrices than the model.
             NumericalError: where a weight is zero, of rank one or has a flat spectrum, so that no power law fits it.
         """
-        metrics = self.measure(layers) * METRICS[self.metric].direction
+        metrics = self.metrics(layers) * METRICS[self.metric].direction
         blocks = torch.tensor([layer.block for layer in layers])
         _, block_of = blocks.unique(return_inverse=True)
         ratios = linear_mapping(metrics if self.mapping == "matrix" else _block_means(metrics, block_of), self.epsilon)
@@ -98,7 +98,7 @@ class AlphaPruning(Allocator):
         proposed = {layer.name: ratio for layer, ratio in zip(layers, ratios.tolist(), strict=True)}
         return meet_budget(layers, proposed, target, self.min_sparsity, self.max_sparsity)
 
-    def measure(self, layers: Sequence[Layer]) -> Tensor:
+    def metrics(self, layers: Sequence[Layer]) -> Tensor:
         """Return the metric of every layer, ``[layers]`` float64."""
         if self._read is not None:
             if len(self._read) != len(layers):

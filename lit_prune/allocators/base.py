@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError
+from lit_prune.ops import LayerStats
 from lit_prune.ops.masks import check_sparsity
 
 
@@ -25,6 +27,8 @@ class Layer:
     """``(o, i)``."""
     read: Callable[[], Tensor]
     """Returns the dense weight ``[o, i]``."""
+    evidence: Any = None
+    """What the allocator's ``observe`` returned for the layer's block."""
 
     @property
     def numel(self) -> int:
@@ -34,6 +38,18 @@ class Layer:
 
 class Allocator(ABC):
     """How much of each layer goes?"""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What must be collected of the dense model before the allocation, of ``input_sq_norm`` and ``gram``."""
+
+    def observe(self, layers: Sequence[Layer], stats: Sequence[LayerStats]) -> Any:
+        """Return what ``allocate`` must know of a dense block; called block by block where ``needs`` names anything.
+
+        Args:
+            layers: the block's layers.
+            stats: of their inputs, in the same order.
+        """
+        return None
 
     @abstractmethod
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -73,6 +73,11 @@ class PruningPlan:
         needs = self.solver.needs | (self.scorer.needs if self.scorer else frozenset())
         return needs | {"gram"} if self.output_error else needs
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether a calibration set is read at all."""
+        return bool(self.needs or self.allocator.needs)
+
     def at(self, sparsity: float) -> PruningPlan:
         """Return the same plan at another sparsity."""
         return replace(self, pattern=self.pattern.at(sparsity))
@@ -85,9 +90,9 @@ class PruningPlan:
             self.pattern.check(target.shape, target.name)
         return blocks, targets
 
-    def allocate(self, targets: Sequence[Target]) -> dict[str, Pattern]:
-        """Return the pattern of every layer, by name."""
-        layers = [Layer(t.name, t.block, t.shape, partial(read_weight, t.module)) for t in targets]
+    def allocate(self, targets: Sequence[Target], evidence: Mapping[int, Any] | None = None) -> dict[str, Pattern]:
+        """Return the pattern of every layer, by name; ``evidence`` is what the allocator observed, by block."""
+        layers = [as_layer(target, (evidence or {}).get(target.block)) for target in targets]
         pattern = self.pattern.grouped(self.scorer.group if self.scorer else self.solver.group)
         sparsities = self.allocator.allocate(layers, pattern.sparsity)
         if isinstance(pattern, NM):
@@ -100,3 +105,8 @@ class PruningPlan:
         for name in ("pattern", "scorer", "allocator", "solver"):
             described[name] = describe(described[name]) if described[name] is not None else None
         return {**described, "include": list(self.include), "exclude": list(self.exclude)}
+
+
+def as_layer(target: Target, evidence: Any = None) -> Layer:
+    """Return what an allocator may know of a target."""
+    return Layer(target.name, target.block, target.shape, partial(read_weight, target.module), evidence)

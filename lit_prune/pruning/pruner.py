@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lit_prune.errors import NumericalError
 from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
 from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, evaluation_mode, resident
-from lit_prune.models.gradients import gradient_norms
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, Pattern
 from lit_prune.ops.linalg import relative_output_error
+from lit_prune.pruning.dense import DenseModel
 from lit_prune.pruning.journal import Journal, identity_of
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
@@ -56,18 +56,16 @@ def prune(
         NumericalError: where a Gram matrix is singular or an activation is not finite; finished blocks stay pruned.
     """
     blocks, targets = plan.find_targets(model)
-    patterns = plan.allocate(targets)
-    calibration = list(batches) if plan.needs else []
+    calibration = list(batches) if plan.needs_data else []
     identity = identity_of(plan.describe(), model, calibration)
     journal = Journal(Path(journal_folder), identity, resume) if journal_folder is not None else None
     stages = Stages(len(blocks), on_progress)
     report = PruningReport(identity=identity)
     with evaluation_mode(model):
-        with stages.stage("record"):
-            replay = None
-            if plan.needs:
-                replay = BlockReplay(model, blocks, calibration, plan.device, plan.hidden_device, forward_context)
-        gradients = _gradients(model, calibration, targets, plan, stages, forward_context)
+        dense = DenseModel(model, blocks, targets, calibration, plan, stages, forward_context)
+        patterns = plan.allocate(targets, dense.evidence())
+        gradients = dense.gradients()
+        replay = dense.replay() if plan.needs else None
         for block in blocks:
             mine = [target for target in targets if target.block == block.index]
             with resident(block.module, plan.device):
@@ -83,23 +81,6 @@ def prune(
                         replay.advance(block.index)
     report.seconds, report.peak_memory = stages.seconds, peak_memory()
     return report
-
-
-def _gradients(
-    model: nn.Module,
-    calibration: Sequence[Batch],
-    targets: Sequence[Target],
-    plan: PruningPlan,
-    stages: Stages,
-    forward_context: ForwardContext,
-) -> dict[str, Tensor]:
-    """Return the gradient norm ``[o, i]`` of every target of the dense model, where the plan needs one."""
-    if plan.scorer is None or "gradient" not in plan.needs:
-        return {}
-    with stages.stage("gradients"):
-        return gradient_norms(
-            model, calibration, targets, plan.scorer.gradient_norm, plan.gradient_cache, forward_context
-        )
 
 
 def _prune_block(

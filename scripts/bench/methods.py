@@ -55,7 +55,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     )
     record: dict[str, Any] = {"method": name, "seed": options.seed, "threads": torch.get_num_threads()}
     if plan is not None:
-        report = prune(module.model, data.calibration_batches() if plan.needs else [], plan)
+        report = prune(module.model, data.calibration_batches() if plan.needs_data else [], plan)
         record |= {"sparsity": report.sparsity, "seconds": report.seconds, "peak_memory": peak_memory()}
     start = time.perf_counter()
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)

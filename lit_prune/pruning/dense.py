@@ -1,0 +1,72 @@
+"""What a run learns from the dense model, before the first block is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_prune.models.blocks import Block
+from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, resident
+from lit_prune.models.gradients import gradient_norms
+from lit_prune.models.targets import Target
+from lit_prune.pruning.plan import PruningPlan, as_layer
+from lit_prune.pruning.progress import Stages
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The model as it came, with its blocks, its targets and the calibration set; in evaluation mode."""
+
+    model: nn.Module
+    blocks: Sequence[Block]
+    targets: Sequence[Target]
+    calibration: Sequence[Batch]
+    plan: PruningPlan
+    stages: Stages
+    forward_context: ForwardContext
+
+    def replay(self) -> BlockReplay:
+        """Return a replay of the calibration set that stands before the first block."""
+        with self.stages.stage("record"):
+            return BlockReplay(
+                self.model,
+                self.blocks,
+                self.calibration,
+                self.plan.device,
+                self.plan.hidden_device,
+                self.forward_context,
+            )
+
+    def evidence(self) -> dict[int, Any]:
+        """Show the allocator every block, where it asks for that, and return what it observed, by block."""
+        allocator = self.plan.allocator
+        if not allocator.needs:
+            return {}
+        replay, evidence = self.replay(), {}
+        for block in self.blocks:
+            mine = [target for target in self.targets if target.block == block.index]
+            with self.stages.stage("observe", block.index), resident(block.module, self.plan.device):
+                if mine:
+                    stats = replay.collect(block.index, {t.name: t.module for t in mine}, allocator.needs)
+                    layers = [as_layer(target) for target in mine]
+                    evidence[block.index] = allocator.observe(layers, [stats[layer.name] for layer in layers])
+                replay.advance(block.index)
+        return evidence
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradient norm ``[o, i]`` of every target by name, where the scorer needs it."""
+        scorer = self.plan.scorer
+        if scorer is None or "gradient" not in scorer.needs:
+            return {}
+        with self.stages.stage("gradients"):
+            return gradient_norms(
+                self.model,
+                self.calibration,
+                self.targets,
+                scorer.gradient_norm,
+                self.plan.gradient_cache,
+                self.forward_context,
+            )
