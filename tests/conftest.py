@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, on small models
 
 import numpy as np
 import pytest

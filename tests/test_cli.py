@@ -96,6 +96,19 @@ def test_a_precision_of_the_trainer_is_used(tmp_path: Path) -> None:
     assert load_model(str(out)).dtype == torch.bfloat16
 
 
+def test_analyze_writes_spectra_and_allocations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = {**WANDA, "allocator": {"class_path": "AlphaPruning", "init_args": {"metric": "alpha_mid"}}}
+    config, out = write_config(tmp_path, plan=plan), tmp_path / "analysis"
+    assert main(["analyze", "-c", config, "--output", str(out), "--sparsities", "[0.5, 0.6]"]) == 0
+    content = json.loads((out / "analysis.json").read_text())
+    assert content["metric"] == "alpha_mid" and set(content["allocations"]) == {"0.5", "0.6"}
+    assert len(list(out.glob("esd_model.layers.0.*.png"))) == 7
+    assert (out / "allocation.png").is_file() and (out / "metric_by_block.png").is_file()
+    fails_with("it exists and is kept", capsys, "analyze", "-c", config, "--output", str(out))
+    assert main(["analyze", "-c", config, "--output", str(out), "--overwrite"]) == 0
+    fails_with("matches no layer", capsys, "analyze", "-c", config, "--histograms", '["*.nothing"]')
+
+
 def test_fit_validate_and_test_run(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     assert main(["fit", "-c", config, "--trainer.max_steps", "2", "--trainer.logger", "false"]) == 0

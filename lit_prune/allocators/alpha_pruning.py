@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, final
 
@@ -88,7 +88,11 @@ class AlphaPruning(Allocator):
             InputError: where ``values`` has another number of matrices than the model.
             NumericalError: where a weight is zero, of rank one or has a flat spectrum, so that no power law fits it.
         """
-        metrics = self.metrics(layers) * METRICS[self.metric].direction
+        return self.spread(layers, self.metrics(layers), target)
+
+    def spread(self, layers: Sequence[Layer], metrics: Tensor, target: float) -> dict[str, float]:
+        """Return the sparsity of every layer by name, from metrics ``[layers]`` that are known already."""
+        metrics = metrics * METRICS[self.metric].direction
         blocks = torch.tensor([layer.block for layer in layers])
         _, block_of = blocks.unique(return_inverse=True)
         ratios = linear_mapping(metrics if self.mapping == "matrix" else _block_means(metrics, block_of), self.epsilon)
@@ -107,12 +111,15 @@ class AlphaPruning(Allocator):
                     f"{len(layers)} layers to prune, so it belongs to another model"
                 )
             return self._read.clone()
-        spectrum = windowed_eigenvalues if self.windows else eigenvalues
-        return torch.tensor([self._value(layer, spectrum) for layer in layers], dtype=torch.float64)
+        return torch.tensor([self._value(layer) for layer in layers], dtype=torch.float64)
 
-    def _value(self, layer: Layer, spectrum: Callable[[Tensor], Tensor]) -> float:
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """Return the eigenvalues that the metric is read off, ascending: of the whole matrix, or of its windows."""
+        return windowed_eigenvalues(weight) if self.windows else eigenvalues(weight)
+
+    def _value(self, layer: Layer) -> float:
         try:
-            return METRICS[self.metric].value(spectrum(layer.read()))
+            return METRICS[self.metric].value(self.spectrum(layer.read()))
         except NumericalError as error:
             raise NumericalError(f"{layer.name}: {error}; leave it out with plan.exclude") from error
 

@@ -148,13 +148,16 @@ def disable_model_progress_bars() -> None:
     disable_progress_bar()
 
 
-def check_output(folder: str | Path, overwrite: bool) -> Path:
-    """Raise ``InputError`` where ``folder`` exists and is to be kept, or could not be made."""
+def check_output(folder: str | Path, overwrite: bool, mark: str = "config.json") -> Path:
+    """Raise ``InputError`` where ``folder`` exists and is to be kept, or could not be made.
+
+    Only a folder that holds ``mark``, and so is a result of the same kind, is ever overwritten.
+    """
     path = Path(folder).expanduser()
     if path.exists() and not overwrite:
         raise InputError(f"output is {str(folder)!r}: it exists and is kept; choose another folder or add --overwrite")
-    if path.exists() and not (path.is_dir() and (path / "config.json").is_file()):
-        raise InputError(f"output is {str(folder)!r}: it is no model folder, so it is not overwritten")
+    if path.exists() and not (path.is_dir() and (path / mark).is_file()):
+        raise InputError(f"output is {str(folder)!r}: it holds no {mark}, so it is not overwritten")
     parent = _existing_parent(path)
     if not os.access(parent, os.W_OK):
         raise InputError(f"output is {str(folder)!r}: {str(parent)!r} cannot be written to")
@@ -195,9 +198,21 @@ def save_pruned(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         save_masks(temporary / MASKS_FILE, masks)
-        for name, content in documents.items():
-            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        _write_documents(temporary, documents)
     return path
+
+
+def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], overwrite: bool = False) -> Path:
+    """Write files (name to content) as one folder, all or nothing; an existing folder is kept unless ``overwrite``."""
+    path = check_output(folder, overwrite, mark=next(iter(documents)))
+    with replacing_folder(path) as temporary:
+        _write_documents(temporary, documents)
+    return path
+
+
+def _write_documents(folder: Path, documents: Mapping[str, str | bytes]) -> None:
+    for name, content in documents.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:

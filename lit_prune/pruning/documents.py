@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Sequence
 from html import escape
 
-from matplotlib.figure import Figure
-
-from lit_prune.pruning.report import LayerReport, PruningReport
+from lit_prune.pruning.figures import as_png, by_block, kind_of
+from lit_prune.pruning.report import PruningReport
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Pruning report</title><style>
@@ -48,9 +46,10 @@ every layer. The plan:
 
 def render(report: PruningReport, title: str) -> dict[str, str | bytes]:
     """Return every document of a pruned model's folder: file name to content."""
-    plots = {"sparsity.png": _png(plot_layers(report, "reached", "sparsity", log=False))}
+    plots = {"sparsity.png": as_png(by_block(_by_kind(report, "reached"), "sparsity", limits=(0, 1)))}
     if any(layer.output_error for layer in report.layers):
-        plots["output_error.png"] = _png(plot_layers(report, "output_error", "relative output error", log=True))
+        errors = by_block(_by_kind(report, "output_error"), "relative output error", log=True)
+        plots["output_error.png"] = as_png(errors)
     return {
         "pruning.json": json.dumps(report.as_dict(), indent=1),
         "report.html": _html(report, plots),
@@ -59,26 +58,11 @@ def render(report: PruningReport, title: str) -> dict[str, str | bytes]:
     }
 
 
-def plot_layers(report: PruningReport, attribute: str, label: str, log: bool) -> Figure:
-    """Plot one attribute of every layer over the blocks, a line per kind of matrix."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="block", ylabel=label, yscale="log" if log else "linear")
-    kinds: dict[str, list[LayerReport]] = {}
+def _by_kind(report: PruningReport, attribute: str) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
     for layer in report.layers:
-        kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
-    for kind, layers in kinds.items():
-        axes.plot([layer.block for layer in layers], [getattr(layer, attribute) for layer in layers], ".-", label=kind)
-    if not log:
-        axes.set_ylim(0, 1)
-    axes.grid(alpha=0.3)
-    axes.legend(ncols=4, fontsize="small")
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+        series.setdefault(kind_of(layer.name), []).append((layer.block, getattr(layer, attribute)))
+    return series
 
 
 def _html(report: PruningReport, plots: dict[str, bytes]) -> str:

@@ -68,7 +68,7 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path: Path, tiny_mode
 
 def test_what_is_no_model_folder_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="no model folder, so it is not overwritten"):
+    with pytest.raises(InputError, match=r"holds no config\.json, so it is not overwritten"):
         io.check_output(tmp_path, overwrite=True)
 
 
