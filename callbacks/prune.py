@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lit_prune.errors import InputError
 from lit_prune.ops import PackedMask
@@ -101,7 +102,7 @@ class Prune(Callback):
             self.pruned_at = step
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan, request: _Request) -> None:
-        batches = trainer.datamodule.calibration_batches() if plan.needs_data else []  # type: ignore[attr-defined]
+        batches = _calibration(trainer) if plan.needs_data else []
         # Evaluation runs in inference mode, whose tensors could take no part in training later.
         with torch.inference_mode(False), ProgressBar() as show:
             self.report = prune(
@@ -133,6 +134,16 @@ class Prune(Callback):
         masks = {name: PackedMask(bits, tuple(shapes[name])) for name, bits in state_dict["masks"].items()}
         content = state_dict["report"]
         self.report = PruningReport.from_dict(content, masks) if content else None
+
+
+def _calibration(trainer: Trainer) -> list[Tensor]:
+    datamodule = getattr(trainer, "datamodule", None)
+    if not hasattr(datamodule, "calibration_batches"):
+        raise InputError(
+            f"the data module is {type(datamodule).__name__}: pruning needs one with calibration_batches(), such as "
+            "TextDataModule"
+        )
+    return datamodule.calibration_batches()  # type: ignore[union-attr]
 
 
 def find_prune(trainer: Trainer) -> Prune:

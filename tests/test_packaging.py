@@ -28,6 +28,12 @@ def test_the_maths_import_no_lightning_and_no_transformers() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_pruning_as_a_library_imports_no_lightning() -> None:
+    program = "import sys, lit_prune; lit_prune.prune, lit_prune.PruningPlan; print('lightning' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "False"
+
+
 def test_the_constraints_pin_everything_that_is_required() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     section = project[project.index("dependencies = [") : project.index("[project.scripts]")]

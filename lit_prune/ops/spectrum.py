@@ -33,7 +33,7 @@ class PowerLaw(NamedTuple):
 
 
 def eigenvalues(weight: Tensor) -> Tensor:
-    """Return the eigenvalues of ``WᵀW`` (``WWᵀ`` where that is smaller): ``[min(o, i)]`` float64, ascending.
+    """Return the eigenvalues of ``WᵀW`` or, where smaller, ``WWᵀ``: ``[min(o, i)]`` float64 on the CPU, ascending.
 
     Squaring a matrix halves the digits of its small singular values, so the product is formed in float64. Values that
     are zero but for rounding are left out.
@@ -45,7 +45,7 @@ def eigenvalues(weight: Tensor) -> Tensor:
     gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
     if not gram.isfinite().all():
         raise NumericalError(f"the weight [{weight.shape[0]}, {weight.shape[1]}] holds NaN or Inf")
-    values = torch.linalg.eigvalsh(gram)
+    values = torch.linalg.eigvalsh(gram).cpu()
     values = values[values > values[-1] * len(values) * torch.finfo(values.dtype).eps]
     if not len(values):
         raise NumericalError(f"the weight [{weight.shape[0]}, {weight.shape[1]}] is all zero: it has no spectrum")

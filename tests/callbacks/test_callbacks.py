@@ -136,6 +136,11 @@ def test_a_schedule_that_outlasts_the_training_is_refused() -> None:
         trainer(wanda(OneShot(9)), enable_checkpointing=False).fit(lit(), data())
 
 
+def test_data_without_a_calibration_set_is_refused() -> None:
+    with pytest.raises(InputError, match=r"the data module is .*: pruning needs one with calibration_batches\(\)"):
+        trainer(wanda(), enable_checkpointing=False).fit(lit(), data().train_dataloader())
+
+
 def test_exactly_one_prune_callback_is_needed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 0 Prune callbacks"):
         trainer(Export(str(tmp_path / "out")), enable_checkpointing=False).fit(lit(), data())
