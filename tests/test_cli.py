@@ -107,6 +107,10 @@ def test_analyze_writes_spectra_and_allocations(tmp_path: Path, capsys: pytest.C
     fails_with("it exists and is kept", capsys, "analyze", "-c", config, "--output", str(out))
     assert main(["analyze", "-c", config, "--output", str(out), "--overwrite"]) == 0
     fails_with("matches no layer", capsys, "analyze", "-c", config, "--histograms", '["*.nothing"]')
+    for model_type in ("gpt2", "opt"):
+        config, out = write_config(tmp_path, model_type), tmp_path / model_type
+        assert main(["analyze", "-c", config, "--output", str(out)]) == 0
+        assert len(list(out.glob("esd_*"))) == {"gpt2": 4, "opt": 6}[model_type]
 
 
 def test_fit_validate_and_test_run(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ LAYERS = {
     "callbacks": 4,
     "cli": 5,
     "cli_errors": 5,
+    "trainer": 5,
     "__main__": 5,
 }
 APART = [{"scorers", "allocators", "solvers"}, {"training", "callbacks"}]

@@ -1,0 +1,122 @@
+"""A Trainer with two more stages: prune, and analyze."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lit_prune.allocators import AlphaPruning
+from lit_prune.callbacks import Prune
+from lit_prune.callbacks.prune import find_prune
+from lit_prune.models.io import check_output, check_space, save_documents, save_pruned
+from lit_prune.ops import Unstructured
+from lit_prune.pruning import PruningPlan
+from lit_prune.pruning.analysis import analyze
+from lit_prune.pruning.documents import render
+from lit_prune.pruning.figures import analysis_figures, as_png
+from lit_prune.pruning.journal import Journal
+from lit_prune.scorers import Magnitude
+from lit_prune.training import LitCausalLM, TextDataModule
+
+
+class PruningTrainer(Trainer):
+    """Lightning's Trainer that can also prune and analyze."""
+
+    def prune(
+        self,
+        model: LitCausalLM,
+        datamodule: TextDataModule,
+        output: str = "pruned",
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
+        """Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.
+
+        Args:
+            model: The language model.
+            datamodule: Its calibration and test text.
+            output: Folder to write.
+            overwrite: Replace the folder where it exists.
+            resume: Go on with a run that was killed, from its finished blocks.
+        """
+        callback = find_prune(self)
+        folder = check_output(output, overwrite)
+        model.configure_model()
+        check_space(folder, model)
+        callback.plan.find_targets(model.model)
+        if callback.plan.needs_data:
+            datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
+        journal = folder.with_name(f".{folder.name}.journal")
+        before = self.test(model, datamodule, verbose=False)[0]
+        with callback.at_next_test(journal, resume):
+            after = self.test(model, datamodule, verbose=False)[0]
+        report = callback.report
+        assert report is not None
+        report.evaluation = {
+            "perplexity_before": before["test/perplexity"],
+            "perplexity_after": after["test/perplexity"],
+            "seqlen": datamodule.seqlen,
+            "text": f"test text of {datamodule.sources['test']}",
+        }
+        documents = render(report, title=Path(model.pretrained).name)
+        save_pruned(folder, model.model, model.load_tokenizer(), report.masks, documents, overwrite)
+        Journal.remove(journal)
+        _show([report.table(), report.summary_table()], folder)
+
+    def analyze(
+        self,
+        model: LitCausalLM,
+        datamodule: TextDataModule,
+        output: str = "analysis",
+        overwrite: bool = False,
+        sparsities: Sequence[float] = (0.5, 0.6, 0.7, 0.8),
+        histograms: Sequence[str] = (),
+    ) -> None:
+        """Tells how prunable each layer is, from the spectra of the weights; nothing is changed.
+
+        The metric and its mapping are those of the AlphaPruning allocator of the Prune callback, where there is one.
+
+        Args:
+            model: The language model.
+            datamodule: Not read.
+            output: Folder to write: analysis.json and plots.
+            overwrite: Replace the folder where it exists.
+            sparsities: Targets to allocate for.
+            histograms: Shell patterns over layer names: whose spectra are plotted with the fitted tail; none = those of
+                the first block.
+        """
+        check_output(output, overwrite, mark="analysis.json")
+        model.configure_model()
+        prunes = [callback for callback in self.callbacks if isinstance(callback, Prune)]  # type: ignore[attr-defined]
+        plan = prunes[0].plan if prunes else PruningPlan(Unstructured(0.5), Magnitude())
+        allocator = plan.allocator if isinstance(plan.allocator, AlphaPruning) else AlphaPruning()
+        targets = plan.find_targets(model.model)[1]
+        shown = histograms or [target.name for target in targets if target.block == targets[0].block]
+        with Progress() as bar:
+            task = bar.add_task("analyzing", total=len(targets))
+            advance = partial(bar.update, task)
+            analysis = analyze(model.model, targets, allocator, sparsities, shown, lambda done: advance(completed=done))
+        figures = analysis_figures(analysis)
+        documents: dict[str, str | bytes] = {"analysis.json": json.dumps(analysis.as_dict(), indent=1)}
+        documents |= {f"{name}.png": as_png(figure) for name, figure in figures.items()}
+        folder = save_documents(output, documents, overwrite)
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for name, figure in figures.items():
+                    logger.experiment.add_figure(f"analysis/{name}", figure)
+        _show([analysis.table()], folder)
+
+
+def _show(tables: Sequence[Table], folder: Path) -> None:
+    console = Console()
+    console.print(*tables)
+    for file in sorted(folder.iterdir()):
+        console.print(f"wrote {file}", soft_wrap=True, highlight=False)
