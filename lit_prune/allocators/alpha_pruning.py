@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_prune.allocators.base import Allocator, Layer, check_bounds, meet_budget
 from lit_prune.errors import InputError, NumericalError
+from lit_prune.ops.parallel import in_parallel
 from lit_prune.ops.spectrum import METRICS, eigenvalues, windowed_eigenvalues
 
 MetricName = Literal[
@@ -111,7 +112,7 @@ class AlphaPruning(Allocator):
                     f"{len(layers)} layers to prune, so it belongs to another model"
                 )
             return self._read.clone()
-        return torch.tensor([self._value(layer) for layer in layers], dtype=torch.float64)
+        return torch.tensor(list(in_parallel(self._value, layers)), dtype=torch.float64)
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """Return the eigenvalues that the metric is read off, ascending: of the whole matrix, or of its windows."""

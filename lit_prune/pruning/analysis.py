@@ -17,6 +17,7 @@ from lit_prune.models.access import read_weight
 from lit_prune.models.io import model_fingerprint
 from lit_prune.models.targets import Target
 from lit_prune.ops.masks import check_sparsity
+from lit_prune.ops.parallel import in_parallel
 from lit_prune.ops.spectrum import METRICS, PowerLaw, alpha_peak
 from lit_prune.pruning.plan import as_layer
 
@@ -117,17 +118,20 @@ def analyze(
         if not any(fnmatchcase(target.name, pattern) for target in targets):
             raise InputError(f"histograms: {pattern!r} matches no layer; their names are like {targets[0].name!r}")
     result = Analysis(model=model_fingerprint(model), metric=allocator.metric)
-    for index, target in enumerate(targets):
+
+    def examine(target: Target) -> tuple[LayerAnalysis, Tensor]:
         try:
             values = allocator.spectrum(read_weight(target.module))
             metrics = {name: metric.value(values) for name, metric in METRICS.items()}
-            layer = LayerAnalysis(target.name, target.block, target.shape, metrics, alpha_peak(values))
+            return LayerAnalysis(target.name, target.block, target.shape, metrics, alpha_peak(values)), values
         except NumericalError as error:
             raise NumericalError(f"{target.name}: {error}; leave it out with plan.exclude") from error
+
+    for done, (layer, values) in enumerate(in_parallel(examine, targets), start=1):
         result.layers.append(layer)
-        if any(fnmatchcase(target.name, pattern) for pattern in histograms):
-            result.spectra[target.name] = values
-        on_layer(index + 1)
+        if any(fnmatchcase(layer.name, pattern) for pattern in histograms):
+            result.spectra[layer.name] = values
+        on_layer(done)
     metrics_of_all = torch.tensor([layer.metrics[allocator.metric] for layer in result.layers], dtype=torch.float64)
     layers = [as_layer(target) for target in targets]
     result.allocations = {sparsity: allocator.spread(layers, metrics_of_all, sparsity) for sparsity in sparsities}
