@@ -13,29 +13,60 @@ import json
 import subprocess
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
+from lit_prune.allocators import OWL, AlphaPruning
+from lit_prune.allocators.base import Allocator
 from lit_prune.ops import NM, Pattern, Unstructured
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.progress import peak_memory
-from lit_prune.scorers import Magnitude, Wanda
-from lit_prune.solvers import SparseGPT
+from lit_prune.scorers import GBLM, Magnitude, Wanda
+from lit_prune.solvers import ADMM, SparseGPT
 from lit_prune.training import LitCausalLM, TextDataModule
 
-PATTERNS: dict[str, Pattern] = {"50%": Unstructured(0.5), "2:4": NM(2, 4)}
+PATTERNS: dict[str, Pattern] = {
+    "50%": Unstructured(0.5),
+    "60%": Unstructured(0.6),
+    "70%": Unstructured(0.7),
+    "80%": Unstructured(0.8),
+    "2:4": NM(2, 4),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"scorer": Magnitude()},
+    "Wanda": {"scorer": Wanda()},
+    "GBLM": {"scorer": GBLM(), "gradient_cache": "out/gradients"},
+    "SparseGPT": {"solver": SparseGPT()},
+    "ADMM released": {"solver": ADMM(as_released=True)},
+    "ADMM cubic": {"solver": ADMM(schedule="cubic")},
+    "ADMM": {"solver": ADMM()},
+    "ADMM 60": {"solver": ADMM(iterations=60, polish=10)},
+}
+ALLOCATORS: dict[str, Allocator] = {
+    "alpha 0.1": AlphaPruning(epsilon=0.1),
+    "alpha 0.2": AlphaPruning(),
+    "alpha 0.3": AlphaPruning(epsilon=0.3),
+    "alpha by matrix": AlphaPruning(mapping="matrix"),
+    "alpha_full": AlphaPruning("alpha_full"),
+    "FARMS": AlphaPruning(windows=True),
+    "OWL": OWL(),
+}
 
 
 def plans() -> dict[str, PruningPlan | None]:
-    """Return the methods to compare, by name; None = the dense model."""
+    """Return what to compare, by name; None = the dense model. Every method is uniform, and allocated at 70 %."""
     found: dict[str, PruningPlan | None] = {"dense": None}
-    for name, pattern in PATTERNS.items():
-        found[f"magnitude {name}"] = PruningPlan(pattern, Magnitude(), output_error=False)
-        found[f"Wanda {name}"] = PruningPlan(pattern, Wanda(), output_error=False)
-        found[f"SparseGPT {name}"] = PruningPlan(pattern, solver=SparseGPT(), output_error=False)
+    for method, parts in METHODS.items():
+        for name, pattern in PATTERNS.items():
+            found[f"{method} {name}"] = PruningPlan(pattern, output_error=False, **parts)
+        for name, allocator in ALLOCATORS.items():
+            found[f"{method} 70% {name}"] = PruningPlan(
+                PATTERNS["70%"], allocator=allocator, output_error=False, **parts
+            )
     return found
 
 
@@ -86,7 +117,7 @@ def read(results: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    parser.add_argument("--model", default="out/smollm2-135m", help="Hugging Face folder or hub name")
     parser.add_argument("--calibration", default="wikitext2", help="text source of the calibration set")
     parser.add_argument("--test", default="wikitext2", help="text source of the test set")
     parser.add_argument("--sequences", type=int, default=32)
@@ -94,6 +125,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-windows", type=int, default=None, help="evaluate on the first windows only")
     parser.add_argument("--results", type=Path, default=Path("out/bench/methods.jsonl"))
+    parser.add_argument("--match", default="*", help="shell pattern of the names to run, such as '* 50%%' or 'ADMM*'")
+    parser.add_argument("--list", action="store_true", help="print the names, and run nothing")
     parser.add_argument("--only", help="run this method in this process")
     options = parser.parse_args()
     if options.only:
@@ -102,7 +135,11 @@ def main() -> None:
         with options.results.open("a") as results:
             results.write(json.dumps(record) + "\n")
         return
-    for name in plans():
+    names = [name for name in plans() if fnmatchcase(name, options.match)]
+    if options.list:
+        print("\n".join(names))
+        return
+    for name in names:
         if not any(r["method"] == name and r["seed"] == options.seed for r in read(options.results)):
             print(f"running {name}", flush=True)
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], check=True)
