@@ -126,6 +126,7 @@ def _distances(logs: Tensor, candidates: Tensor, alphas: Tensor) -> Tensor:
 def alpha_peak(values: Tensor, as_released: bool = False) -> PowerLaw:
     """Fit with ``λ_min`` near the peak of the histogram of ``log10 λ`` (100 bins): 0.95 to 1.5 times its left edge.
 
+    Where no eigenvalue but the largest lies in that window, the first one from the peak's edge up is the candidate.
     ``as_released`` keeps the published code's lower bound, which compares 0.95 times the logarithm with an eigenvalue.
     """
     logs = values.log10().float()  # the reference's histogram is in float32
@@ -136,7 +137,7 @@ def alpha_peak(values: Tensor, as_released: bool = False) -> PowerLaw:
     low = 0.95 * left if as_released else 0.95 * 10**left
     inside = (values > low) & (values < 1.5 * 10**left)
     inside[-1] = False  # a tail of one has no exponent
-    if not inside.any():  # a gap above the peak's edge: the peak itself is the one candidate
+    if not inside.any():
         inside[int(torch.searchsorted(values, 10**left).clamp(max=len(values) - 2))] = True
     return fit_power_law(values, inside.nonzero().flatten())
 

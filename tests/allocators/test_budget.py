@@ -38,7 +38,7 @@ def test_the_mean_is_exact_and_the_bounds_hold(
     assert (sizes * result).sum() / sizes.sum() == pytest.approx(target, abs=1e-9)
     assert (result >= low).all() and (result <= high).all()
     order = torch.tensor(ratios).argsort()
-    assert (result[order].diff() >= 0).all()  # a larger ratio never gets less
+    assert (result[order].diff() >= -1e-12).all()  # a larger ratio never gets less, but for rounding at the bounds
 
 
 def test_an_impossible_budget_is_refused() -> None:

@@ -114,6 +114,15 @@ def test_a_spectrum_without_a_tail_is_an_error(weight: Tensor, metric: str) -> N
         getattr(spectrum, metric)(spectrum.eigenvalues(weight))
 
 
+def test_a_window_without_eigenvalues_falls_to_the_first_above_it() -> None:
+    # The peak bin of log10 is the last, that of the largest value alone with its like; below it there is a wide gap.
+    values = torch.tensor([1.0, 1e6, 1e6], dtype=torch.float64)
+    with pytest.raises(NumericalError, match="no power law fits"):
+        spectrum.alpha_peak(values)  # its tail is flat
+    values = torch.tensor([1.0, 1e6, 1.001e6], dtype=torch.float64)
+    assert spectrum.alpha_peak(values).tail == 2
+
+
 def test_rounding_is_no_eigenvalue() -> None:
     weight = torch.randn(8, 3) @ torch.randn(3, 6)  # rank three
     assert len(spectrum.eigenvalues(weight.double())) == 3
