@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_prune.callbacks.prune import find_prune
 from lit_prune.errors import InputError
+from lit_prune.models.access import whole_model
 from lit_prune.models.io import check_output, save_pruned
 from lit_prune.pruning.documents import render
 
@@ -41,11 +42,17 @@ class Export(Callback):
         prune = find_prune(trainer)
         if prune.report is None:
             raise InputError("nothing was pruned in this run, so there is no report to export")
-        save_pruned(
-            self.output,
-            pl_module.get_submodule("model"),
-            pl_module.load_tokenizer(),  # type: ignore[operator]
-            prune.report.masks,
-            render(prune.report, title=str(pl_module.pretrained)),
-            self.overwrite,
-        )
+        model = pl_module.get_submodule("model")
+        with whole_model(model) as whole:
+            if str(trainer.precision).endswith("-true"):
+                whole.to(next(model.parameters()).dtype)  # and not that of the float32 masters
+            if trainer.is_global_zero:
+                save_pruned(
+                    self.output,
+                    whole,
+                    pl_module.load_tokenizer(),  # type: ignore[operator]
+                    prune.report.masks,
+                    render(prune.report, title=str(pl_module.pretrained)),
+                    self.overwrite,
+                )
+        trainer.strategy.barrier("export")

@@ -2,51 +2,113 @@
 
 from __future__ import annotations
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.optim import Optimizer
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from lit_prune.callbacks.prune import find_prune
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lit_prune.callbacks.prune import Prune
 from lit_prune.errors import InputError
-from lit_prune.models.io import check_masks_hold
+from lit_prune.models.access import count_revived, mask_gradient, sets_sharded_gradients, whole_shape, zero_pruned
+from lit_prune.models.io import load_masks
+from lit_prune.models.zeros import masks_of_zeros
+from lit_prune.ops import PackedMask
 from lit_prune.pruning import PruningReport
+
+ZEROS = "zeros"
+"""The ``masks`` that takes what is exactly zero for pruned."""
+_HOLDS = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 class KeepMasks(Callback):
-    """Masks gradients before every optimizer step and optimizer moments after every pruning; audits the result.
+    """Masks gradients; zeroes what is newly pruned in weights, float32 masters and optimizer moments; audits.
 
     A weight whose gradient and moments are zero stays where it is under any optimizer that works element by element,
-    weight decay included. The audit runs at each validation and at the end; it names the first parameter in which a
-    pruned weight came back, and stops.
+    weight decay included; one that mixes elements fails the audit. The audit runs at each validation and at the end,
+    on everything that each process holds; it names the first parameter in which a pruned weight came back, and stops
+    the run. Works on one device and with DDP, FSDP2 and DeepSpeed ZeRO-1, -2 and -3.
 
     .. code-block:: yaml
 
         trainer: {callbacks: [{class_path: Prune, init_args: {plan: ...}}, {class_path: KeepMasks}]}
+
+    To fine-tune a model that was pruned before:
+
+    .. code-block:: yaml
+
+        trainer: {callbacks: [{class_path: KeepMasks, init_args: {masks: out/pruned}}]}
     """
 
-    def __init__(self) -> None:
-        """Start without masks: they are the ``Prune`` callback's."""
-        self._source: PruningReport | None = None
-        self._pruned: dict[str, Tensor] = {}
+    def __init__(self, masks: str | None = None) -> None:
+        """Keep the arguments.
+
+        Args:
+            masks: Where the masks come from: null = the ``Prune`` callback; a pruned folder or its
+                ``masks.safetensors``; or ``zeros`` = whatever is exactly zero when training starts.
+        """
+        self.source = masks
+        self.masks: dict[str, PackedMask] = {}
+        """The keep masks in force, by parameter name, one bit per weight."""
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._restored: dict[str, PackedMask] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be kept yet."""
-        if stage == "fit" and trainer.world_size > 1:
-            raise InputError(f"{trainer.world_size} processes: masks are kept in one, so set --trainer.devices 1")
+        """Refuse a strategy that cannot hold masks, and masks that nobody gives."""
+        if stage != "fit":
+            return
+        check_strategy(trainer.strategy)
+        if self.source is None and not any(isinstance(callback, Prune) for callback in _callbacks(trainer)):
+            raise InputError(
+                "KeepMasks has no masks to keep: add a Prune callback, or set its masks to a pruned folder or 'zeros'"
+            )
 
-    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the masks that are known before the first step."""
+        if self._restored:
+            masks = self._restored
+        elif self.source == ZEROS:
+            masks = masks_of_zeros(pl_module.get_submodule("model"))
+        elif self.source is not None:
+            masks = load_masks(self.source)
+        else:
+            report = next(callback for callback in _callbacks(trainer) if isinstance(callback, Prune)).report
+            masks = report.masks if report else {}
+        self.take(trainer, pl_module, masks)
+
+    def on_pruned(self, trainer: Trainer, pl_module: LightningModule, report: PruningReport) -> None:
+        """Take the masks of a pruning that has just been done."""
+        self.take(trainer, pl_module, report.masks)
+
+    def take(self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, PackedMask]) -> None:
+        """Keep these masks from now on: zero what they prune wherever it is held, and mask its gradients."""
+        model = pl_module.get_submodule("model")
+        parameters = dict(model.named_parameters())
+        for name, mask in masks.items():
+            if name not in parameters or whole_shape(parameters[name]) != tuple(mask.shape):
+                raise InputError(f"masks are for another model: it has no {name} of shape {tuple(mask.shape)}")
+        self._remove_hooks()
+        self.masks = {name: mask.to(pl_module.device) for name, mask in masks.items()}
+        for name, mask in self.masks.items():
+            parameter = parameters[name]
+            zero_pruned(parameter, mask.unpack(), _optimizer(trainer))
+            if parameter.requires_grad and not sets_sharded_gradients(parameter):
+                self._hooks[name] = parameter.register_hook(self._masked(mask))
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Zero the gradients of pruned weights, and their moments where the masks are new."""
-        changed = self._refresh(trainer, pl_module)
-        for name, pruned in self._pruned.items():
-            parameter = pl_module.get_submodule("model").get_parameter(name)
-            tensors = [parameter.grad]
-            if changed:
-                tensors += [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
-            for tensor in tensors:
-                if tensor is not None and tensor.shape == pruned.shape:
-                    tensor.masked_fill_(pruned, 0.0)
+        """Mask the gradients that no hook on the parameter sees."""
+        for name, parameter, mask in self._kept(pl_module):
+            if name not in self._hooks:
+                mask_gradient(parameter, mask.unpack())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Audit."""
@@ -56,16 +118,86 @@ class KeepMasks(Callback):
         """Audit."""
         self.audit(trainer, pl_module)
 
-    def audit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero."""
-        report = find_prune(trainer).report
-        if report is not None:
-            check_masks_hold(pl_module.get_submodule("model"), report.masks)
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the parameters."""
+        self._remove_hooks()
 
-    def _refresh(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        report = find_prune(trainer).report
-        if report is None or report is self._source:
-            return False
-        self._source = report
-        self._pruned = {name: ~mask.unpack().to(pl_module.device) for name, mask in report.masks.items()}
-        return True
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the parameters."""
+        self._remove_hooks()
+
+    def audit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero.
+
+        Weights, float32 masters and optimizer moments are looked at, each process at its share; all of them must call
+        it, and all of them raise.
+        """
+        found = [
+            f"{name}: {count} pruned weights are not zero in its {place}"
+            for name, parameter, mask in self._kept(pl_module)
+            for place, count in count_revived(parameter, mask.unpack(), _optimizer(trainer)).items()
+            if count
+        ]
+        first = _first_of_all_processes(found)
+        if first is not None:
+            raise RuntimeError(f"{first}: the masks no longer hold")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the packed masks, unless they are the ``Prune`` callback's, which keeps them itself."""
+        masks = self.masks if self.source is not None else {}
+        return {
+            "masks": {name: mask.bits.cpu() for name, mask in masks.items()},
+            "mask_shapes": {name: list(mask.shape) for name, mask in masks.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        shapes = state_dict["mask_shapes"]
+        self._restored = {name: PackedMask(bits, tuple(shapes[name])) for name, bits in state_dict["masks"].items()}
+
+    def _kept(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter, PackedMask]]:
+        model = pl_module.get_submodule("model")
+        for name, mask in self.masks.items():
+            yield name, model.get_parameter(name), mask
+
+    @staticmethod
+    def _masked(mask: PackedMask) -> Any:
+        def hook(gradient: Tensor) -> Tensor:
+            return gradient.masked_fill(~mask.unpack(), 0.0)
+
+        return hook
+
+    def _remove_hooks(self) -> None:
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raise ``InputError`` where masks cannot be kept under a strategy."""
+    if not isinstance(strategy, _HOLDS):
+        raise InputError(
+            f"trainer.strategy is {type(strategy).__name__}: it cannot hold masks; use ddp, "
+            "lit_prune.training.strategies.FSDP2 or lit_prune.training.strategies.DeepSpeed"
+        )
+
+
+def find_keep_masks(trainer: Trainer) -> KeepMasks | None:
+    """Return the trainer's ``KeepMasks`` callback, if it has one."""
+    return next((callback for callback in _callbacks(trainer) if isinstance(callback, KeepMasks)), None)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _optimizer(trainer: Trainer) -> Optimizer | None:
+    return trainer.optimizers[0] if trainer.optimizers else None
+
+
+def _first_of_all_processes(found: list[str]) -> str | None:
+    everywhere: list[Any] = [found]
+    if distributed.is_available() and distributed.is_initialized():
+        everywhere = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everywhere, found[:1])
+    return next((line for lines in everywhere for line in lines), None)

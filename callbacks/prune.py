@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_prune.errors import InputError
+from lit_prune.models.access import share_pruned, whole_model
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
 from lit_prune.pruning.progress import ProgressBar
@@ -24,6 +26,14 @@ class _Request:
 
     journal_folder: Path | None
     resume: bool
+
+
+@runtime_checkable
+class PruningListener(Protocol):
+    """A callback that is told when a model in training has been pruned."""
+
+    def on_pruned(self, trainer: Trainer, pl_module: LightningModule, report: PruningReport) -> None:
+        """Act on it; weights and masks are the same in every process by now."""
 
 
 class Prune(Callback):
@@ -58,11 +68,6 @@ class Prune(Callback):
         self.pruned_at: int | None = None
         """The optimizer step of the latest pruning."""
         self._request: _Request | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse several processes."""
-        if trainer.world_size > 1:
-            raise InputError(f"{trainer.world_size} processes: pruning runs in one, so set --trainer.devices 1")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a schedule that outlasts the training; prune where step 0 is due."""
@@ -103,10 +108,11 @@ class Prune(Callback):
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan, request: _Request) -> None:
         batches = _calibration(trainer) if plan.needs_data else []
+        model = pl_module.get_submodule("model")
         # Evaluation runs in inference mode, whose tensors could take no part in training later.
-        with torch.inference_mode(False), ProgressBar() as show:
+        with torch.inference_mode(False), ProgressBar() as show, whole_model(model) as whole:
             self.report = prune(
-                pl_module.get_submodule("model"),
+                whole,
                 batches,
                 plan,
                 on_progress=show,
@@ -114,6 +120,11 @@ class Prune(Callback):
                 resume=request.resume,
                 forward_context=trainer.precision_plugin.forward_context,
             )
+            share_pruned(model, whole, self.report.masks)
+        if trainer.state.fn == TrainerFn.FITTING:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, PruningListener):
+                    callback.on_pruned(trainer, pl_module, self.report)
         for logger in trainer.loggers:
             logger.log_metrics({"prune/sparsity": self.report.sparsity}, step=trainer.global_step)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from lit_prune.allocators import AlphaPruning
 from lit_prune.callbacks import Prune
 from lit_prune.callbacks.prune import find_prune
+from lit_prune.errors import InputError
 from lit_prune.models.io import check_output, check_space, save_documents, save_pruned
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan
@@ -47,6 +48,8 @@ class PruningTrainer(Trainer):
             overwrite: Replace the folder where it exists.
             resume: Go on with a run that was killed, from its finished blocks.
         """
+        if self.world_size > 1:
+            raise InputError(f"{self.world_size} processes: one-shot pruning runs in one, so set --trainer.devices 1")
         callback = find_prune(self)
         folder = check_output(output, overwrite)
         model.configure_model()

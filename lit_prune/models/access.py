@@ -1,13 +1,30 @@
-"""Read and write one layer's weight, whole and as ``[o, i]``, however the module stores it."""
+"""Read and write one weight, wherever its values live.
+
+A plain module holds a weight once. Sharded training spreads it out: each process holds a share of the weight (FSDP2,
+ZeRO-3), of its float32 master (DeepSpeed) and of its optimizer moments (all of them). This file is the one place that
+knows where; the rest of the project sees whole matrices, and ``Share``s to which a whole mask is applied.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
+
+from lit_prune.ops import PackedMask
 
 PRUNABLE = (nn.Linear, Conv1D)
 """The module types whose ``weight`` is a matrix of outputs and inputs."""
+_VALUES = ("weight", "gathered weight", "master")
+"""The places that hold a weight's values; all others hold moments."""
 
 
 def to_parameter_layout(module: nn.Module, matrix: Tensor) -> Tensor:
@@ -16,11 +33,237 @@ def to_parameter_layout(module: nn.Module, matrix: Tensor) -> Tensor:
 
 
 def read_weight(module: nn.Module) -> Tensor:
-    """Return the weight as ``[o, i]``: a view of the parameter, not to be written to."""
+    """Return a plain module's weight as ``[o, i]``: a view of the parameter, not to be written to."""
     return to_parameter_layout(module, module.get_parameter("weight").detach())
 
 
 @torch.no_grad()
 def write_weight(module: nn.Module, weight: Tensor) -> None:
-    """Replace the weight's values by ``weight`` ``[o, i]``; the parameter keeps its identity, dtype and device."""
+    """Replace the values of a plain module's weight by ``weight`` ``[o, i]``; the parameter keeps its identity."""
     module.get_parameter("weight").copy_(to_parameter_layout(module, weight))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this process holds of a parameter's values in one place."""
+
+    place: str
+    """``weight``, ``gathered weight``, ``master``, or the name of an optimizer moment."""
+    read: Callable[[], Tensor]
+    """Returns the values."""
+    write: Callable[[Tensor], Any]
+    """Replaces the values."""
+    cut: Callable[[Tensor], Tensor]
+    """Cuts the share out of a whole tensor of the parameter's shape."""
+
+
+def shares(parameter: nn.Parameter, optimizer: Optimizer | None = None) -> Iterator[Share]:
+    """Yield every place in which this process holds values of a parameter.
+
+    Args:
+        parameter: plain, a DTensor (FSDP2), or managed by DeepSpeed (ZeRO-1, -2, -3).
+        optimizer: whose moments are wanted; not needed for DeepSpeed, whose parameters know theirs.
+    """
+    if _is_zero_3(parameter):
+        yield from _zero_3_shares(parameter)
+    elif _is_zero(parameter):
+        yield _in_place("weight", parameter.data, _whole)
+        yield from _zero_shares(parameter)
+    else:
+        cut = _cut_like(parameter)
+        yield _in_place("weight", _local(parameter.data), cut)
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for name, value in state.items():
+            # A moment that is factored (Adafactor) holds no value of any one weight.
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                yield _in_place(name, _local(value), cut)
+
+
+@torch.no_grad()
+def zero_pruned(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | None = None) -> None:
+    """Set what ``keep`` (bool, the parameter's shape) prunes to zero, in every place that this process holds."""
+    for share in shares(parameter, optimizer):
+        values = share.read()
+        share.write(values.masked_fill_(~share.cut(keep).to(values.device), 0.0))
+
+
+@torch.no_grad()
+def count_revived(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | None = None) -> dict[str, int]:
+    """Return how many values that ``keep`` prunes are not exactly zero in this process, by place."""
+    revived = {}
+    for share in shares(parameter, optimizer):
+        values = share.read()
+        revived[share.place] = int(values[~share.cut(keep).to(values.device)].count_nonzero())
+    return revived
+
+
+def mask_gradient(parameter: nn.Parameter, keep: Tensor) -> None:
+    """Set the gradient of what ``keep`` prunes to zero, in this process's share of it; nothing where there is none."""
+    if parameter.grad is not None:
+        gradient = _local(parameter.grad)
+        gradient.masked_fill_(~_cut_like(parameter)(keep).to(gradient.device), 0.0)
+
+
+def sets_sharded_gradients(parameter: nn.Parameter) -> bool:
+    """Tell whether the gradient is written by the strategy (FSDP2), so that hooks on the parameter never run."""
+    return isinstance(parameter, DTensor)
+
+
+def is_managed(parameter: nn.Parameter) -> bool:
+    """Tell whether a strategy holds the parameter in other places than an ordinary tensor."""
+    return isinstance(parameter, DTensor) or _is_zero(parameter) or _is_zero_3(parameter)
+
+
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of the whole parameter."""
+    return tuple(parameter.ds_shape if _is_zero_3(parameter) else parameter.shape)
+
+
+@torch.no_grad()
+def read_whole(parameter: nn.Parameter) -> Tensor:
+    """Return the whole values, of the float32 master where there is one; every process must call it."""
+    if _is_zero_3(parameter):
+        with _gathered(parameter):
+            live = parameter.detach().clone()
+        return _fp32(parameter) if parameter.requires_grad and hasattr(parameter, "_z3_optimizer") else live
+    if _is_zero(parameter):
+        return _fp32(parameter)
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+@torch.no_grad()
+def write_whole(parameter: nn.Parameter, value: Tensor) -> None:
+    """Replace the values, and those of the float32 master; every process must call it with the same ``value``."""
+    for share in shares(parameter):
+        if share.place in _VALUES:
+            held = share.read()
+            share.write(held.copy_(share.cut(value)))
+
+
+@contextmanager
+def whole_model(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model with whole weights: itself, or a copy where a strategy holds its weights elsewhere.
+
+    The copy has the float32 masters where there are any. It takes the memory of the whole model in every process. What
+    is written to it stays there: ``write_whole`` takes it back.
+    """
+    if not any(is_managed(parameter) for parameter in model.parameters()):
+        yield model
+        return
+    plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    copy = plain(model.config)
+    values = {name: read_whole(parameter) for name, parameter in model.named_parameters()}
+    first = next(iter(values.values()))
+    copy.to(device=first.device, dtype=first.dtype)
+    for name, parameter in copy.named_parameters():
+        parameter.data.copy_(values.pop(name))
+    yield copy.train(model.training)
+
+
+@torch.no_grad()
+def share_pruned(model: nn.Module, whole: nn.Module, masks: Mapping[str, PackedMask]) -> None:
+    """Bring pruned weights home from what ``whole_model`` yielded; every process gets the first one's, bit for bit."""
+    several = distributed.is_initialized() and distributed.get_world_size() > 1
+    for name, mask in masks.items():
+        pruned = whole.get_parameter(name).data
+        if several:
+            distributed.broadcast(pruned, 0)
+            distributed.broadcast(mask.bits, 0)
+        if whole is not model:
+            write_whole(model.get_parameter(name), pruned)
+
+
+def _in_place(place: str, values: Tensor, cut: Callable[[Tensor], Tensor]) -> Share:
+    return Share(place, lambda: values, lambda value: None if value is values else values.copy_(value), cut)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut_like(parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
+    if not isinstance(parameter, DTensor):
+        return _whole
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # Every process holds the whole tensor already, so none is sent.
+    return lambda tensor: distribute_tensor(
+        tensor.to(parameter.device), mesh, placements, src_data_rank=None
+    ).to_local()
+
+
+def _is_zero(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "_hp_mapping")
+
+
+def _is_zero_3(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _gathered(parameter: nn.Parameter) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
+
+
+def _fp32(parameter: nn.Parameter) -> Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def _zero_shares(parameter: Any) -> Iterator[Share]:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # the master lies in other processes
+        return
+    address = mapping.lp_fragment_address
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1).narrow(0, address.start, address.numel)
+
+    yield _in_place("master", mapping.get_hp_fragment(), cut)
+    for name in mapping.optim_fragment or {}:  # there are none before the first step
+        yield _in_place(name, mapping.get_hp_fragment(name), cut)
+
+
+def _zero_3_shares(parameter: Any) -> Iterator[Share]:
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    held = parameter.ds_tensor
+
+    def cut(tensor: Tensor) -> Tensor:
+        # Shares are equally long, so the last ones may reach beyond the parameter.
+        start = held.numel() * distributed.get_rank(parameter.ds_process_group)
+        flat = tensor.reshape(-1)[start : start + held.numel()]
+        return nn.functional.pad(flat, (0, held.numel() - flat.numel()))
+
+    yield _in_place("weight", held.data, cut)
+    if parameter.numel():  # it is gathered just now, or small enough to be kept whole
+        yield _in_place("gathered weight", parameter.data, _whole)
+    if not parameter.requires_grad or not hasattr(parameter, "_z3_optimizer"):
+        return
+    yield Share(
+        "master",
+        lambda: safe_get_local_fp32_param(parameter),
+        lambda value: safe_set_local_fp32_param(parameter, value),
+        cut,
+    )
+    optimizer = parameter._z3_optimizer
+    group = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
+    flat_group = optimizer.fp32_partitioned_groups_flat[group]
+    for name, value in optimizer.optimizer.state[flat_group].items():
+        if isinstance(value, Tensor) and value.shape == flat_group.shape:
+            yield Share(
+                name,
+                lambda name=name: safe_get_local_optimizer_state(parameter, name),  # type: ignore[misc]
+                lambda value, name=name: safe_set_local_optimizer_state(parameter, value, name),  # type: ignore[misc]
+                cut,
+            )

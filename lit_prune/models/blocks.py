@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.access import PRUNABLE
+from lit_prune.models.access import PRUNABLE, whole_shape
 
 
 @dataclass(frozen=True)
@@ -39,4 +40,5 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 def _linear_weights(module: nn.Module) -> int:
-    return sum(m.get_parameter("weight").numel() for m in module.modules() if isinstance(m, PRUNABLE))
+    weights = [m.get_parameter("weight") for m in module.modules() if isinstance(m, PRUNABLE)]
+    return sum(prod(whole_shape(weight)) for weight in weights)

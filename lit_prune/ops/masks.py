@@ -176,6 +176,10 @@ class PackedMask:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
         return cls((flat << _bit_positions(keep.device)).sum(1, dtype=torch.uint8), tuple(keep.shape))
 
+    def to(self, device: torch.device | str) -> PackedMask:
+        """Return it on another device."""
+        return PackedMask(self.bits.to(device), self.shape)
+
     def unpack(self) -> Tensor:
         """Return the bool mask."""
         bits = (self.bits.unsqueeze(1) >> _bit_positions(self.bits.device)) & 1

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError
 from lit_prune.models.io import load_tokenizer
+from lit_prune.training.resumable import ResumableLoader
 from lit_prune.training.text import Split, read_documents
 
 
@@ -123,9 +124,14 @@ class TextDataModule(LightningDataModule):
         return load_tokenizer(self.tokenizer)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return shuffled training windows."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._loader(self._windows("train", "train"), shuffle=True, generator=generator)
+        """Return shuffled training windows, each process its share; it can be resumed in the middle of an epoch."""
+        share = {"num_replicas": 1, "rank": 0}
+        if self.trainer is not None:
+            share = self.trainer.distributed_sampler_kwargs or share
+        windows = Windows(self._windows("train", "train"))
+        return ResumableLoader(
+            windows, self.batch_size, self.seed, share["num_replicas"], share["rank"], self.num_workers
+        )
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the validation windows in order."""
@@ -185,12 +191,8 @@ class TextDataModule(LightningDataModule):
     def _encode(self, text: str) -> Tensor:
         return torch.tensor(self._tokenizer(text, verbose=False)["input_ids"])
 
-    def _loader(
-        self, tokens: Tensor, shuffle: bool = False, generator: torch.Generator | None = None
-    ) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader(
-            Windows(tokens), self.batch_size, shuffle=shuffle, generator=generator, num_workers=self.num_workers
-        )
+    def _loader(self, tokens: Tensor) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(Windows(tokens), self.batch_size, num_workers=self.num_workers)
 
 
 def _random_windows(tokens: Tensor, seqlen: int, generator: torch.Generator, count: int) -> Tensor:

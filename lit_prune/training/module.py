@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, pad
 from torchmetrics import MeanMetric
 
 from lit_prune.models.io import load_model, load_tokenizer
+from lit_prune.training.strategies import shard
 
 IGNORED = -100
 """Target of a position that does not count."""
@@ -76,6 +77,8 @@ class LitCausalLM(LightningModule):
             # transformers is renaming it
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable()
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh)
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer that belongs to the model."""

@@ -1,0 +1,145 @@
+"""The multi-device strategies that hold masks, on GPUs and, for tests and laptops, on CPUs with gloo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lit_prune.models.blocks import find_blocks
+
+
+class FSDP2(ModelParallelStrategy):
+    """Shards weights, gradients and optimizer moments over all processes, block by block (``fully_shard``).
+
+    .. code-block:: yaml
+
+        trainer: {devices: 2, strategy: {class_path: lit_prune.training.strategies.FSDP2}}
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        """Keep the arguments.
+
+        Args:
+            save_distributed_checkpoint: Every process saves its shard; off = one file, assembled by the first process.
+            process_group_backend: nccl or gloo; null = what the device needs.
+            timeout: Of a collective operation.
+        """
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    @override
+    def setup_environment(self) -> None:
+        # The parent shards over nodes only, and splits each matrix over the devices of a node.
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a model over the data-parallel processes of ``mesh``, one group of parameters per decoder block."""
+    data_parallel = mesh["data_parallel"]
+    for block in find_blocks(model):
+        fully_shard(block.module, mesh=data_parallel)
+    fully_shard(model, mesh=data_parallel)
+
+
+class DeepSpeed(DeepSpeedStrategy):
+    """DeepSpeed ZeRO-1, -2 or -3, on GPUs, or on CPUs with gloo.
+
+    .. code-block:: yaml
+
+        trainer:
+          devices: 2
+          strategy: {class_path: lit_prune.training.strategies.DeepSpeed, init_args: {stage: 3}}
+
+    With the optimizer, and for stage 3 the weights too, in CPU memory:
+
+    .. code-block:: yaml
+
+        strategy:
+          class_path: lit_prune.training.strategies.DeepSpeed
+          init_args: {stage: 3, offload_optimizer: true, offload_parameters: true}
+    """
+
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3] = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        config: dict[str, Any] | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        """Keep the arguments.
+
+        Args:
+            stage: What is shared out: optimizer moments (1), gradients too (2), weights too (3).
+            offload_optimizer: Keep optimizer moments and float32 masters in CPU memory.
+            offload_parameters: Keep weights in CPU memory (stage 3).
+            config: A whole DeepSpeed configuration in place of the arguments above.
+            timeout: Of a collective operation.
+        """
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            config=config,
+            timeout=timeout,
+            logging_batch_size_per_gpu=1,
+        )
+
+    @property
+    def _on_cpu(self) -> bool:
+        return isinstance(self.accelerator, CPUAccelerator)
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        # DeepSpeed asks for the index of the device, which Lightning's CPU devices do not have.
+        return torch.device("cpu", 0) if self._on_cpu else super().root_device
+
+    @override
+    def setup_environment(self) -> None:
+        if not self._on_cpu:
+            super().setup_environment()
+            return
+        self._process_group_backend = "gloo"
+        # The parent refuses CPUs; what it does for GPUs is in its own parents.
+        ParallelStrategy.setup_environment(self)
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided the loss by the number of accumulated batches; DeepSpeed would do so once more.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Iterator[None]:
+        # Weights are loaded whole and shared out when training starts: a checkpoint cannot be loaded into shards.
+        yield
