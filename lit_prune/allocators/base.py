@@ -29,6 +29,8 @@ class Layer:
     """Returns the dense weight ``[o, i]``."""
     evidence: Any = None
     """What the allocator's ``observe`` returned for the layer's block."""
+    metric: float | None = None
+    """What the allocator's ``measure`` returned for the layer, where somebody has asked it before."""
 
     @property
     def numel(self) -> int:
@@ -50,6 +52,18 @@ class Allocator(ABC):
             stats: of their inputs, in the same order.
         """
         return None
+
+    @property
+    def metric_name(self) -> str | None:
+        """Name of the number that ``measure`` reads off a weight, with all that determines it; None = it reads nothing.
+
+        Numbers of one name are interchangeable: the engine keeps them under it for other runs with the same weights.
+        """
+        return None
+
+    def measure(self, layers: Sequence[Layer]) -> dict[str, float]:
+        """Return what ``allocate`` must know of each layer's weight alone, by name; see ``Layer.metric``."""
+        return {}
 
     @abstractmethod
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:

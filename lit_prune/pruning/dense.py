@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lit_prune.models.blocks import Block
 from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, resident
 from lit_prune.models.gradients import gradient_norms
+from lit_prune.models.io import model_fingerprint, read_json, write_json
 from lit_prune.models.targets import Target
 from lit_prune.pruning.plan import PruningPlan, as_layer
 from lit_prune.pruning.progress import Stages
@@ -56,6 +58,21 @@ class DenseModel:
                 replay.advance(block.index)
         return evidence
 
+    def metrics(self) -> dict[str, float]:
+        """Return what the allocator measures of every target's weight, by name; what the cache holds is not redone."""
+        allocator, cache = self.plan.allocator, self.plan.cache
+        if allocator.metric_name is None:
+            return {}
+        path = cache and Path(cache) / f"{allocator.metric_name}-{model_fingerprint(self.model)}.json"
+        known: dict[str, float] = read_json(path) if path and path.is_file() else {}
+        missing = [as_layer(target) for target in self.targets if target.name not in known]
+        if missing:
+            with self.stages.stage("measure"):
+                known |= allocator.measure(missing)
+            if path:
+                write_json(path, known)
+        return known
+
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradient norm ``[o, i]`` of every target by name, where the scorer needs it."""
         scorer = self.plan.scorer
@@ -67,6 +84,6 @@ class DenseModel:
                 self.calibration,
                 self.targets,
                 scorer.gradient_norm,
-                self.plan.gradient_cache,
+                self.plan.cache,
                 self.forward_context,
             )

@@ -48,8 +48,8 @@ class PruningPlan:
     """Shell patterns over module names: layers to prune, of the linear layers in the decoder blocks."""
     exclude: Sequence[str] = ()
     """Shell patterns over module names: layers to leave alone."""
-    gradient_cache: str | None = None
-    """Folder in which gradient norms are kept for other runs with the same model and data (GBLM); null = nowhere."""
+    cache: str | None = None
+    """Folder that keeps gradient norms and spectral metrics for other runs with the same model; null = nowhere."""
     output_error: bool = True
     """Measure each layer's relative output error (needs its Gram matrix; off makes Magnitude and Wanda faster)."""
     device: str | None = None
@@ -90,9 +90,20 @@ class PruningPlan:
             self.pattern.check(target.shape, target.name)
         return blocks, targets
 
-    def allocate(self, targets: Sequence[Target], evidence: Mapping[int, Any] | None = None) -> dict[str, Pattern]:
-        """Return the pattern of every layer, by name; ``evidence`` is what the allocator observed, by block."""
-        layers = [as_layer(target, (evidence or {}).get(target.block)) for target in targets]
+    def allocate(
+        self,
+        targets: Sequence[Target],
+        evidence: Mapping[int, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> dict[str, Pattern]:
+        """Return the pattern of every layer, by name.
+
+        Args:
+            targets: the layers.
+            evidence: what the allocator observed, by block.
+            metrics: what it measured of the weights, by layer name.
+        """
+        layers = [as_layer(t, (evidence or {}).get(t.block), (metrics or {}).get(t.name)) for t in targets]
         pattern = self.pattern.grouped(self.scorer.group if self.scorer else self.solver.group)
         sparsities = self.allocator.allocate(layers, pattern.sparsity)
         if isinstance(pattern, NM):
@@ -107,6 +118,6 @@ class PruningPlan:
         return {**described, "include": list(self.include), "exclude": list(self.exclude)}
 
 
-def as_layer(target: Target, evidence: Any = None) -> Layer:
+def as_layer(target: Target, evidence: Any = None, metric: float | None = None) -> Layer:
     """Return what an allocator may know of a target."""
-    return Layer(target.name, target.block, target.shape, partial(read_weight, target.module), evidence)
+    return Layer(target.name, target.block, target.shape, partial(read_weight, target.module), evidence, metric)

@@ -63,8 +63,8 @@ def prune(
     report = PruningReport(identity=identity)
     with evaluation_mode(model):
         dense = DenseModel(model, blocks, targets, calibration, plan, stages, forward_context)
-        patterns = plan.allocate(targets, dense.evidence())
-        gradients = dense.gradients()
+        metrics, gradients = dense.metrics(), dense.gradients()
+        patterns = plan.allocate(targets, dense.evidence(), metrics)
         replay = dense.replay() if plan.needs else None
         for block in blocks:
             mine = [target for target in targets if target.block == block.index]

@@ -39,7 +39,7 @@ PATTERNS: dict[str, Pattern] = {
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"scorer": Magnitude()},
     "Wanda": {"scorer": Wanda()},
-    "GBLM": {"scorer": GBLM(), "gradient_cache": "out/gradients"},
+    "GBLM": {"scorer": GBLM(), "cache": "out/cache"},
     "SparseGPT": {"solver": SparseGPT()},
     "ADMM released": {"solver": ADMM(as_released=True)},
     "ADMM cubic": {"solver": ADMM(schedule="cubic")},
