@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,3 +27,14 @@ def read_weight(module: nn.Module) -> Tensor:
 def write_weight(module: nn.Module, weight: Tensor) -> None:
     """Replace the weight's values by ``weight`` ``[o, i]``; the parameter keeps its identity, dtype and device."""
     module.get_parameter("weight").copy_(to_parameter_layout(module, weight))
+
+
+@contextmanager
+def weights_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the modules' weights back afterwards, bit for bit, whatever happens in between."""
+    before = [read_weight(module).clone() for module in modules]
+    try:
+        yield
+    finally:
+        for module, weight in zip(modules, before, strict=True):
+            write_weight(module, weight)
