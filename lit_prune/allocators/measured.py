@@ -28,7 +28,7 @@ class Measured(Allocator):
     scorer and solver: ``mean_t ||B'(h)_t - B(h)_t||² / ||B(h)_t||²`` over the calibration tokens. It is measured at the
     target and ``spread`` below and above it (at most half of the way to 0 and to 1; with N:M at whole N, one at the
     least), and interpolated in between: its logarithm by a parabola that never falls. No block leaves the range that
-    was tried, and all layers of a block get the same. Costs three solves and four forward passes of every block.
+    was tried, and all layers of a block get the same. Costs three solves and five forward passes of every block.
 
     Errors of dense blocks do not know what happens to an error on its way through the blocks behind. Another allocator
     can have a say: each sparsity is then ``trust * measured + (1 - trust) * prior``. The method is this project's own.
