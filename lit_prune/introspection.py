@@ -31,5 +31,10 @@ def _belongs(cls: type, package: ModuleType) -> bool:
 
 def describe(method: Any) -> dict[str, Any]:
     """Return ``{"class_path": ..., "init_args": ...}`` of a method that keeps its arguments under their own names."""
-    init_args = {name: getattr(method, name) for name in inspect.signature(type(method)).parameters}
+    init_args = {name: _plain(getattr(method, name)) for name in inspect.signature(type(method)).parameters}
     return {"class_path": type(method).__name__, "init_args": init_args}
+
+
+def _plain(value: Any) -> Any:
+    """Return data as it is, and describe a method that another one was given."""
+    return value if value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)) else describe(value)

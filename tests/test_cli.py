@@ -96,6 +96,19 @@ def test_a_precision_of_the_trainer_is_used(tmp_path: Path) -> None:
     assert load_model(str(out)).dtype == torch.bfloat16
 
 
+def test_an_allocator_is_given_another_as_its_prior(tmp_path: Path) -> None:
+    prior = {"class_path": "AlphaPruning", "init_args": {"epsilon": 0.3}}
+    allocator = {"class_path": "Measured", "init_args": {"prior": prior, "trust": 0.25}}
+    out = tmp_path / "out"
+    config = write_config(tmp_path, plan={**WANDA, "allocator": allocator, "cache": str(tmp_path / "cache")})
+    assert main(["prune", "-c", config, "--output", str(out)]) == 0
+    report = json.loads((out / "pruning.json").read_text())
+    written = report["plan"]["allocator"]["init_args"]
+    assert written["trust"] == 0.25 and written["prior"]["init_args"]["epsilon"] == 0.3
+    assert len({layer["asked"] for layer in report["layers"]}) == 2  # one for each block
+    assert [file.name.split("-")[0] for file in (tmp_path / "cache").iterdir()] == ["alpha_peak"]
+
+
 def test_analyze_writes_spectra_and_allocations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = {**WANDA, "allocator": {"class_path": "AlphaPruning", "init_args": {"metric": "alpha_mid"}}}
     config, out = write_config(tmp_path, plan=plan), tmp_path / "analysis"

@@ -82,6 +82,15 @@ class AlphaPruning(Allocator):
         self.max_sparsity = max_sparsity
         self._read = None if values is None else _read(values)
 
+    @property
+    def metric_name(self) -> str | None:
+        """The metric, and what it is read off; None where ``values`` gives it."""
+        return None if self._read is not None else f"{self.metric}{'-windows' if self.windows else ''}"
+
+    def measure(self, layers: Sequence[Layer]) -> dict[str, float]:
+        """Return the metric of every layer by name, worked out from its weight."""
+        return {layer.name: value for layer, value in zip(layers, in_parallel(self._value, layers), strict=True)}
+
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
         """Return the sparsity of every layer by name; see ``Allocator.allocate``.
 
@@ -104,7 +113,7 @@ class AlphaPruning(Allocator):
         return meet_budget(layers, proposed, target, self.min_sparsity, self.max_sparsity)
 
     def metrics(self, layers: Sequence[Layer]) -> Tensor:
-        """Return the metric of every layer, ``[layers]`` float64."""
+        """Return the metric of every layer, ``[layers]`` float64; only what is not known yet is worked out."""
         if self._read is not None:
             if len(self._read) != len(layers):
                 raise InputError(
@@ -112,7 +121,9 @@ class AlphaPruning(Allocator):
                     f"{len(layers)} layers to prune, so it belongs to another model"
                 )
             return self._read.clone()
-        return torch.tensor(list(in_parallel(self._value, layers)), dtype=torch.float64)
+        known = {layer.name: layer.metric for layer in layers if layer.metric is not None}
+        known |= self.measure([layer for layer in layers if layer.name not in known])
+        return torch.tensor([known[layer.name] for layer in layers], dtype=torch.float64)
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """Return the eigenvalues that the metric is read off, ascending: of the whole matrix, or of its windows."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.ops import LayerStats
+from lit_prune.ops import LayerStats, Pattern
 from lit_prune.ops.masks import check_sparsity
 
 
@@ -29,6 +29,8 @@ class Layer:
     """Returns the dense weight ``[o, i]``."""
     evidence: Any = None
     """What the allocator's ``observe`` returned for the layer's block."""
+    metric: float | None = None
+    """What the allocator's ``measure`` returned for the layer, where somebody has asked it before."""
 
     @property
     def numel(self) -> int:
@@ -39,17 +41,38 @@ class Layer:
 class Allocator(ABC):
     """How much of each layer goes?"""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """What must be collected of the dense model before the allocation, of ``input_sq_norm`` and ``gram``."""
+    needs: frozenset[str] = frozenset()
+    """What must be known of the dense model before the allocation, of ``input_sq_norm``, ``gram``, ``output_error``."""
 
-    def observe(self, layers: Sequence[Layer], stats: Sequence[LayerStats]) -> Any:
+    def observe(
+        self,
+        layers: Sequence[Layer],
+        stats: Sequence[LayerStats],
+        pattern: Pattern,
+        output_error: Callable[[Pattern], float],
+    ) -> Any:
         """Return what ``allocate`` must know of a dense block; called block by block where ``needs`` names anything.
 
         Args:
             layers: the block's layers.
             stats: of their inputs, in the same order.
+            pattern: what all layers together are to get; its sparsity is the target.
+            output_error: prunes the block's layers to a pattern for a moment and returns the relative error of its
+                output; for allocators whose ``needs`` names it.
         """
         return None
+
+    @property
+    def metric_name(self) -> str | None:
+        """Name of the number that ``measure`` reads off a weight, with all that determines it; None = it reads nothing.
+
+        Numbers of one name are interchangeable: the engine keeps them under it for other runs with the same weights.
+        """
+        return None
+
+    def measure(self, layers: Sequence[Layer]) -> dict[str, float]:
+        """Return what ``allocate`` must know of each layer's weight alone, by name; see ``Layer.metric``."""
+        return {}
 
     @abstractmethod
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
@@ -73,6 +96,12 @@ def check_bounds(min_sparsity: float, max_sparsity: float) -> None:
     check_sparsity(max_sparsity, "max_sparsity")
     if min_sparsity > max_sparsity:
         raise InputError(f"min_sparsity {min_sparsity:g} is above max_sparsity {max_sparsity:g}")
+
+
+def check_budget(target: float, low: float, high: float) -> None:
+    """Raise ``InputError`` where no values in ``[low, high]`` have the mean ``target``."""
+    if not low <= target <= high:
+        raise InputError(f"no allocation with values in [{low:g}, {high:g}] has the mean {target:g}")
 
 
 def meet_budget(
@@ -103,8 +132,7 @@ def project_onto_budget(ratios: Tensor, sizes: Tensor, target: float, low: float
     Raises:
         InputError: where the target is outside ``[low, high]``, or a ratio is negative or not finite.
     """
-    if not low <= target <= high:
-        raise InputError(f"no allocation with values in [{low:g}, {high:g}] has the mean {target:g}")
+    check_budget(target, low, high)
     if not (ratios.isfinite().all() and (ratios >= 0).all()):
         raise InputError(f"sparsities must be finite and >= 0, got {ratios.min().item():g} to {ratios.max().item():g}")
     shares = sizes / sizes.sum()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from collections.abc import Callable, Sequence
+from typing import final
 
 import torch
 
 from lit_prune.allocators.base import Allocator, Layer, check_bounds, meet_budget
 from lit_prune.errors import InputError
-from lit_prune.ops import LayerStats
+from lit_prune.ops import LayerStats, Pattern
 from lit_prune.ops.precision import working
 
 
@@ -25,7 +25,7 @@ class OWL(Allocator):
         allocator: {class_path: OWL, init_args: {spread: 0.08, threshold: 5}}
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"input_sq_norm"})
+    needs = frozenset({"input_sq_norm"})
 
     def __init__(
         self, spread: float = 0.08, threshold: float = 5.0, min_sparsity: float = 0.0, max_sparsity: float = 0.99
@@ -48,7 +48,13 @@ class OWL(Allocator):
         self.min_sparsity = min_sparsity
         self.max_sparsity = max_sparsity
 
-    def observe(self, layers: Sequence[Layer], stats: Sequence[LayerStats]) -> Any:
+    def observe(
+        self,
+        layers: Sequence[Layer],
+        stats: Sequence[LayerStats],
+        pattern: Pattern,
+        output_error: Callable[[Pattern], float],
+    ) -> float:
         """Return the block's fraction of outliers; ``stats`` must hold ``input_sq_norm`` ``[i]``."""
         scores = torch.cat(
             [

@@ -7,7 +7,7 @@ knows where; the rest of the project sees whole matrices, and ``Share``s to whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,17 @@ def read_weight(module: nn.Module) -> Tensor:
 def write_weight(module: nn.Module, weight: Tensor) -> None:
     """Replace the values of a plain module's weight by ``weight`` ``[o, i]``; the parameter keeps its identity."""
     module.get_parameter("weight").copy_(to_parameter_layout(module, weight))
+
+
+@contextmanager
+def weights_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the modules' weights back afterwards, bit for bit, whatever happens in between."""
+    before = [read_weight(module).clone() for module in modules]
+    try:
+        yield
+    finally:
+        for module, weight in zip(modules, before, strict=True):
+            write_weight(module, weight)
 
 
 @dataclass(frozen=True)

@@ -125,15 +125,39 @@ class BlockReplay:
         return collector.stats
 
     @torch.no_grad()
-    def advance(self, index: int) -> None:
-        """Replace the hidden states by the outputs of block ``index``."""
+    def outputs(self, index: int) -> list[Tensor]:
+        """Return the outputs ``[sequences, t, hidden]`` of block ``index`` on every batch."""
+        return [self._output(index, batch).to(self._hidden_device) for batch in range(len(self._hidden))]
+
+    @torch.no_grad()
+    def output_error(self, index: int, outputs: Sequence[Tensor]) -> float:
+        """Return how far block ``index`` is now from its earlier ``outputs``: ``mean_t ||change_t||² / ||output_t||²``.
+
+        Relative by token, for a few tokens with massive activations would outweigh all others.
+        """
+        total, tokens = 0.0, 0
+        for batch, before in enumerate(outputs):
+            dense = before.to(self._device).float()
+            change = self._output(index, batch).float() - dense
+            scale = dense.square().sum(-1).clamp_min(torch.finfo(dense.dtype).tiny)
+            total += (change.square().sum(-1) / scale).sum(dtype=torch.float64).item()
+            tokens += scale.numel()
+        return total / tokens
+
+    @torch.no_grad()
+    def advance(self, index: int, outputs: Sequence[Tensor] | None = None) -> None:
+        """Replace the hidden states by the outputs of block ``index``, which may be known already."""
         for batch in range(len(self._hidden)):
-            output = self._run(index, batch)
-            if not output.isfinite().all():
-                name = self._blocks[index].name
-                raise NumericalError(f"the output of {name} holds NaN or Inf on calibration batch {batch}")
+            output = self._output(index, batch) if outputs is None else outputs[batch]
             self._hidden[batch] = output.to(self._hidden_device)
         self._calls[index] = []  # its masks and embeddings are not needed again
+
+    def _output(self, index: int, batch: int) -> Tensor:
+        output = self._run(index, batch)
+        if not output.isfinite().all():
+            name = self._blocks[index].name
+            raise NumericalError(f"the output of {name} holds NaN or Inf on calibration batch {batch}")
+        return output
 
     def _run(self, index: int, batch: int) -> Tensor:
         call = self._calls[index][batch]

@@ -7,18 +7,19 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.allocators import Allocator, Uniform
 from lit_prune.allocators.base import Layer, in_whole_levels
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, NumericalError
 from lit_prune.introspection import describe
 from lit_prune.models.access import read_weight
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.targets import Target, find_targets
-from lit_prune.ops import NM, Pattern
+from lit_prune.ops import NM, LayerStats, Pattern
 from lit_prune.scorers import Scorer
 from lit_prune.solvers import Solver, Zero
+from lit_prune.solvers.base import Solution
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class PruningPlan:
     """Shell patterns over module names: layers to prune, of the linear layers in the decoder blocks."""
     exclude: Sequence[str] = ()
     """Shell patterns over module names: layers to leave alone."""
-    gradient_cache: str | None = None
-    """Folder in which gradient norms are kept for other runs with the same model and data (GBLM); null = nowhere."""
+    cache: str | None = None
+    """Folder that keeps gradient norms and spectral metrics for other runs with the same model; null = nowhere."""
     output_error: bool = True
     """Measure each layer's relative output error (needs its Gram matrix; off makes Magnitude and Wanda faster)."""
     device: str | None = None
@@ -70,8 +71,17 @@ class PruningPlan:
     @property
     def needs(self) -> frozenset[str]:
         """What calibration must collect; empty = no data is needed."""
-        needs = self.solver.needs | (self.scorer.needs if self.scorer else frozenset())
-        return needs | {"gram"} if self.output_error else needs
+        return self.method_needs | {"gram"} if self.output_error else self.method_needs
+
+    @property
+    def method_needs(self) -> frozenset[str]:
+        """What scorer and solver must know of a layer's inputs."""
+        return self.solver.needs | (self.scorer.needs if self.scorer else frozenset())
+
+    @property
+    def grouped_pattern(self) -> Pattern:
+        """The pattern with the comparison group that the method is used to, where it names none."""
+        return self.pattern.grouped(self.scorer.group if self.scorer else self.solver.group)
 
     @property
     def needs_data(self) -> bool:
@@ -90,14 +100,41 @@ class PruningPlan:
             self.pattern.check(target.shape, target.name)
         return blocks, targets
 
-    def allocate(self, targets: Sequence[Target], evidence: Mapping[int, Any] | None = None) -> dict[str, Pattern]:
-        """Return the pattern of every layer, by name; ``evidence`` is what the allocator observed, by block."""
-        layers = [as_layer(target, (evidence or {}).get(target.block)) for target in targets]
-        pattern = self.pattern.grouped(self.scorer.group if self.scorer else self.solver.group)
+    def allocate(
+        self,
+        targets: Sequence[Target],
+        evidence: Mapping[int, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> dict[str, Pattern]:
+        """Return the pattern of every layer, by name.
+
+        Args:
+            targets: the layers.
+            evidence: what the allocator observed, by block.
+            metrics: what it measured of the weights, by layer name.
+        """
+        layers = [as_layer(t, (evidence or {}).get(t.block), (metrics or {}).get(t.name)) for t in targets]
+        pattern = self.grouped_pattern
         sparsities = self.allocator.allocate(layers, pattern.sparsity)
         if isinstance(pattern, NM):
             sparsities = in_whole_levels(layers, sparsities, pattern.sparsity, pattern.of)
         return {name: pattern.at(sparsity) for name, sparsity in sparsities.items()}
+
+    def with_gradients(
+        self, stats: Mapping[str, LayerStats], gradients: Mapping[str, Tensor]
+    ) -> Mapping[str, LayerStats]:
+        """Return statistics by layer name with the layers' gradient norms ``[o, i]``, where the scorer needs them."""
+        if self.scorer is None or not gradients:
+            return stats
+        return {n: s.with_gradient({self.scorer.gradient_norm: gradients[n]}) for n, s in stats.items()}
+
+    def solve(self, name: str, weight: Tensor, stats: LayerStats, pattern: Pattern) -> Solution:
+        """Score and solve one layer; raise ``NumericalError`` that names it where that fails."""
+        try:
+            score = self.scorer.score(weight, stats) if self.scorer else None
+            return self.solver.solve(weight, stats, pattern, score)
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from error
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain data: class paths and arguments, as in YAML."""
@@ -107,6 +144,6 @@ class PruningPlan:
         return {**described, "include": list(self.include), "exclude": list(self.exclude)}
 
 
-def as_layer(target: Target, evidence: Any = None) -> Layer:
+def as_layer(target: Target, evidence: Any = None, metric: float | None = None) -> Layer:
     """Return what an allocator may know of a target."""
-    return Layer(target.name, target.block, target.shape, partial(read_weight, target.module), evidence)
+    return Layer(target.name, target.block, target.shape, partial(read_weight, target.module), evidence, metric)

@@ -23,7 +23,7 @@ class Position:
     blocks: int
     """How many there are."""
     stage: str
-    """``record``, ``observe``, ``gradients``, ``calibrate``, ``solve`` or ``propagate``."""
+    """``record``, ``measure``, ``observe``, ``gradients``, ``calibrate``, ``solve`` or ``propagate``."""
     seconds_left: float | None
     """Estimate from the blocks finished so far; None before the first."""
 
@@ -46,7 +46,7 @@ class Stages:
     def stage(self, name: str, block: int = 0) -> Iterator[None]:
         """Announce a stage of a block, and add its duration."""
         start = time.perf_counter()
-        if name not in ("record", "observe", "gradients") and self._first_block is None:
+        if name not in ("record", "measure", "observe", "gradients") and self._first_block is None:
             self._first_block = start
         if self._on_progress is not None:
             left = (start - self._first_block) / block * (self._blocks - block) if block and self._first_block else None

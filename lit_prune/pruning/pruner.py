@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import NumericalError
 from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
 from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, evaluation_mode, resident
 from lit_prune.models.targets import Target
@@ -63,8 +62,8 @@ def prune(
     report = PruningReport(identity=identity)
     with evaluation_mode(model):
         dense = DenseModel(model, blocks, targets, calibration, plan, stages, forward_context)
-        patterns = plan.allocate(targets, dense.evidence())
-        gradients = dense.gradients()
+        metrics, gradients = dense.metrics(), dense.gradients()
+        patterns = plan.allocate(targets, dense.evidence(gradients), metrics)
         replay = dense.replay() if plan.needs else None
         for block in blocks:
             mine = [target for target in targets if target.block == block.index]
@@ -93,12 +92,11 @@ def _prune_block(
     block: int,
 ) -> list[LayerReport]:
     """Calibrate, score, solve and write the targets of one block."""
-    stats = dict.fromkeys((t.name for t in targets), LayerStats(frozenset()))
+    stats: Mapping[str, LayerStats] = dict.fromkeys((t.name for t in targets), LayerStats(frozenset()))
     if replay and targets:
         with stages.stage("calibrate", block):
             stats = replay.collect(block, {t.name: t.module for t in targets}, plan.needs)
-    if plan.scorer and gradients:
-        stats = {n: s.with_gradient({plan.scorer.gradient_norm: gradients.pop(n)}) for n, s in stats.items()}
+    stats = plan.with_gradients(stats, {t.name: gradients.pop(t.name) for t in targets if gradients})
     with stages.stage("solve", block):
         return [_prune_layer(target, patterns[target.name], stats[target.name], plan) for target in targets]
 
@@ -106,11 +104,7 @@ def _prune_block(
 def _prune_layer(target: Target, pattern: Pattern, stats: LayerStats, plan: PruningPlan) -> LayerReport:
     start = time.perf_counter()
     weight = read_weight(target.module)
-    try:
-        score = plan.scorer.score(weight, stats) if plan.scorer else None
-        solution = plan.solver.solve(weight, stats, pattern, score)
-    except NumericalError as error:
-        raise NumericalError(f"{target.name}: {error}") from error
+    solution = plan.solve(target.name, weight, stats, pattern)
     output_error = relative_output_error(weight, solution.weight, stats.gram) if plan.output_error else None
     write_weight(target.module, solution.weight)
     return LayerReport(

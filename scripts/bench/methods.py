@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lit_prune.allocators import OWL, AlphaPruning
+from lit_prune.allocators import OWL, AlphaPruning, Measured
 from lit_prune.allocators.base import Allocator
 from lit_prune.ops import NM, Pattern, Unstructured
 from lit_prune.pruning import PruningPlan, prune
@@ -39,7 +39,7 @@ PATTERNS: dict[str, Pattern] = {
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"scorer": Magnitude()},
     "Wanda": {"scorer": Wanda()},
-    "GBLM": {"scorer": GBLM(), "gradient_cache": "out/gradients"},
+    "GBLM": {"scorer": GBLM(), "cache": "out/cache"},
     "SparseGPT": {"solver": SparseGPT()},
     "ADMM released": {"solver": ADMM(as_released=True)},
     "ADMM cubic": {"solver": ADMM(schedule="cubic")},
@@ -54,6 +54,8 @@ ALLOCATORS: dict[str, Allocator] = {
     "alpha_full": AlphaPruning("alpha_full"),
     "FARMS": AlphaPruning(windows=True),
     "OWL": OWL(),
+    "measured": Measured(),
+    "measured+alpha": Measured(prior=AlphaPruning()),
 }
 
 

@@ -126,12 +126,20 @@ def make_layers() -> list[Layer]:
     return [Layer(f"layers.{k}", k // 4, tuple(w.shape), lambda w=w: w) for k, w in enumerate(weights)]
 
 
-def observed(allocator: Allocator, layers: list[Layer]) -> list[Layer]:
+def observed(allocator: Allocator, layers: list[Layer], target: float) -> list[Layer]:
     """Show the allocator every block, as the engine does."""
     if not allocator.needs:
         return layers
     stats = [LayerStats.from_inputs(torch.randn(2, 9, layer.shape[1])) for layer in layers]
-    seen = {b: allocator.observe(layers[4 * b : 4 * b + 4], stats[4 * b : 4 * b + 4]) for b in range(3)}
+    seen = {
+        block: allocator.observe(
+            layers[4 * block : 4 * block + 4],
+            stats[4 * block : 4 * block + 4],
+            Unstructured(target),
+            lambda pattern, block=block: (1 + block) * pattern.sparsity**2,
+        )
+        for block in range(3)
+    }
     return [replace(layer, evidence=seen[layer.block]) for layer in layers]
 
 
@@ -158,7 +166,7 @@ class TestAllocators:
         self, allocator: type[Allocator], target: float, make_allocator: Callable[..., Allocator]
     ) -> None:
         method, layers = make_allocator(allocator), make_layers()
-        sparsity = method.allocate(observed(method, layers), target)
+        sparsity = method.allocate(observed(method, layers, target), target)
         assert list(sparsity) == [layer.name for layer in layers]
         assert mean(layers, sparsity) == pytest.approx(target, abs=1e-9)
         assert all(0 <= value < 1 for value in sparsity.values())
@@ -168,7 +176,7 @@ class TestAllocators:
             pytest.skip("has no bounds")
         layers = make_layers()
         method = make_allocator(allocator, min_sparsity=0.5, max_sparsity=0.7)
-        sparsity = method.allocate(observed(method, layers), 0.6)
+        sparsity = method.allocate(observed(method, layers, 0.6), 0.6)
         assert mean(layers, sparsity) == pytest.approx(0.6, abs=1e-9)
         assert all(0.5 <= value <= 0.7 for value in sparsity.values())
 

@@ -108,6 +108,27 @@ def test_nan_activations_name_block_and_batch(tiny_model: Callable[..., nn.Modul
         replay.advance(1)
 
 
+def test_the_output_error_is_relative_by_token(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    model = tiny_model()
+    replay = BlockReplay(model, find_blocks(model), tokens)
+    outputs = replay.outputs(0)
+    assert replay.output_error(0, outputs) == 0.0
+    # Outputs that were 1, 2 and 4 times as large, by token, have changed by 0, 1/2 and 3/4 of themselves.
+    factors = torch.tensor([1.0, 2.0, 4.0, 4.0] * 4).reshape(16, 1)
+    error = replay.output_error(0, [output * factors for output in outputs])
+    assert error == pytest.approx((0 + 0.25 + 0.5625 + 0.5625) / 4)
+
+
+def test_known_outputs_advance_like_those_it_works_out(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model()
+    known, afresh = (BlockReplay(model, find_blocks(model), tokens) for _ in range(2))
+    known.advance(0, known.outputs(0))
+    afresh.advance(0)
+    assert all(torch.equal(a, b) for a, b in zip(known.outputs(1), afresh.outputs(1), strict=True))
+
+
 def test_a_layer_that_is_never_called_is_named(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
     model = tiny_model()
     replay = BlockReplay(model, find_blocks(model), tokens)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.access import read_weight, write_weight
+from lit_prune.models.access import read_weight, weights_restored, write_weight
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.targets import find_targets
 
@@ -38,6 +38,17 @@ def test_conv1d_is_read_and_written_as_outputs_by_inputs(tiny_model: Callable[..
     assert module.weight is parameter
     torch.testing.assert_close(read_weight(module), weight)  # a view
     torch.testing.assert_close(inputs @ weight.T + module.bias, module(inputs))
+
+
+def test_weights_are_restored_bit_for_bit_whatever_happens() -> None:
+    module = nn.Linear(3, 1, bias=False, dtype=torch.bfloat16)
+    write_weight(module, torch.tensor([[float("nan"), -0.0, 1e-40]], dtype=torch.bfloat16))
+    parameter, bits = module.weight, module.weight.detach().view(torch.int16).clone()
+    with pytest.raises(KeyError), weights_restored([module]):
+        write_weight(module, torch.zeros(1, 3))
+        raise KeyError
+    assert module.weight is parameter
+    assert torch.equal(parameter.detach().view(torch.int16), bits)
 
 
 def test_patterns_choose_layers(tiny_model: Callable[..., nn.Module]) -> None:

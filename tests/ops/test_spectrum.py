@@ -128,6 +128,13 @@ def test_rounding_is_no_eigenvalue() -> None:
     assert len(spectrum.eigenvalues(weight.double())) == 3
 
 
+@pytest.mark.parametrize("shape", [(300, 40), (40, 300), (300, 300), (129, 128), (1, 7)])
+def test_a_gram_matrix_in_bands_has_the_eigenvalues_of_the_whole(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = torch.linalg.svdvals(weight.double()).square().flip(0)
+    torch.testing.assert_close(spectrum.eigenvalues(weight), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_nan_weights_are_an_error() -> None:
     with pytest.raises(NumericalError, match="NaN"):
         spectrum.eigenvalues(torch.full((2, 2), float("nan")))
