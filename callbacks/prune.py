@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,10 +22,14 @@ from lit_prune.pruning.progress import ProgressBar
 
 @dataclass(frozen=True)
 class _Request:
-    """Prune at the start of the next test run."""
+    """What a pruning is asked to do: arguments of ``prune``."""
 
-    journal_folder: Path | None
-    resume: bool
+    plan: PruningPlan
+    journal_folder: Path | None = None
+    resume: bool = False
+    sparsity: float | None = None
+    allocation: Mapping[str, float] | None = None
+    within: Mapping[str, PackedMask] | None = None
 
 
 @runtime_checkable
@@ -54,14 +58,33 @@ class Prune(Callback):
             - class_path: KeepMasks
     """
 
-    def __init__(self, plan: PruningPlan, schedule: Schedule | None = None) -> None:
-        """Keep the arguments.
+    def __init__(
+        self,
+        plan: PruningPlan,
+        schedule: Schedule | None = None,
+        allocation: Literal["frozen", "recomputed"] = "frozen",
+        regrowth: bool = True,
+    ) -> None:
+        """Validate and keep the arguments.
 
         Args:
             plan: What to prune, how far and how.
             schedule: When, in optimizer steps; null = ``OneShot`` at the start.
+            allocation: Where the schedule prunes more than once: share the sparsity out as the dense model's
+                allocation says, in proportion (``frozen``), or allocate anew from the weights of the day
+                (``recomputed``).
+            regrowth: Let a pruning keep weights that an earlier one removed; off needs a ``frozen`` allocation.
         """
+        if allocation not in ("frozen", "recomputed"):
+            raise InputError(f"allocation is {allocation!r}: it must be 'frozen' or 'recomputed'")
+        if not regrowth and allocation != "frozen":
+            raise InputError(
+                "regrowth is off and allocation is 'recomputed': a layer could get less sparsity than it has; make it "
+                "'frozen'"
+            )
         self.plan = plan
+        self.allocation = allocation
+        self.regrowth = regrowth
         self.schedule = schedule or OneShot()
         self.report: PruningReport | None = None
         """What the latest pruning did, its masks included."""
@@ -88,12 +111,12 @@ class Prune(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune where ``at_next_test`` asked for it."""
         if self._request is not None:
-            self._prune(trainer, pl_module, self.plan, self._request)
+            self._prune(trainer, pl_module, self._request)
 
     @contextmanager
     def at_next_test(self, journal_folder: Path | None = None, resume: bool = False) -> Iterator[None]:
         """Prune at the start of the test run inside this context, which so evaluates the pruned model."""
-        self._request = _Request(journal_folder, resume)
+        self._request = _Request(self.plan, journal_folder, resume)
         try:
             yield
         finally:
@@ -102,23 +125,32 @@ class Prune(Callback):
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if self.schedule.due(step) and self.pruned_at != step:
-            sparsity = self.schedule.sparsity(step, self.plan.pattern.sparsity)
-            self._prune(trainer, pl_module, self.plan.at(sparsity), _Request(None, False))
+            self._prune(trainer, pl_module, self._due_at(step))
             self.pruned_at = step
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan, request: _Request) -> None:
-        batches = _calibration(trainer) if plan.needs_data else []
+    def _due_at(self, step: int) -> _Request:
+        sparsity = self.schedule.sparsity(step, self.plan.pattern.sparsity)
+        if self.allocation == "recomputed":
+            return _Request(self.plan.at(sparsity))
+        before = self.report
+        return _Request(
+            self.plan,
+            sparsity=sparsity if sparsity != self.plan.pattern.sparsity else None,
+            allocation=before.allocation if before else None,
+            within=before.masks if before and not self.regrowth else None,
+        )
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, request: _Request) -> None:
+        batches = _calibration(trainer) if request.plan.needs_data else []
         model = pl_module.get_submodule("model")
         # Evaluation runs in inference mode, whose tensors could take no part in training later.
-        with torch.inference_mode(False), ProgressBar() as show, whole_model(model) as whole:
+        with torch.inference_mode(False), ProgressBar(trainer.is_global_zero) as show, whole_model(model) as whole:
             self.report = prune(
                 whole,
                 batches,
-                plan,
                 on_progress=show,
-                journal_folder=request.journal_folder,
-                resume=request.resume,
                 forward_context=trainer.precision_plugin.forward_context,
+                **vars(request),
             )
             share_pruned(model, whole, self.report.masks)
         if trainer.state.fn == TrainerFn.FITTING:

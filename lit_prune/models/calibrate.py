@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -103,26 +104,48 @@ class BlockReplay:
         self._hidden.append(first_hidden[0].to(self._hidden_device))
 
     @torch.no_grad()
-    def collect(self, index: int, layers: Mapping[str, nn.Module], needs: frozenset[str]) -> dict[str, LayerStats]:
+    def collect(
+        self,
+        index: int,
+        layers: Mapping[str, nn.Module],
+        needs: frozenset[str],
+        dense: BlockReplay | None = None,
+    ) -> dict[str, LayerStats]:
         """Run block ``index`` once and return the input statistics of its ``layers``.
 
         Layers that are called with the very same tensor share one ``LayerStats``.
+
+        Args:
+            index: a block that has not been pruned yet.
+            layers: its layers, by name.
+            needs: what to collect.
+            dense: stands before the same block with the dense model's hidden states, for ``drift``; it is moved past
+                the block.
 
         Raises:
             InputError: where a layer is never called, so nothing is known about its inputs.
             NumericalError: where activations are NaN or infinite.
         """
         collector = _Collector(needs)
-        with collector.watching(layers):
-            for batch in range(len(self._hidden)):
-                collector.sequences = len(self._hidden[batch])
+        for batch in range(len(self._hidden)):
+            collector.sequences = len(self._hidden[batch])
+            if dense is not None:
+                with _inputs_kept(layers, collector.dense_inputs):
+                    dense._hidden[batch] = dense._output(index, batch).to(dense._hidden_device)
+            with collector.watching(layers):
                 self._run(index, batch)
-                collector.end_of_batch()
+            collector.end_of_batch()
         for name in layers:
             if name not in collector.stats:
                 raise InputError(f"{name} was never called on the calibration set: exclude it with plan.exclude")
             collector.stats[name].check_finite(name)
         return collector.stats
+
+    def fork(self) -> BlockReplay:
+        """Return another replay that stands where this one does."""
+        twin = copy.copy(self)
+        twin._hidden, twin._calls = list(self._hidden), list(self._calls)
+        return twin
 
     @torch.no_grad()
     def outputs(self, index: int) -> list[Tensor]:
@@ -197,6 +220,8 @@ class _Collector:
     def __init__(self, needs: frozenset[str]) -> None:
         self.stats: dict[str, LayerStats] = {}
         self.sequences = 0
+        self.dense_inputs: dict[str, Tensor] = {}
+        """This batch's inputs of every layer in the dense model, where they are wanted."""
         self._needs = needs
         self._owners: dict[str, str] = {}  # layer -> the layer whose hook feeds the shared statistics
         self._seen: list[tuple[Tensor, str]] = []  # this batch's inputs, alive so that identity means identity
@@ -212,6 +237,7 @@ class _Collector:
 
     def end_of_batch(self) -> None:
         self._seen.clear()
+        self.dense_inputs.clear()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -226,9 +252,28 @@ class _Collector:
                 )
             self._seen.append((inputs, name))
             with torch.autocast(inputs.device.type, enabled=False):  # statistics are summed in float32 all the same
-                self.stats.setdefault(name, LayerStats(self._needs)).update(inputs, self.sequences)
+                stats = self.stats.setdefault(name, LayerStats(self._needs))
+                stats.update(inputs, self.sequences, self.dense_inputs.get(name))
 
         return hook
+
+
+@contextmanager
+def _inputs_kept(layers: Mapping[str, nn.Module], inputs: dict[str, Tensor]) -> Iterator[None]:
+    """Keep what each layer is called with in ``inputs``."""
+
+    def keeper(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name] = args[0]
+
+        return keep
+
+    handles = [module.register_forward_pre_hook(keeper(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,8 +141,37 @@ def drop_smallest(groups: Tensor, count: int) -> Tensor:
     return keep
 
 
-def select(scores: Tensor, pattern: Pattern) -> Tensor:
+def drop_smallest_each(groups: Tensor, counts: Tensor) -> Tensor:
+    """Return the keep mask of ``groups`` ``[g, n]`` that drops ``counts`` ``[g]`` of the smallest of each group."""
+    if (counts == counts[0]).all():
+        return drop_smallest(groups, int(counts[0]))
+    order = groups.argsort(1)
+    kept = torch.arange(groups.shape[1], device=groups.device) >= counts.unsqueeze(1)
+    return torch.empty_like(groups, dtype=torch.bool).scatter_(1, order, kept)
+
+
+def only(allowed: Tensor | None, scores: Tensor) -> Tensor:
+    """Return ``scores`` with ``-inf`` where a weight may not be kept (``allowed`` bool; None = any may)."""
+    return scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+
+
+def check_allowed(allowed: Tensor | None, pattern: Pattern, shape: Sequence[int]) -> None:
+    """Raise ``InputError`` where fewer weights may be kept than ``pattern`` keeps, in the whole or in a group."""
+    if allowed is None:
+        return
+    if tuple(allowed.shape) != tuple(shape):
+        raise InputError(f"allowed has the shape {tuple(allowed.shape)}: it must be the weight's, {tuple(shape)}")
+    if (pattern.mask(allowed.float()) & ~allowed).any():
+        raise InputError(
+            f"{pattern!r} keeps weights that were pruned before: raise the sparsity with every pruning, or let weights "
+            "come back (regrowth)"
+        )
+
+
+def select(scores: Tensor, pattern: Pattern, allowed: Tensor | None = None) -> Tensor:
     """Return the keep mask (bool ``[o, i]``) that ``pattern`` gives to ``scores`` (``[o, i]``, larger = keep).
+
+    Only weights that are ``allowed`` (bool ``[o, i]``; None = any) are kept.
 
     >>> select(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), NM(2, 4))
     tensor([[ True, False, False,  True]])
@@ -154,7 +184,8 @@ def select(scores: Tensor, pattern: Pattern) -> Tensor:
     if scores.isnan().any():
         raise InputError(f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN: they cannot be ranked")
     pattern.check(scores.shape)
-    return pattern.mask(scores)
+    check_allowed(allowed, pattern, scores.shape)
+    return pattern.mask(only(allowed, scores))
 
 
 @dataclass(frozen=True)

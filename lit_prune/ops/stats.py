@@ -11,13 +11,16 @@ from torch import Tensor
 
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import linalg
+from lit_prune.ops.precision import working
 
 GradientNorm = Literal["l1", "l2"]
 """How gradients are added up over samples: the sum of their sizes, or the root of the sum of their squares."""
 Factor = TypeVar("Factor")
 NORM_FLOOR = 1e-8
 """Added to input norms, so that a dead input can be divided by its own."""
-COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient"})
+DRIFT_DAMPING = 0.1
+"""Added to the diagonal of the Gram matrix at unit norms, as a fraction of its mean, where drift is made up for."""
+COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient", "drift"})
 """What a method may ask calibration for, through its ``needs``."""
 
 
@@ -28,7 +31,7 @@ class LayerStats:
     """
 
     def __init__(self, needs: frozenset[str] = frozenset({"gram"})) -> None:
-        """Collect what ``needs`` names, of ``input_sq_norm``, ``gram`` and ``gradient``."""
+        """Collect what ``needs`` names, of ``input_sq_norm``, ``gram``, ``gradient`` and ``drift``."""
         if not needs <= COLLECTABLE:
             raise InputError(f"needs is {sorted(needs)}: only {sorted(COLLECTABLE)} can be collected")
         self.needs = needs
@@ -38,6 +41,7 @@ class LayerStats:
         """Number of input vectors seen."""
         self._gram: Tensor | None = None
         self._sum_sq: Tensor | None = None
+        self._drift: Tensor | None = None
         self._gradients: Mapping[str, Tensor] = {}
         self._factors: dict[tuple[str, float], Any] = {}
 
@@ -63,10 +67,15 @@ class LayerStats:
             return stats
         return stats.with_gradient({"l1": gradients.abs().sum(0), "l2": gradients.square().sum(0).sqrt()})
 
-    def update(self, inputs: Tensor, sequences: int) -> None:
-        """Add inputs ``[..., i]`` that belong to ``sequences`` calibration sequences."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        rows = rows if rows.dtype == torch.float64 else rows.float()
+    def update(self, inputs: Tensor, sequences: int, dense_inputs: Tensor | None = None) -> None:
+        """Add inputs ``[..., i]`` that belong to ``sequences`` calibration sequences.
+
+        Args:
+            inputs: what the layer reads, behind whatever has been pruned before it.
+            sequences: how many sequences they come from.
+            dense_inputs: what it reads in the dense model, in the same order; for ``drift``.
+        """
+        rows = _rows(inputs)
         self.sequences += sequences
         self.tokens += rows.shape[0]
         self._factors.clear()
@@ -77,13 +86,17 @@ class LayerStats:
         elif "input_sq_norm" in self.needs:
             sum_sq = rows.square().sum(0)
             self._sum_sq = sum_sq if self._sum_sq is None else self._sum_sq.add_(sum_sq)
+        if "drift" in self.needs and dense_inputs is not None:
+            if self._drift is None:
+                self._drift = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self._drift.addmm_(rows.T, _rows(dense_inputs) - rows)
 
     def merge(self, other: LayerStats) -> None:
         """Add what another process, or another share of the data, has collected of the same layer."""
         self.sequences += other.sequences
         self.tokens += other.tokens
         self._factors.clear()
-        for name in ("_gram", "_sum_sq"):
+        for name in ("_gram", "_sum_sq", "_drift"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if theirs is not None:
                 setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
@@ -126,6 +139,33 @@ class LayerStats:
             )
         return self._sum_sq
 
+    def make_up_for_drift(self, weight: Tensor, strength: float) -> Tensor:
+        """Return the weight ``[o, i]`` that gives on these inputs what ``weight`` gives on the dense model's.
+
+        With X these inputs and D the dense model's that is the least squares ``W + W (D - X)ᵀX (XᵀX)⁻¹``, damped at
+        unit input norms; a correction so found fits the calibration set too well, so only ``strength`` of it is made.
+        Worked: one input that has shrunk to half, X = (1, 1) and D = (2, 2), without damping: ``(D - X)ᵀX = 2``,
+        ``XᵀX = 2``, so the whole correction doubles the weight.
+
+        Args:
+            weight: ``[o, i]``, any floating dtype.
+            strength: fraction of the correction that is made, in [0, 1].
+
+        Returns:
+            ``[o, i]`` float32 or better; ``weight`` itself where no drift was collected.
+        """
+        if not strength or self._drift is None:
+            return weight
+        norm, factor = self._once(("drift", DRIFT_DAMPING), self._drift_factor)
+        dense = working(weight)
+        pull = (dense @ self._drift.T.to(dense)) / norm.to(dense)
+        return dense + strength * torch.cholesky_solve(pull.T, factor.to(dense)).T / norm.to(dense)
+
+    def _drift_factor(self) -> tuple[Tensor, Tensor]:
+        """Return the input norms ``[i]`` and the lower Cholesky factor of the damped Gram matrix at unit norms."""
+        norm = self.gram.diagonal().sqrt() + NORM_FLOOR
+        return norm, torch.linalg.cholesky(linalg.damped(self.gram / torch.outer(norm, norm), DRIFT_DAMPING))
+
     def inverse_cholesky(self, damping: float) -> Tensor:
         """Upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; computed once for all layers that share it."""
         return self._once(("inverse_cholesky", damping), lambda: linalg.inverse_cholesky(self.gram, damping))
@@ -139,3 +179,9 @@ class LayerStats:
         if key not in self._factors:
             self._factors[key] = compute()
         return self._factors[key]
+
+
+def _rows(inputs: Tensor) -> Tensor:
+    """Return inputs ``[..., i]`` as ``[t, i]`` in float32 or better."""
+    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    return rows if rows.dtype == torch.float64 else rows.float()

@@ -3,6 +3,6 @@
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.pruner import prune
 from lit_prune.pruning.report import PruningReport
-from lit_prune.pruning.schedule import Cubic, OneShot, Schedule
+from lit_prune.pruning.schedule import Cubic, Linear, OneShot, Schedule, Step, Table
 
-__all__ = ["Cubic", "OneShot", "PruningPlan", "PruningReport", "Schedule", "prune"]
+__all__ = ["Cubic", "Linear", "OneShot", "PruningPlan", "PruningReport", "Schedule", "Step", "Table", "prune"]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_prune.allocators import Allocator, Uniform
-from lit_prune.allocators.base import Layer, in_whole_levels
+from lit_prune.allocators.base import Layer, in_whole_levels, meet_budget
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.introspection import describe
 from lit_prune.models.access import read_weight
@@ -20,6 +20,9 @@ from lit_prune.ops import NM, LayerStats, Pattern
 from lit_prune.scorers import Scorer
 from lit_prune.solvers import Solver, Zero
 from lit_prune.solvers.base import Solution
+
+_MAX_SCALED = 0.99
+"""No layer gets more where an allocation is scaled."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class PruningPlan:
     """How much of each layer goes; null = Uniform."""
     solver: Solver = None  # type: ignore[assignment]
     """How the weights that stay are repaired; null = Zero."""
+    correction: float = 0.0
+    """How much of what earlier blocks have done to a layer's inputs its weights make up for, in [0, 1]; 0 = nothing, as
+    in the papers. Costs one more forward pass and a product per Gram matrix."""
     include: Sequence[str] = ("*",)
     """Shell patterns over module names: layers to prune, of the linear layers in the decoder blocks."""
     exclude: Sequence[str] = ()
@@ -64,6 +70,8 @@ class PruningPlan:
         object.__setattr__(self, "solver", self.solver or Zero())
         if self.scorer is None and self.solver.needs_score:
             raise InputError(f"plan.solver {type(self.solver).__name__} needs a plan.scorer, such as Wanda")
+        if not 0 <= self.correction <= 1:
+            raise InputError(f"plan.correction is {self.correction!r}: it must be in [0, 1], such as 0.3")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise InputError(f"plan.{name} is {getattr(self, name)!r}: it must be a list of shell patterns")
@@ -71,7 +79,8 @@ class PruningPlan:
     @property
     def needs(self) -> frozenset[str]:
         """What calibration must collect; empty = no data is needed."""
-        return self.method_needs | {"gram"} if self.output_error else self.method_needs
+        needs = self.method_needs | ({"gram"} if self.output_error else set())
+        return needs | {"gram", "drift"} if self.correction else needs
 
     @property
     def method_needs(self) -> frozenset[str]:
@@ -105,8 +114,8 @@ class PruningPlan:
         targets: Sequence[Target],
         evidence: Mapping[int, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
-    ) -> dict[str, Pattern]:
-        """Return the pattern of every layer, by name.
+    ) -> dict[str, float]:
+        """Return the sparsity of every layer, by name.
 
         Args:
             targets: the layers.
@@ -114,11 +123,25 @@ class PruningPlan:
             metrics: what it measured of the weights, by layer name.
         """
         layers = [as_layer(t, (evidence or {}).get(t.block), (metrics or {}).get(t.name)) for t in targets]
-        pattern = self.grouped_pattern
-        sparsities = self.allocator.allocate(layers, pattern.sparsity)
+        return self.allocator.allocate(layers, self.pattern.sparsity)
+
+    def patterns(
+        self, targets: Sequence[Target], allocation: Mapping[str, float], sparsity: float | None = None
+    ) -> dict[str, Pattern]:
+        """Return the pattern of every layer, by name.
+
+        Args:
+            targets: the layers.
+            allocation: their sparsities, as ``allocate`` returns them.
+            sparsity: what the proportions of ``allocation`` are scaled to; None = the plan's own.
+        """
+        pattern, layers = self.grouped_pattern, [as_layer(target) for target in targets]
+        if sparsity is not None:
+            allocation = meet_budget(layers, allocation, sparsity, 0.0, max(sparsity, _MAX_SCALED))
         if isinstance(pattern, NM):
-            sparsities = in_whole_levels(layers, sparsities, pattern.sparsity, pattern.of)
-        return {name: pattern.at(sparsity) for name, sparsity in sparsities.items()}
+            target = pattern.sparsity if sparsity is None else sparsity
+            allocation = in_whole_levels(layers, allocation, target, pattern.of)
+        return {name: pattern.at(value) for name, value in allocation.items()}
 
     def with_gradients(
         self, stats: Mapping[str, LayerStats], gradients: Mapping[str, Tensor]
@@ -128,11 +151,13 @@ class PruningPlan:
             return stats
         return {n: s.with_gradient({self.scorer.gradient_norm: gradients[n]}) for n, s in stats.items()}
 
-    def solve(self, name: str, weight: Tensor, stats: LayerStats, pattern: Pattern) -> Solution:
+    def solve(
+        self, name: str, weight: Tensor, stats: LayerStats, pattern: Pattern, allowed: Tensor | None = None
+    ) -> Solution:
         """Score and solve one layer; raise ``NumericalError`` that names it where that fails."""
         try:
             score = self.scorer.score(weight, stats) if self.scorer else None
-            return self.solver.solve(weight, stats, pattern, score)
+            return self.solver.solve(weight, stats, pattern, score, allowed)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
 

@@ -58,8 +58,8 @@ class Stages:
 class ProgressBar:
     """A line that shows block i of n, the stage and the time left: ``with ProgressBar() as show: prune(..., show)``."""
 
-    def __init__(self) -> None:
-        """Prepare the bar; it appears on entering."""
+    def __init__(self, shown: bool = True) -> None:
+        """Prepare the bar; it appears on entering, unless it is not to be ``shown``."""
         columns = (
             TextColumn("pruning"),
             BarColumn(bar_width=24),
@@ -67,7 +67,7 @@ class ProgressBar:
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        self._progress = Progress(*columns)
+        self._progress = Progress(*columns, disable=not shown)
         self._task: TaskID | None = None
 
     def __enter__(self) -> OnProgress:

@@ -32,6 +32,9 @@ def prune(
     journal_folder: str | Path | None = None,
     resume: bool = False,
     forward_context: ForwardContext = nullcontext,
+    sparsity: float | None = None,
+    allocation: Mapping[str, float] | None = None,
+    within: Mapping[str, PackedMask] | None = None,
 ) -> PruningReport:
     """Prune a causal language model in place.
 
@@ -46,6 +49,9 @@ def prune(
         journal_folder: where finished blocks are written, so that the run can be resumed; None = nowhere.
         resume: go on from the finished blocks in ``journal_folder``.
         forward_context: entered around the model's own computations, such as autocast; never around the solves.
+        sparsity: how far to go on the way to the plan's own sparsity, for which the allocation is made; None = all.
+        allocation: the sparsity of every layer by name, from an earlier report, in place of a new one.
+        within: keep masks by parameter name; a weight that they prune stays pruned. None = any weight may be kept.
 
     Returns:
         What happened to every layer, and the masks.
@@ -62,16 +68,22 @@ def prune(
     report = PruningReport(identity=identity)
     with evaluation_mode(model):
         dense = DenseModel(model, blocks, targets, calibration, plan, stages, forward_context)
-        metrics, gradients = dense.metrics(), dense.gradients()
-        patterns = plan.allocate(targets, dense.evidence(gradients), metrics)
+        gradients = dense.gradients()
+        report.allocation = dict(allocation or plan.allocate(targets, dense.evidence(gradients), dense.metrics()))
+        patterns = plan.patterns(targets, report.allocation, sparsity)
         replay = dense.replay() if plan.needs else None
+        reference = replay.fork() if replay and plan.correction else None
         for block in blocks:
             mine = [target for target in targets if target.block == block.index]
             with resident(block.module, plan.device):
                 if journal and journal.finished(block.index):
+                    if reference:
+                        reference.advance(block.index)
                     report.layers += journal.restore(block.index, mine)
                 else:
-                    layers = _prune_block(mine, patterns, replay, gradients, plan, stages, block.index)
+                    layers = _prune_block(
+                        mine, patterns, replay, reference, gradients, plan, stages, block.index, within or {}
+                    )
                     report.layers += layers
                     if journal:
                         journal.save(block.index, mine, layers)
@@ -86,25 +98,33 @@ def _prune_block(
     targets: Sequence[Target],
     patterns: dict[str, Pattern],
     replay: BlockReplay | None,
+    reference: BlockReplay | None,
     gradients: dict[str, Tensor],
     plan: PruningPlan,
     stages: Stages,
     block: int,
+    within: Mapping[str, PackedMask],
 ) -> list[LayerReport]:
     """Calibrate, score, solve and write the targets of one block."""
     stats: Mapping[str, LayerStats] = dict.fromkeys((t.name for t in targets), LayerStats(frozenset()))
     if replay and targets:
         with stages.stage("calibrate", block):
-            stats = replay.collect(block, {t.name: t.module for t in targets}, plan.needs)
+            stats = replay.collect(block, {t.name: t.module for t in targets}, plan.needs, reference)
     stats = plan.with_gradients(stats, {t.name: gradients.pop(t.name) for t in targets if gradients})
     with stages.stage("solve", block):
-        return [_prune_layer(target, patterns[target.name], stats[target.name], plan) for target in targets]
+        return [
+            _prune_layer(target, patterns[target.name], stats[target.name], plan, within.get(target.parameter))
+            for target in targets
+        ]
 
 
-def _prune_layer(target: Target, pattern: Pattern, stats: LayerStats, plan: PruningPlan) -> LayerReport:
+def _prune_layer(
+    target: Target, pattern: Pattern, stats: LayerStats, plan: PruningPlan, within: PackedMask | None
+) -> LayerReport:
     start = time.perf_counter()
-    weight = read_weight(target.module)
-    solution = plan.solve(target.name, weight, stats, pattern)
+    weight = stats.make_up_for_drift(read_weight(target.module), plan.correction)
+    allowed = to_parameter_layout(target.module, within.unpack().to(weight.device)) if within else None
+    solution = plan.solve(target.name, weight, stats, pattern, allowed)
     output_error = relative_output_error(weight, solution.weight, stats.gram) if plan.output_error else None
     write_weight(target.module, solution.weight)
     return LayerReport(

@@ -60,6 +60,8 @@ class PruningReport:
     """``plan`` as plain data, and the fingerprints of ``model`` and ``data``."""
     layers: list[LayerReport] = field(default_factory=list)
     """The pruned layers, in the order of the model."""
+    allocation: dict[str, float] = field(default_factory=dict)
+    """Sparsity of every layer by name, as the allocator gave it for the plan's own sparsity."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage: ``record``, ``calibrate``, ``solve``, ``propagate``."""
     peak_memory: int | None = None
@@ -85,6 +87,7 @@ class PruningReport:
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "peak_memory": self.peak_memory,
             **self.identity,
+            "allocation": self.allocation,
             "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
             "layers": [layer.as_dict() for layer in self.layers],
         }
@@ -95,6 +98,7 @@ class PruningReport:
         return cls(
             identity={name: content[name] for name in ("plan", "model", "data")},
             layers=[LayerReport.from_dict(layer, masks[layer["name"]]) for layer in content["layers"]],
+            allocation=dict(content["allocation"]),
             seconds=dict(content["seconds"]),
             peak_memory=content["peak_memory"],
             evaluation=dict(content["evaluation"]),

@@ -57,16 +57,8 @@ class OneShot(Schedule):
         return self.step
 
 
-@final
-class Cubic(Schedule):
-    """Fast at first, slower towards the end: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))³``.
-
-    Zhu & Gupta, "To prune, or not to prune", 2017. Prunes at ``start``, every ``every`` steps, and at ``end``.
-
-    .. code-block:: yaml
-
-        schedule: {class_path: Cubic, init_args: {start: 0, end: 300, every: 50, initial: 0.2}}
-    """
+class _Ramp(Schedule):
+    """Prunes at ``start``, every ``every`` steps, and at ``end``, further each time."""
 
     def __init__(self, start: int, end: int, every: int, initial: float = 0.0) -> None:
         """Validate and keep the arguments.
@@ -91,16 +83,127 @@ class Cubic(Schedule):
         return step == self.end or (self.start <= step < self.end and (step - self.start) % self.every == 0)
 
     def sparsity(self, step: int, final: float) -> float:
-        """Return the cubic's value at ``step``."""
+        """Return the curve's value at ``step``; exactly ``initial`` at ``start`` and ``final`` at ``end``."""
         if final < self.initial:
             raise InputError(f"schedule initial is {self.initial}: it is above the plan's sparsity, {final}")
-        left = 1 - (step - self.start) / (self.end - self.start)
-        return final + (self.initial - final) * left**3
+        return final + (self.initial - final) * self._left(1 - (step - self.start) / (self.end - self.start))
+
+    @abstractmethod
+    def _left(self, time: float) -> float:
+        """Return the share of the way that is left when the share ``time`` of the steps is."""
 
     @property
     def last(self) -> int:
         """``end``."""
         return self.end
+
+
+@final
+class Cubic(_Ramp):
+    """Fast at first, slower towards the end: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))³``.
+
+    Zhu & Gupta, "To prune, or not to prune", 2017. Prunes at ``start``, every ``every`` steps, and at ``end``.
+
+    .. code-block:: yaml
+
+        schedule: {class_path: Cubic, init_args: {start: 0, end: 300, every: 50, initial: 0.2}}
+    """
+
+    def _left(self, time: float) -> float:
+        return time**3
+
+
+@final
+class Linear(_Ramp):
+    """At an even pace: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))``.
+
+    Prunes at ``start``, every ``every`` steps, and at ``end``.
+
+    .. code-block:: yaml
+
+        schedule: {class_path: Linear, init_args: {start: 0, end: 300, every: 50, initial: 0.2}}
+    """
+
+    def _left(self, time: float) -> float:
+        return time
+
+
+@final
+class Step(Schedule):
+    """Equal jumps: ``times`` prunings, ``every`` steps apart, each adding the same share of the sparsity.
+
+    .. code-block:: yaml
+
+        schedule: {class_path: Step, init_args: {start: 0, every: 100, times: 3}}
+    """
+
+    def __init__(self, every: int, times: int, start: int = 0) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            every: Optimizer steps between two jumps.
+            times: Number of jumps; the last reaches the plan's sparsity exactly.
+            start: Optimizer step of the first jump.
+        """
+        self.start = _check_step("start", start)
+        for name, value in (("every", every), ("times", times)):
+            if value < 1:
+                raise InputError(f"schedule {name} is {value}: it must be at least 1")
+        self.every = every
+        self.times = times
+
+    def due(self, step: int) -> bool:
+        """At ``start`` and ``times - 1`` times ``every`` steps after it."""
+        return self.start <= step <= self.last and (step - self.start) % self.every == 0
+
+    def sparsity(self, step: int, final: float) -> float:
+        """Return the sparsity after the jump at ``step``."""
+        return final * (((step - self.start) // self.every + 1) / self.times)
+
+    @property
+    def last(self) -> int:
+        """The step of the last jump."""
+        return self.start + (self.times - 1) * self.every
+
+
+@final
+class Table(Schedule):
+    """The sparsities that you give, at the steps that you give.
+
+    .. code-block:: yaml
+
+        schedule: {class_path: Table, init_args: {sparsities: {0: 0.3, 100: 0.5, 300: 0.7}}}
+    """
+
+    def __init__(self, sparsities: dict[int, float]) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            sparsities: Optimizer step to sparsity; the last must be the plan's own.
+        """
+        if not sparsities:
+            raise InputError("schedule sparsities is empty: give at least one step, such as {0: 0.5}")
+        for step, sparsity in sparsities.items():
+            check_sparsity(sparsity, f"at step {_check_step('step', step)}, sparsities")
+        self.sparsities = dict(sorted(sparsities.items()))
+
+    def due(self, step: int) -> bool:
+        """At the steps of the table."""
+        return step in self.sparsities
+
+    def sparsity(self, step: int, final: float) -> float:
+        """Return the table's value."""
+        reached = self.sparsities[self.last]
+        if reached != final:
+            raise InputError(
+                f"schedule sparsities end at {reached}: the plan's pattern asks for {final}; make them equal"
+            )
+        return self.sparsities[step]
+
+    @property
+    def last(self) -> int:
+        """The last step of the table."""
+        return max(self.sparsities)
 
 
 def _check_step(name: str, step: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
 from lit_prune.ops.linalg import NormalisedGram, check_damping, conjugate_gradient
-from lit_prune.ops.masks import drop_smallest
+from lit_prune.ops.masks import check_allowed, drop_smallest, only
 from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
@@ -92,19 +92,33 @@ class ADMM(Solver):
         self.as_released = as_released
         self.rows_at_once = rows_at_once
 
-    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern, score: Tensor | None = None) -> Solution:
+    def solve(
+        self,
+        weight: Tensor,
+        stats: LayerStats,
+        pattern: Pattern,
+        score: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> Solution:
         """Choose the mask of ``weight`` ``[o, i]`` and update what stays; the result is in the dtype of ``weight``."""
         pattern.check(weight.shape)
         dense = working(weight)
         norm, problem = stats.normalised(self.damping)
         norm, problem = norm.to(dense), problem.to(dense)
         dense = dense * norm
-        start = None if score is None else select(score, pattern)
+        check_allowed(allowed, pattern, weight.shape)
+        start = None if score is None else select(score, pattern, allowed)
         if self.mask == "fixed" and start is None:
-            start = select(dense.abs(), pattern)
+            start = select(dense.abs(), pattern, allowed)
         size = self.rows_at_once if self.rows_at_once and self._splits(pattern) else len(dense)
         parts = [
-            self._solve_rows(dense[rows], problem, pattern, None if start is None else start[rows])
+            self._solve_rows(
+                dense[rows],
+                problem,
+                pattern,
+                None if start is None else start[rows],
+                None if allowed is None else allowed[rows],
+            )
             for rows in (slice(first, first + size) for first in range(0, len(dense), size))
         ]
         keep = torch.cat([part_keep for _, part_keep in parts])
@@ -124,7 +138,12 @@ class ADMM(Solver):
         return self.as_released or self.schedule == "cubic"
 
     def _solve_rows(
-        self, dense: Tensor, problem: NormalisedGram, pattern: Pattern, start: Tensor | None
+        self,
+        dense: Tensor,
+        problem: NormalisedGram,
+        pattern: Pattern,
+        start: Tensor | None,
+        allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the solution ``[rows, i]`` in units of ``Ŵ``, and its mask."""
         updates = self.iterations - self.polish
@@ -134,7 +153,9 @@ class ADMM(Solver):
         for step in range(updates):
             free = current + dual
             if self.mask == "gradual" and not (step == 0 and start is not None):
-                keep = self._choose(free.abs(), pattern, keep, (step + 1) / max(1, round(0.75 * updates)))
+                keep = self._choose(
+                    only(allowed, free.abs()), pattern, keep, (step + 1) / max(1, round(0.75 * updates))
+                )
             split = free * keep
             dual = free - split
             # (H + rho I)^-1 (H dense + rho (split - dual)), with H dense = (H + rho I) dense - rho dense

@@ -33,7 +33,14 @@ class Solver(ABC):
     """Which weights compete when neither the pattern nor a scorer says so."""
 
     @abstractmethod
-    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern, score: Tensor | None = None) -> Solution:
+    def solve(
+        self,
+        weight: Tensor,
+        stats: LayerStats,
+        pattern: Pattern,
+        score: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> Solution:
         """Prune one weight; the arguments are never changed.
 
         Args:
@@ -41,4 +48,8 @@ class Solver(ABC):
             stats: statistics of the layer's inputs, with at least what ``needs`` names.
             pattern: the sparsity asked; the solution has exactly that many zeros in the mask.
             score: ``[o, i]``, larger = keep: another method's opinion, which gives the mask.
+            allowed: ``[o, i]`` bool: the weights that may be kept; None = any.
+
+        Raises:
+            InputError: where ``allowed`` leaves fewer weights than the pattern keeps.
         """

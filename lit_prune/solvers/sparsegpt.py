@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_prune.errors import InputError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
 from lit_prune.ops.linalg import check_damping
-from lit_prune.ops.masks import drop_smallest
+from lit_prune.ops.masks import check_allowed, drop_smallest_each, only
 from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
@@ -46,36 +46,59 @@ class SparseGPT(Solver):
         self.block_size = block_size
         self.damping = check_damping(damping)
 
-    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern, score: Tensor | None = None) -> Solution:
+    def solve(
+        self,
+        weight: Tensor,
+        stats: LayerStats,
+        pattern: Pattern,
+        score: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> Solution:
         """Sweep once over the columns of ``weight`` ``[o, i]``; the result is in the dtype of ``weight``."""
         pattern.check(weight.shape)
         factor = stats.inverse_cholesky(self.damping).to(weight.device)
         work = working(weight).clone()
         work[:, (stats.gram.diagonal() == 0).to(work.device)] = 0.0  # dead inputs
         factor = factor.to(work.dtype)
-        keep = torch.ones_like(work, dtype=torch.bool) if score is None else select(score, pattern)
+        keep = torch.ones_like(work, dtype=torch.bool) if score is None else select(score, pattern, allowed)
+        check_allowed(allowed, pattern, work.shape)
+        allowed = torch.ones_like(keep) if allowed is None else allowed
         run = pattern.of if isinstance(pattern, NM) else 1
         width = -(-self.block_size // run) * run  # whole runs of N:M
         for start in range(0, work.shape[1], width):
             columns = slice(start, min(start + width, work.shape[1]))
             if score is None and isinstance(pattern, Unstructured):
-                keep[:, columns] = _unstructured_mask(work, factor, columns, pattern)
-            errors = _sweep_block(work, factor, keep, columns, pattern if score is None else None)
+                keep[:, columns] = _unstructured_mask(work, factor, columns, pattern, keep, allowed)
+            errors = _sweep_block(work, factor, keep, columns, pattern if score is None else None, allowed)
             work[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
         return Solution(work.to(weight.dtype).masked_fill_(~keep, 0.0), keep)
 
 
-def _unstructured_mask(work: Tensor, factor: Tensor, columns: slice, pattern: Unstructured) -> Tensor:
-    """Choose a block's mask so that the counts of all blocks so far are ``round(sparsity * weights so far)``."""
-    saliency = (work[:, columns] / factor.diagonal()[columns]).square()
-    by_row = pattern.group == "row"
-    competing = 1 if by_row else len(work)  # rows that share one count
-    count = round(pattern.sparsity * (competing * columns.stop)) - round(pattern.sparsity * (competing * columns.start))
-    groups = saliency if by_row else saliency.reshape(1, -1)
-    return drop_smallest(groups, count).reshape(saliency.shape)
+def _unstructured_mask(
+    work: Tensor, factor: Tensor, columns: slice, pattern: Unstructured, keep: Tensor, allowed: Tensor
+) -> Tensor:
+    """Choose a block's mask so that the counts of all blocks so far are ``round(sparsity * weights so far)``.
+
+    Where weights that are not allowed are spread unevenly, a block gives up at least its own, and leaves as much of the
+    count as the later blocks' are.
+    """
+    saliency = only(allowed[:, columns], (work[:, columns] / factor.diagonal()[columns]).square())
+    groups = len(work) if pattern.group == "row" else 1
+    competing = len(work) // groups  # rows that share one count
+
+    def missing(mask: Tensor) -> Tensor:
+        return (~mask).reshape(groups, -1).sum(1)
+
+    pruned, later = missing(keep[:, : columns.start]), missing(allowed[:, columns.stop :])
+    counts = round(pattern.sparsity * (competing * columns.stop)) - pruned
+    most = round(pattern.sparsity * (competing * work.shape[1])) - pruned - later
+    counts = counts.clamp_min(missing(allowed[:, columns])).minimum(most)
+    return drop_smallest_each(saliency.reshape(groups, -1), counts).reshape(saliency.shape)
 
 
-def _sweep_block(work: Tensor, factor: Tensor, keep: Tensor, columns: slice, choose: Pattern | None) -> Tensor:
+def _sweep_block(
+    work: Tensor, factor: Tensor, keep: Tensor, columns: slice, choose: Pattern | None, allowed: Tensor
+) -> Tensor:
     """Prune the columns of one block in place; return the errors ``[o, columns]`` for the columns beyond it."""
     block = work[:, columns].T.contiguous()  # [columns, o]: the loop reads and writes whole rows of memory
     pruned = ~keep[:, columns].T
@@ -85,7 +108,7 @@ def _sweep_block(work: Tensor, factor: Tensor, keep: Tensor, columns: slice, cho
         if isinstance(choose, NM) and j % choose.of == 0:
             run = slice(j, j + choose.of)
             saliency = (block[run].T / local.diagonal()[run]).square()
-            pruned[run] = ~choose.mask(saliency).T
+            pruned[run] = ~choose.mask(only(allowed[:, columns][:, run], saliency)).T
         errors[j] = block[j].where(pruned[j], 0.0) / scale
         block[j].masked_fill_(pruned[j], 0.0)
         block[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)

@@ -23,9 +23,16 @@ class Zero(Solver):
 
     needs_score: ClassVar[bool] = True
 
-    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern, score: Tensor | None = None) -> Solution:
+    def solve(
+        self,
+        weight: Tensor,
+        stats: LayerStats,
+        pattern: Pattern,
+        score: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> Solution:
         """Return ``weight * keep``; ``score`` ``[o, i]`` is required."""
         if score is None:
             raise InputError("the solver Zero got no score: name a scorer, such as Wanda")
-        keep = select(score, pattern)
+        keep = select(score, pattern, allowed)
         return Solution(weight.detach().masked_fill(~keep, 0.0), keep)

@@ -129,7 +129,9 @@ class LitCausalLM(LightningModule):
         loss = self._loss.compute()
         with torch.inference_mode(False):  # the metric may be used in a training run next
             self._loss.reset()
-        self.log_dict({f"{stage}/loss": loss, f"{stage}/perplexity": loss.double().exp()}, prog_bar=True)
+        self.log_dict(
+            {f"{stage}/loss": loss, f"{stage}/perplexity": loss.double().exp()}, prog_bar=True, sync_dist=True
+        )
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the learning-rate scheduler, if there is one."""

@@ -93,6 +93,27 @@ class TestSolvers:
             assert (solution.weight[~solution.keep] == 0).all()
             assert (solution.keep == pattern.mask(solution.keep.float())).all()  # the counts are the pattern's
 
+    @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.6, "row"), NM(2, 4)], ids=repr)
+    @pytest.mark.parametrize("scored", [False, True])
+    def test_what_is_not_allowed_stays_pruned(self, solver: type[Solver], pattern: Pattern, scored: bool) -> None:
+        if not scored and solver.needs_score:
+            pytest.skip("needs a score")
+        weight, stats, score = make_layer()
+        # As uneven as the pattern lets it be: an earlier, milder pruning by scores that have nothing to do with these.
+        earlier = NM(3, 4) if isinstance(pattern, NM) else pattern.at(pattern.sparsity - 0.05)
+        for seed in range(5):
+            scores = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
+            scores[:, -8:] -= 0.0 if isinstance(pattern, NM) else 0.6  # the last columns are nearly empty
+            allowed = earlier.mask(scores)
+            solution = solver().solve(weight, stats, pattern, score if scored else None, allowed)
+            assert not (solution.keep & ~allowed).any()
+            assert (solution.keep == pattern.mask(solution.keep.float())).all()
+
+    def test_too_few_allowed_weights_are_refused(self, solver: type[Solver]) -> None:
+        weight, stats, score = make_layer()
+        with pytest.raises(InputError, match="keeps weights that were pruned before"):
+            solver().solve(weight, stats, Unstructured(0.5), score, torch.rand(weight.shape) > 0.6)
+
     def test_arguments_are_not_changed(self, solver: type[Solver]) -> None:
         weight, stats, score = make_layer()
         copies = weight.clone(), stats.gram.clone(), score.clone()
