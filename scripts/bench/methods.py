@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lit_prune.allocators import OWL, AlphaPruning, Measured
+from lit_prune.allocators import OWL, AlphaPruning, Measured, Uniform
 from lit_prune.allocators.base import Allocator
 from lit_prune.ops import NM, Pattern, Unstructured
 from lit_prune.pruning import PruningPlan, prune
@@ -44,8 +44,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ADMM released": {"solver": ADMM(as_released=True)},
     "ADMM cubic": {"solver": ADMM(schedule="cubic")},
     "ADMM": {"solver": ADMM()},
-    "ADMM 60": {"solver": ADMM(iterations=60, polish=10)},
+    "SparseGPT corrected": {"solver": SparseGPT(), "correction": 0.3},
+    "ADMM corrected": {"solver": ADMM(), "correction": 0.3},
 }
+BEST = ("ADMM corrected", "ADMM")
+"""The two best methods, which are tried with every allocator."""
 ALLOCATORS: dict[str, Allocator] = {
     "alpha 0.1": AlphaPruning(epsilon=0.1),
     "alpha 0.2": AlphaPruning(),
@@ -60,15 +63,25 @@ ALLOCATORS: dict[str, Allocator] = {
 
 
 def plans() -> dict[str, PruningPlan | None]:
-    """Return what to compare, by name; None = the dense model. Every method is uniform, and allocated at 70 %."""
+    """Return what to compare, by name, what tells most first; None = the dense model."""
+    wanted = [(method, "70%", "") for method in METHODS]
+    wanted += [(BEST[0], "70%", allocator) for allocator in ALLOCATORS]
+    wanted += [(method, "70%", "alpha 0.2") for method in METHODS]
+    wanted += [(method, pattern, "") for pattern in ("50%", "2:4", "60%", "80%") for method in METHODS]
+    wanted += [(BEST[1], "70%", allocator) for allocator in ALLOCATORS]
+    wanted += [(method, pattern, allocator) for pattern in PATTERNS for allocator in ALLOCATORS for method in BEST]
     found: dict[str, PruningPlan | None] = {"dense": None}
-    for method, parts in METHODS.items():
-        for name, pattern in PATTERNS.items():
-            found[f"{method} {name}"] = PruningPlan(pattern, output_error=False, **parts)
-        for name, allocator in ALLOCATORS.items():
-            found[f"{method} 70% {name}"] = PruningPlan(
-                PATTERNS["70%"], allocator=allocator, output_error=False, **parts
-            )
+    for method, pattern, allocator in wanted:
+        name = " ".join(part for part in (method, pattern, allocator) if part)
+        found.setdefault(
+            name,
+            PruningPlan(
+                PATTERNS[pattern],
+                allocator=ALLOCATORS[allocator] if allocator else Uniform(),
+                output_error=False,
+                **METHODS[method],
+            ),
+        )
     return found
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import LayerStats
@@ -60,3 +61,45 @@ def test_what_cannot_be_collected_is_refused() -> None:
         LayerStats(frozenset({"hessian"}))
     with pytest.raises(InputError, match="shape"):
         LayerStats.from_inputs(torch.zeros(3))
+
+
+def drifted(inputs: Tensor, dense: Tensor) -> LayerStats:
+    stats = LayerStats(frozenset({"gram", "drift"}))
+    stats.update(inputs, len(inputs), dense)
+    return stats
+
+
+def test_making_up_for_drift_worked_example() -> None:
+    # One input that has shrunk to half: X = (1, 1), D = (2, 2). (D - X)ᵀX = 2 and XᵀX = 2, which at unit norm is 1, and
+    # 1.1 when damped by 0.1: the whole correction multiplies the weight by 1 + 1 / 1.1, half of it by 1 + 0.5 / 1.1.
+    stats = drifted(torch.ones(1, 2, 1), torch.full((1, 2, 1), 2.0))
+    weight = torch.tensor([[3.0]])
+    torch.testing.assert_close(stats.make_up_for_drift(weight, 1.0), weight * (1 + 1 / 1.1))
+    torch.testing.assert_close(stats.make_up_for_drift(weight, 0.5), weight * (1 + 0.5 / 1.1))
+    assert stats.make_up_for_drift(weight, 0.0) is weight
+
+
+def test_making_up_for_drift_brings_outputs_nearer_the_dense_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, weight = torch.randn(4, 50, 12, generator=generator), torch.randn(7, 12, generator=generator)
+    inputs = 0.8 * dense @ torch.linalg.qr(torch.eye(12) + 0.1 * torch.randn(12, 12, generator=generator))[0]
+    stats = drifted(inputs, dense)
+    target = dense @ weight.T
+    errors = [
+        (inputs @ stats.make_up_for_drift(weight, strength).T - target).square().sum().item()
+        for strength in (0.0, 0.3, 0.6, 0.9)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.2 * errors[0]
+
+
+def test_drift_merges_and_dead_inputs_are_left_alone() -> None:
+    inputs, dense = torch.randn(4, 9, 5), torch.randn(4, 9, 5)
+    inputs[..., 2] = 0.0
+    whole, first, second = drifted(inputs, dense), drifted(inputs[:1], dense[:1]), drifted(inputs[1:], dense[1:])
+    first.merge(second)
+    weight = torch.randn(3, 5)
+    corrected = whole.make_up_for_drift(weight, 0.7)
+    torch.testing.assert_close(first.make_up_for_drift(weight, 0.7), corrected, rtol=1e-4, atol=1e-5)
+    assert corrected.isfinite().all()
+    torch.testing.assert_close(corrected[:, 2], weight[:, 2])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lit_prune
 from lit_prune.allocators import FromFile
 from lit_prune.errors import InputError, NumericalError
-from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
+from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.progress import Position
 from lit_prune.scorers import Magnitude, SparseGPTSaliency, Wanda
@@ -25,6 +25,7 @@ PLANS = {
     "sparsegpt": PruningPlan(Unstructured(0.7), solver=SparseGPT()),
     "sparsegpt 2:4": PruningPlan(NM(2, 4), solver=SparseGPT(block_size=16)),
     "wanda 2:4": PruningPlan(NM(2, 4), Wanda()),
+    "admm corrected": PruningPlan(Unstructured(0.5), solver=ADMM(iterations=6), correction=0.5),
 }
 
 
@@ -170,10 +171,16 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=repr)
+@pytest.mark.parametrize("correction", [0.0, 0.5])
 def test_a_killed_run_resumes_to_the_same_bits(
-    model_type: str, pattern: Pattern, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+    model_type: str,
+    pattern: Pattern,
+    correction: float,
+    tiny_model: Callable[..., nn.Module],
+    tokens: list[Tensor],
+    tmp_path: Path,
 ) -> None:
-    plan = PruningPlan(pattern, solver=SparseGPT())
+    plan = PruningPlan(pattern, solver=SparseGPT(), correction=correction)
     straight = tiny_model(model_type)
     expected = prune(straight, tokens, plan)
 
@@ -219,3 +226,46 @@ def test_the_public_names_are_the_documented_ones() -> None:
         assert getattr(lit_prune, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = lit_prune.nope
+
+
+def test_correction_reads_the_dense_models_inputs(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    # The drift of the last block's q_proj, from hooks on the dense and on the pruned model as wholes.
+    model, dense = tiny_model(), tiny_model()
+    plan = PruningPlan(Unstructured(0.5), Magnitude(), include=["*.layers.0.*"], correction=0.5)
+    prune(model, tokens, plan)
+
+    def inputs_of(whole: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
+        hook = whole.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        with torch.no_grad():
+            for batch in tokens:
+                whole(input_ids=batch)
+        hook.remove()
+        return torch.cat(seen)
+
+    stats = LayerStats(frozenset({"gram", "drift"}))
+    stats.update(inputs_of(model), 6, inputs_of(dense))
+    weight = model.model.layers[1].self_attn.q_proj.weight.detach().clone()
+    expected = select(stats.make_up_for_drift(weight, 0.5).abs(), Unstructured(0.5))
+    report = prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Magnitude(), correction=0.5))
+    keep = report.masks["model.layers.1.self_attn.q_proj.weight"].unpack()
+    assert (keep == expected).float().mean() > 0.99
+
+
+def test_correction_brings_a_block_nearer_its_dense_outputs(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    dense = tiny_model()
+    with torch.no_grad():
+        logits = dense(input_ids=torch.cat(tokens)).logits
+        errors = []
+        for correction in (0.0, 0.5):
+            model = tiny_model()
+            prune(model, tokens, PruningPlan(Unstructured(0.7), solver=ADMM(), correction=correction))
+            errors.append((model(input_ids=torch.cat(tokens)).logits - logits).square().mean().item())
+    assert errors[1] < errors[0]
+
+
+def test_a_correction_that_is_no_fraction_is_refused() -> None:
+    with pytest.raises(InputError, match=r"plan\.correction is 1\.5: it must be in \[0, 1\]"):
+        PruningPlan(Unstructured(0.5), Magnitude(), correction=1.5)
