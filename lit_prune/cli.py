@@ -1,4 +1,4 @@
-"""The command line: ``lit-prune prune | analyze | fit | validate | test``."""
+"""The command line: ``lit-prune prune | analyze | fit | validate | test | export``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lit_prune.models.io import disable_model_progress_bars
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule
 
-_FLAGS = ("--overwrite", "--resume")
+_FLAGS = ("--overwrite", "--resume", "--trust")
 
 
 class PruningCLI(LightningCLI):
-    """LightningCLI with the subcommands ``prune`` and ``analyze``."""
+    """LightningCLI with the subcommands ``prune``, ``analyze`` and ``export``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -28,6 +28,7 @@ class PruningCLI(LightningCLI):
         return {
             "prune": {"model", "datamodule"},
             "analyze": {"model", "datamodule"},
+            "export": {"model", "datamodule"},
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
             "test": {"model", "dataloaders", "datamodule"},
@@ -36,6 +37,11 @@ class PruningCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--debug``."""
         parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+
+    def _parse_ckpt_path(self) -> None:
+        # The parent reads hyper-parameters out of the checkpoint before anyone has looked whether it is safe; a
+        # LitCausalLM keeps none there.
+        pass
 
     def before_instantiate_classes(self) -> None:
         """Give the data the model's tokenizer where none is named."""

@@ -1,4 +1,4 @@
-"""A Trainer with two more stages: prune, and analyze."""
+"""A Trainer with three more stages: prune, analyze and export."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -16,10 +18,11 @@ from rich.table import Table
 from lit_prune.allocators import AlphaPruning
 from lit_prune.callbacks import Prune
 from lit_prune.callbacks.prune import find_prune
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
+from lit_prune.models.checkpoints import by_layer, check_trusted, read_checkpoint
 from lit_prune.models.io import check_output, check_space, save_documents, save_pruned
 from lit_prune.ops import Unstructured
-from lit_prune.pruning import PruningPlan
+from lit_prune.pruning import PruningPlan, PruningReport
 from lit_prune.pruning.analysis import analyze
 from lit_prune.pruning.documents import render
 from lit_prune.pruning.figures import analysis_figures, as_png
@@ -29,7 +32,117 @@ from lit_prune.training import LitCausalLM, TextDataModule
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer that can also prune and analyze."""
+    """Lightning's Trainer that can also prune, analyze and export, and that runs no code out of a checkpoint."""
+
+    def fit(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        trust: bool = False,
+    ) -> None:
+        """Trains a model, pruning it where the schedule of a Prune callback says so.
+
+        Args:
+            model: The language model.
+            train_dataloaders: What to train on, without a data module.
+            val_dataloaders: What to validate on, without a data module.
+            datamodule: Its text.
+            ckpt_path: Checkpoint to go on from: a file, or the folder of a sharded one.
+            trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
+        """
+        weights_only = self._check_checkpoint(ckpt_path, trust)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def validate(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        trust: bool = False,
+    ) -> Any:
+        """Evaluates a model on the validation text.
+
+        Args:
+            model: The language model.
+            dataloaders: What to evaluate on, without a data module.
+            ckpt_path: Checkpoint to take the weights from: a file, or the folder of a sharded one.
+            verbose: Print the result.
+            datamodule: Its text.
+            trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
+        """
+        weights_only = self._check_checkpoint(ckpt_path, trust)
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def test(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        trust: bool = False,
+    ) -> Any:
+        """Evaluates a model on the test text.
+
+        Args:
+            model: The language model.
+            dataloaders: What to evaluate on, without a data module.
+            ckpt_path: Checkpoint to take the weights from: a file, or the folder of a sharded one.
+            verbose: Print the result.
+            datamodule: Its text.
+            trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
+        """
+        weights_only = self._check_checkpoint(ckpt_path, trust)
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def export(
+        self,
+        model: LitCausalLM,
+        datamodule: TextDataModule,
+        checkpoint: str,
+        output: str = "exported",
+        overwrite: bool = False,
+        trust: bool = False,
+    ) -> None:
+        """Turns a training checkpoint, sharded or not, into a Hugging Face folder; its masks are verified.
+
+        Args:
+            model: The language model that was trained; it says the architecture, the dtype and the tokenizer.
+            datamodule: Not read.
+            checkpoint: File, or the folder of a sharded checkpoint (FSDP2, DeepSpeed).
+            output: Folder to write.
+            overwrite: Replace the folder where it exists.
+            trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
+        """
+        check_output(output, overwrite)
+        read = read_checkpoint(checkpoint, trust)
+        model.configure_model()
+        try:
+            model.model.load_state_dict(read.weights)
+        except RuntimeError as error:
+            raise InputError(
+                f"checkpoint is {checkpoint!r}: it is not of the model {model.pretrained!r} ({first_line(error)})"
+            ) from error
+        masks, report = read.masks, read.callbacks.get("Prune", {}).get("report")
+        name = Path(model.pretrained).name
+        documents = render(PruningReport.from_dict(report, by_layer(masks)), title=name) if report else {}
+        folder = save_pruned(output, model.model, model.load_tokenizer(), masks, documents, overwrite)
+        _show([], folder)
+
+    def _check_checkpoint(self, ckpt_path: str | Path | None, trust: bool) -> bool | None:
+        """Refuse a checkpoint that would run code; return Lightning's ``weights_only``."""
+        if ckpt_path is None:
+            return None
+        if Path(ckpt_path).expanduser().exists():
+            check_trusted(ckpt_path, trust)
+        elif not trust and isinstance(self.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
+            raise InputError(f"ckpt_path is {str(ckpt_path)!r}: give the folder of the checkpoint, or add --trust")
+        return not trust
 
     def prune(
         self,
@@ -58,9 +171,9 @@ class PruningTrainer(Trainer):
         if callback.plan.needs_data:
             datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
         journal = folder.with_name(f".{folder.name}.journal")
-        before = self.test(model, datamodule, verbose=False)[0]
+        before = self.test(model, datamodule=datamodule, verbose=False)[0]
         with callback.at_next_test(journal, resume):
-            after = self.test(model, datamodule, verbose=False)[0]
+            after = self.test(model, datamodule=datamodule, verbose=False)[0]
         report = callback.report
         assert report is not None
         report.evaluation = {

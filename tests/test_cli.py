@@ -133,6 +133,40 @@ def test_fit_validate_and_test_run(tmp_path: Path) -> None:
     assert main(["test", "-c", config]) == 0
 
 
+def test_a_checkpoint_is_resumed_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load(Path(write_config(tmp_path)).read_text())
+    saves = {"dirpath": str(tmp_path), "filename": "at-{step}", "every_n_train_steps": 1, "save_top_k": -1}
+    config["trainer"]["callbacks"] += [
+        {"class_path": "KeepMasks"},
+        {"class_path": "ModelCheckpoint", "init_args": saves},
+    ]
+    path = tmp_path / "fit.yaml"
+    path.write_text(yaml.safe_dump(config))
+    fit = ["fit", "-c", str(path), "--trainer.limit_val_batches", "0", "--trainer.max_steps"]
+    assert main([*fit, "2"]) == 0
+    checkpoint = str(tmp_path / "at-step=2.ckpt")
+    assert main([*fit, "3", "--ckpt_path", checkpoint]) == 0
+    assert (tmp_path / "at-step=3.ckpt").is_file()
+    export = ["export", "-c", write_config(tmp_path), "--checkpoint"]
+    out = tmp_path / "out"
+    assert main([*export, checkpoint, "--output", str(out)]) == 0
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    model, masks = load_model(str(out)), load_masks(out)
+    assert all(torch.equal(saved[f"model.{name}"], value) for name, value in model.state_dict().items())
+    assert all((model.get_parameter(name)[~mask.unpack()] == 0).all() for name, mask in masks.items())
+    assert json.loads((out / "pruning.json").read_text())["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    # Another model, no checkpoint, a checkpoint that would run code, masks that the weights break.
+    other = ["--output", str(tmp_path / "other")]
+    small = ["--model.config.hidden_size", "16"]
+    fails_with("it is not of the model 'random'", capsys, *export, checkpoint, *other, *small)
+    fails_with("there is no such file", capsys, *export, str(tmp_path / "no.ckpt"), *other)
+    evil = str(tmp_path / "evil.ckpt")
+    torch.save({"state_dict": saved, "callbacks": {}, "code": yaml.safe_load}, evil)
+    fails_with("holds more than tensors and plain data.*--trust", capsys, *export, evil, *other)
+    fails_with("holds more than tensors and plain data.*--trust", capsys, *fit, "4", "--ckpt_path", evil)
+    assert not (tmp_path / "other").exists()
+
+
 def test_print_config_can_be_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["prune", "-c", write_config(tmp_path), "--data.seqlen", "16", "--print_config"])

@@ -1,0 +1,176 @@
+"""Read training checkpoints, whole or sharded, without running any code that a stranger may have put into them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from lit_prune.errors import InputError, first_line
+from lit_prune.ops import PackedMask
+
+_METADATA = ".metadata"
+"""Pickled index of a folder that torch.distributed.checkpoint has written."""
+_EXTRA = "meta.pt"
+"""What Lightning adds to such a folder: loops, callbacks, hyper-parameters."""
+_DEEPSPEED_CLASSES = (
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+"""Plain data that DeepSpeed pickles beside tensors."""
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_METADATA_NAMES = (
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+)
+_DTYPES = (torch.dtype, torch.layout, torch.memory_format)
+_MODEL = "model."
+"""What the names of the language model's weights begin with in a LitCausalLM."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What an export needs of a training checkpoint."""
+
+    weights: dict[str, Tensor]
+    """The language model's weights by name, whole, in CPU memory; float32 masters where there are any."""
+    callbacks: dict[str, Any]
+    """State of every callback, by the name of its class."""
+
+    @property
+    def masks(self) -> dict[str, PackedMask]:
+        """Keep masks by parameter name."""
+        for name, suffix in (("KeepMasks", ""), ("Prune", ".weight")):
+            state = self.callbacks.get(name, {})
+            if state.get("masks"):
+                shapes = state["mask_shapes"]
+                return {f"{k}{suffix}": PackedMask(bits, tuple(shapes[k])) for k, bits in state["masks"].items()}
+        raise InputError("the checkpoint holds no masks: neither Prune nor KeepMasks was among the callbacks")
+
+
+def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
+    """Read a checkpoint of Lightning: one file, or the folder of FSDP2 or of DeepSpeed ZeRO-1, -2 or -3.
+
+    Args:
+        path: the file or folder.
+        trust: run what is pickled in it, even where that is more than plain data.
+
+    Raises:
+        InputError: where there is no such checkpoint, or it holds code and is not trusted.
+    """
+    path = Path(path).expanduser()
+    check_trusted(path, trust)
+    if path.is_file():
+        content = _load(path, trust)
+        weights, extra = content["state_dict"], content
+    elif (path / _METADATA).is_file():
+        weights, extra = _read_sharded(path), _load(path / _EXTRA, trust)
+    else:
+        weights, extra = _read_deepspeed(path), _load(_model_states(path)[0], trust)
+    weights = {name.removeprefix(_MODEL): value for name, value in weights.items() if name.startswith(_MODEL)}
+    return Checkpoint(weights, {key.split("{")[0]: state for key, state in extra.get("callbacks", {}).items()})
+
+
+def by_layer(masks: Mapping[str, PackedMask]) -> dict[str, PackedMask]:
+    """Return masks by layer name in place of parameter name."""
+    return {name.removesuffix(".weight"): mask for name, mask in masks.items()}
+
+
+def check_trusted(path: str | Path, trust: bool = False) -> None:
+    """Raise ``InputError`` where a checkpoint does not exist, or holds more than plain data and is not trusted.
+
+    Files are read with unpicklers that know tensors and plain data alone; what else they name is never imported.
+    """
+    path = Path(path).expanduser()
+    files = [path] if path.is_file() else [*path.rglob("*.pt"), *path.rglob(_METADATA)]
+    if not files:
+        raise InputError(f"checkpoint is {str(path)!r}: there is no such file, and no folder with a checkpoint in it")
+    if trust:
+        return
+    for file in files:
+        try:
+            if file.name == _METADATA:
+                with file.open("rb") as handle:
+                    _MetadataUnpickler(handle).load()
+            else:
+                _load(file)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            raise InputError(
+                f"checkpoint is {str(path)!r}: {file.name} holds more than tensors and plain data, or is damaged "
+                f"({first_line(error)}); if you know where it comes from, add --trust"
+            ) from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds the index of a sharded checkpoint and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _METADATA_NAMES:
+            return super().find_class(module, name)
+        if module in _METADATA_MODULES or module == "torch":
+            found = super().find_class(module, name)
+            # Of torch, dtypes and their like alone; else classes that the module itself defines, and no function.
+            if isinstance(found, _DTYPES) or (module != "torch" and _defined_in(module, found)):
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _defined_in(module: str, found: Any) -> bool:
+    return isinstance(found, type) and found.__module__ == module
+
+
+def _load(file: Path, trust: bool = False) -> Any:
+    known = [] if trust else [_class(*name) for name in _wanted(file)]
+    with torch.serialization.safe_globals(known):
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
+
+
+def _wanted(file: Path) -> list[tuple[str, str]]:
+    """Return those of DeepSpeed's plain classes that a file names; they need DeepSpeed to be installed."""
+    named = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
+    return [(module, name) for module, name in _DEEPSPEED_CLASSES if f"{module}.{name}" in named]
+
+
+def _class(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(module), name)
+    except ImportError as error:
+        raise InputError(f"this is a checkpoint of DeepSpeed: install it ({first_line(error)})") from error
+
+
+def _read_sharded(path: Path) -> dict[str, Tensor]:
+    prefix = "state_dict."
+    reader = FileSystemReader(path)
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def _read_deepspeed(path: Path) -> Mapping[str, Tensor]:
+    if not _model_states(path):
+        raise InputError(f"checkpoint is {str(path)!r}: the folder holds no checkpoint of FSDP2 or DeepSpeed")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_model_states(path)[0].parent.name)
+
+
+def _model_states(path: Path) -> list[Path]:
+    return sorted(path.glob("*/*model_states.pt"))
