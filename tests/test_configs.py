@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from lit_prune.callbacks.keep_masks import check_strategy
 from lit_prune.cli import build
 from lit_prune.training import LitCausalLM, TextDataModule
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+STRATEGIES = sorted((FOLDER / "strategies").glob("*.yaml"))
+CONFIGS = [path for path in sorted(FOLDER.rglob("*.yaml")) if path not in STRATEGIES]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -18,5 +21,14 @@ def test_a_config_is_instantiated(config: Path, tmp_path: Path) -> None:
     assert cli.datamodule.tokenizer == cli.model.pretrained
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
+def test_a_strategy_lies_over_a_run_and_holds_masks(strategy: Path, tmp_path: Path) -> None:
+    run = ["--config", str(FOLDER / "gradual.yaml"), "--config", str(strategy), "--trainer.accelerator", "cpu"]
+    cli = build([*run, "--trainer.default_root_dir", str(tmp_path)], run=False)
+    assert cli.trainer.world_size == 2
+    check_strategy(cli.trainer.strategy)
+
+
 def test_there_are_configs() -> None:
     assert CONFIGS
+    assert STRATEGIES
