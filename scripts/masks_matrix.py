@@ -65,7 +65,7 @@ _LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "intermediate_size": 48,
+    "intermediate_size": 49,  # shards of unequal size
 }
 _COLUMN = {"weight": "live", "gathered weight": "live", "master": "masters"}
 
@@ -212,14 +212,15 @@ def measure(cell: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def start(cell: str, folder: Path, script: Path = Path(__file__), timeout: float = 300) -> str | None:
+def start(cell: str, folder: Path, command: Sequence[str] = (__file__,)) -> str | None:
     """Train a cell in fresh processes; return the message of the error that stopped it, if one did."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     with (folder / "log.txt").open("w") as log:
-        command = [sys.executable, str(script), "--cell", cell, "--out", str(folder)]
+        process = [sys.executable, *command, "--cell", cell, "--out", str(folder)]
+        # A first DeepSpeed run compiles, for minutes on a busy machine.
         status = subprocess.run(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, check=False
+            process, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=600, check=False
         ).returncode
     if status == 0:
         return None
