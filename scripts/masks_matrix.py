@@ -50,7 +50,7 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
 }
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
-    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-1, momentum=0.9, weight_decay=0.1),
 }
 CELLS = [" ".join(cell) for cell in product(STRATEGIES, PRECISIONS, OPTIMIZERS)]
@@ -128,7 +128,7 @@ def train(cell: str, folder: Path, callbacks: Sequence[Callback] = (), resume: P
         precision=precision,  # type: ignore[arg-type]
         max_steps=STEPS,
         accumulate_grad_batches=2,
-        gradient_clip_val=0.5,
+        gradient_clip_val=1.5,  # some steps are clipped and others are not, so a wrong scale would show
         limit_val_batches=2,
         val_check_interval=16,
         logger=False,

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import masks_matrix
