@@ -22,6 +22,9 @@ from lit_prune.pruning import PruningPlan
 from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule
 
+CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
+"""The second is that of this process alone, for machines that do other things too."""
+
 
 class Alternate(Callback):
     """Lets go of the masks in every other step and times both kinds."""
@@ -30,18 +33,20 @@ class Alternate(Callback):
         """Keep the callback that is to be measured."""
         self.keeper = keeper
         self.masks = keeper.masks
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}
-        self._start = 0.0
+        self.steps: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        self._start: dict[str, float] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Switch, and start the clock."""
+        """Switch, and start the clocks."""
         self.masks = self.keeper.masks or self.masks
         self.keeper.take(trainer, pl_module, self.masks if trainer.global_step % 2 else {})
-        self._start = time.perf_counter()
+        self._start = {name: clock() for name, clock in CLOCKS.items()}
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Stop the clock."""
-        self.seconds[bool(self.keeper.masks)].append(time.perf_counter() - self._start)
+        """Stop the clocks."""
+        self.steps[bool(self.keeper.masks)].append(
+            {name: CLOCKS[name]() - start for name, start in self._start.items()}
+        )
 
 
 def main() -> None:
@@ -66,17 +71,16 @@ def main() -> None:
     )
     data = TextDataModule(options.model, dataset="embedded", seqlen=options.seqlen, batch_size=options.batch_size)
     trainer.fit(LitCausalLM(options.model, dtype="float32"), data)
-    kept, free = (alternate.seconds[kind][1:] for kind in (True, False))
-    ratios = [a / b for a, b in zip(kept, free, strict=True)]
+    for clock in CLOCKS:
+        kept, free = ([step[clock] for step in alternate.steps[kind][1:]] for kind in (True, False))
+        ratios = [a / b for a, b in zip(kept, free, strict=True)]
+        with_masks, without, ratio = (statistics.median(values) for values in (kept, free, ratios))
+        print(f"{clock} seconds per step: {with_masks:.2f} with masks, {without:.2f} without")
+        print(f"  ratio {ratio:.3f}, the median of {len(ratios)} pairs: {min(ratios):.3f} to {max(ratios):.3f}")
     masks = alternate.masks.values()
     weights = sum(torch.Size(mask.shape).numel() for mask in masks)
-    print(f"step with masks {statistics.median(kept):.3f} s, without {statistics.median(free):.3f} s (medians)")
-    print(
-        f"ratio {statistics.median(ratios):.4f} (median of {len(ratios)} pairs, {min(ratios):.3f} to {max(ratios):.3f})"
-    )
-    print(
-        f"memory at rest {sum(mask.bits.numel() for mask in masks) / weights:.4f} bytes for each of {weights:,} weights"
-    )
+    at_rest = sum(mask.bits.numel() for mask in masks) / weights
+    print(f"memory at rest: {at_rest:.4f} bytes for each of {weights:,} targeted weights")
 
 
 if __name__ == "__main__":
