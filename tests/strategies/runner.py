@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import masks_matrix
 
 from lit_prune.callbacks import KeepMasks, keep_masks
+from lit_prune.callbacks.keep_masks import find_keep_masks
 from lit_prune.models import access
 
 
@@ -28,6 +29,16 @@ class Kill(Callback):
             for process in getattr(trainer.strategy.launcher, "procs", []):
                 process.kill()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Audit(Callback):
+    """Audits on demand: before the first step and after every batch."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        find_keep_masks(trainer).audit(trainer, pl_module)  # type: ignore[union-attr]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.on_train_start(trainer, pl_module)
 
 
 def leave_gradients_alone() -> None:
@@ -60,9 +71,12 @@ def main() -> None:
     parser.add_argument("--kill-after", type=int)
     parser.add_argument("--resume", type=Path)
     options = parser.parse_args()
+    callbacks: list[Callback] = []
     if options.leave_alone:
         MUTATIONS[options.leave_alone]()
-    callbacks = [Kill(options.kill_after)] if options.kill_after else []
+        callbacks.append(Audit())
+    if options.kill_after:
+        callbacks.append(Kill(options.kill_after))
     masks_matrix.train(options.cell, options.out, callbacks, options.resume)
 
 
