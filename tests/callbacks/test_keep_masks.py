@@ -30,6 +30,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "intermediate_size": 48,
 }
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}  # Conv1D: [i, o]
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -94,9 +95,8 @@ def test_masks_that_were_given_are_resumed_without_their_folder(pruned: Path, tm
 def test_masks_of_another_model_are_refused(pruned: Path) -> None:
     with pytest.raises(InputError, match=rf"masks are for another model: it has no {UP} of shape \(48, 32\)"):
         trainer(KeepMasks(str(pruned))).fit(lit(config={**LLAMA, "intermediate_size": 40}), data())
-    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
     with pytest.raises(InputError, match="masks are for another model"):
-        trainer(KeepMasks(str(pruned))).fit(lit(config=gpt2), data())
+        trainer(KeepMasks(str(pruned))).fit(lit(config=GPT2), data())
 
 
 def test_masks_that_are_not_there_are_refused(tmp_path: Path) -> None:
@@ -163,11 +163,12 @@ def test_masks_hold_with_recomputed_activations() -> None:
     assert module.model.is_gradient_checkpointing
 
 
-def test_masks_hold_with_tied_embeddings() -> None:
-    module = lit(config={**LLAMA, "tie_word_embeddings": True})
-    masks = prune_twice(module)
-    assert module.model.lm_head.weight is module.model.model.embed_tokens.weight
-    assert not any("embed" in name or "lm_head" in name for name in masks)
+@pytest.mark.parametrize("config", [{**LLAMA, "tie_word_embeddings": True}, GPT2], ids=["llama", "gpt2"])
+def test_masks_hold_with_tied_embeddings(config: dict[str, Any]) -> None:
+    module = lit(config=config)
+    masks = prune_twice(module, scorer=Wanda())
+    assert module.model.lm_head.weight is module.model.get_input_embeddings().weight
+    assert masks and not any("embed" in name or "wte" in name or "lm_head" in name for name in masks)
 
 
 @pytest.mark.parametrize(
