@@ -23,6 +23,7 @@ from lit_prune.models.access import count_revived, mask_gradient, sets_sharded_g
 from lit_prune.models.io import load_masks
 from lit_prune.models.zeros import masks_of_zeros
 from lit_prune.ops import PackedMask
+from lit_prune.ops.masks import keep_only
 from lit_prune.pruning import PruningReport
 
 ZEROS = "zeros"
@@ -163,7 +164,7 @@ class KeepMasks(Callback):
     @staticmethod
     def _masked(mask: PackedMask) -> Any:
         def hook(gradient: Tensor) -> Tensor:
-            return gradient.masked_fill(~mask.unpack(), 0.0)
+            return keep_only(gradient, mask.unpack())
 
         return hook
 

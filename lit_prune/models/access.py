@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.ops import PackedMask
+from lit_prune.ops.masks import keep_only
 
 PRUNABLE = (nn.Linear, Conv1D)
 """The module types whose ``weight`` is a matrix of outputs and inputs."""
@@ -112,7 +113,7 @@ def mask_gradient(parameter: nn.Parameter, keep: Tensor) -> None:
     """Set the gradient of what ``keep`` prunes to zero, in this process's share of it; nothing where there is none."""
     if parameter.grad is not None:
         gradient = _local(parameter.grad)
-        gradient.masked_fill_(~_cut_like(parameter)(keep).to(gradient.device), 0.0)
+        gradient.copy_(keep_only(gradient, _cut_like(parameter)(keep).to(gradient.device)))
 
 
 def sets_sharded_gradients(parameter: nn.Parameter) -> bool:

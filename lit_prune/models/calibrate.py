@@ -204,11 +204,12 @@ def resident(module: nn.Module, device: torch.device | str | None) -> Iterator[N
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and restore the mode of every module afterwards."""
+    """Switch dropout and compiled code off, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # hooks that are new to compiled code never run in it
+            yield
     finally:
         for module in training:
             module.training = True

@@ -1,5 +1,6 @@
 """Pruning while training, keeping masks and exporting, on one device."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_prune.allocators import AlphaPruning
 from lit_prune.callbacks import Export, KeepMasks, Prune
 from lit_prune.errors import InputError
 from lit_prune.models.io import check_masks_hold, load_masks, load_model
 from lit_prune.ops import NM, Unstructured
-from lit_prune.pruning import Cubic, OneShot, PruningPlan, Schedule
+from lit_prune.pruning import Cubic, OneShot, PruningPlan, PruningReport, Schedule
 from lit_prune.scorers import Magnitude, Wanda
+from lit_prune.solvers import ADMM
+from lit_prune.solvers.base import Solver
 from lit_prune.training import LitCausalLM, TextDataModule
 
 LLAMA = {
@@ -112,23 +116,91 @@ def test_export_writes_a_folder_with_verified_masks(tmp_path: Path) -> None:
         trainer(prune, Export(str(tmp_path / "out")), enable_checkpointing=False).fit(lit(), data())
 
 
-@pytest.mark.parametrize("stop", [3, 4, 7])
+class Losses(Callback):
+    """Records the loss of every batch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, *args: Any) -> None:
+        self.losses.append(outputs["loss"].item())
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7])
 def test_a_resumed_run_equals_one_without_a_stop(tmp_path: Path, stop: int) -> None:
-    # One batch per epoch, so that every step is at the end of one: the data loader itself cannot be resumed.
+    # Epochs of five batches, two batches per step: stops in the middle of an epoch, just after a pruning (4), and
+    # between two of them.
     schedule = Cubic(start=2, end=6, every=2)
-    straight = lit()
-    whole = wanda(schedule)
-    trainer(whole, KeepMasks(), enable_checkpointing=False).fit(straight, data(2))
-    checkpoint = ModelCheckpoint(tmp_path, filename="at-{step}", every_n_epochs=stop, save_top_k=-1)
-    trainer(wanda(schedule), KeepMasks(), checkpoint).fit(lit(), data(2))
-    module, prune = lit(), wanda(schedule)
+    options: dict[str, Any] = {"accumulate_grad_batches": 2}
+    checkpoint = ModelCheckpoint(tmp_path, filename="at-{step}", every_n_train_steps=stop, save_top_k=-1)
+    straight, whole, losses = lit(), wanda(schedule), Losses()
+    trainer(whole, KeepMasks(), losses, checkpoint, **options).fit(straight, data(10))
+    module, prune, resumed = lit(), wanda(schedule), Losses()
     path = str(tmp_path / f"at-step={stop}.ckpt")
-    trainer(prune, KeepMasks(), enable_checkpointing=False).fit(module, data(2), ckpt_path=path, weights_only=True)
+    quiet = trainer(prune, KeepMasks(), resumed, enable_checkpointing=False, **options)
+    quiet.fit(module, data(10), ckpt_path=path, weights_only=True)
+    assert resumed.losses and resumed.losses == losses.losses[-len(resumed.losses) :]
     assert whole.report is not None and prune.report is not None
     for name, mask in whole.report.masks.items():
         assert torch.equal(mask.unpack(), prune.report.masks[name].unpack())
     for name, value in straight.model.state_dict().items():
-        torch.testing.assert_close(module.model.state_dict()[name], value)
+        assert torch.equal(module.model.state_dict()[name], value)
+
+
+class Reports(Callback):
+    """Records what every pruning did."""
+
+    def __init__(self) -> None:
+        self.reports: list[PruningReport] = []
+
+    def on_pruned(self, trainer: Trainer, module: Any, report: PruningReport) -> None:
+        self.reports.append(report)
+
+
+def gradual(solver: Solver | None = None, **options: Any) -> list[PruningReport]:
+    """Prune three times under an allocation that depends on the weights, with training in between."""
+    seen = Reports()
+    parts: dict[str, Any] = {"solver": solver} if solver else {"scorer": Magnitude()}
+    plan = PruningPlan(Unstructured(0.6), allocator=AlphaPruning(epsilon=0.3), **parts)
+    prune = Prune(plan, Cubic(start=0, end=6, every=3, initial=0.2), **options)
+    trainer(prune, KeepMasks(), seen, enable_checkpointing=False).fit(lit(), data())
+    assert [round(report.sparsity, 2) for report in seen.reports] == [0.2, 0.55, 0.6]
+    layers = seen.reports[-1].layers
+    asked = 0.6 * sum(layer.numel for layer in layers)
+    assert abs(sum(int((~layer.mask.unpack()).sum()) for layer in layers) - asked) <= len(layers)
+    return seen.reports
+
+
+def test_a_frozen_allocation_is_the_dense_models() -> None:
+    first, *others = gradual()
+    assert len({round(value, 3) for value in first.allocation.values()}) > 1
+    assert all(report.allocation == first.allocation for report in others)
+
+
+def test_a_recomputed_allocation_follows_the_weights() -> None:
+    first, *_, last = gradual(allocation="recomputed")
+    scaled = {name: value * 0.6 / 0.2 for name, value in first.allocation.items()}
+    assert any(abs(last.allocation[name] - scaled[name]) > 1e-3 for name in scaled)
+
+
+def test_without_regrowth_masks_are_nested_and_with_it_weights_come_back() -> None:
+    def regrown(reports: list[PruningReport]) -> int:
+        return sum(
+            int((later.masks[name].unpack() & ~mask.unpack()).sum())
+            for earlier, later in pairwise(reports)
+            for name, mask in earlier.masks.items()
+        )
+
+    # ADMM gives a weight that was pruned a new value, where that helps the others.
+    assert regrown(gradual(ADMM(iterations=6), regrowth=False)) == 0
+    assert regrown(gradual(ADMM(iterations=6))) > 0
+
+
+def test_regrowth_off_needs_a_frozen_allocation() -> None:
+    with pytest.raises(InputError, match="regrowth is off and allocation is 'recomputed'"):
+        Prune(PruningPlan(Unstructured(0.5), Magnitude()), allocation="recomputed", regrowth=False)
+    with pytest.raises(InputError, match="allocation is 'thawed'"):
+        Prune(PruningPlan(Unstructured(0.5), Magnitude()), allocation="thawed")  # type: ignore[arg-type]
 
 
 def test_a_schedule_that_outlasts_the_training_is_refused() -> None:
@@ -144,13 +216,3 @@ def test_data_without_a_calibration_set_is_refused() -> None:
 def test_exactly_one_prune_callback_is_needed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 0 Prune callbacks"):
         trainer(Export(str(tmp_path / "out")), enable_checkpointing=False).fit(lit(), data())
-
-
-@pytest.mark.parametrize("callback", [wanda(), KeepMasks()])
-def test_several_processes_are_refused(callback: Callback) -> None:
-    class TwoProcesses:
-        world_size = 2
-        max_steps = 8
-
-    with pytest.raises(InputError, match=r"2 processes: .* --trainer\.devices 1"):
-        callback.setup(TwoProcesses(), lit(), "fit")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from lit_prune.errors import InputError
 from lit_prune.ops import NM, PackedMask, Pattern, Unstructured, select
+from lit_prune.ops.masks import keep_only
 
 # A worked 2x3 example. Scores:
 #     3 1 2
@@ -113,3 +114,16 @@ def test_packing_is_one_bit_per_weight_and_loses_nothing(numel: int, seed: int) 
 
 def test_packed_bits_are_least_significant_first() -> None:
     assert PackedMask.pack(torch.tensor([[True, False, True], [False, False, True]])).bits.tolist() == [0b100101]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@given(seed=st.integers(0, 1000))
+def test_only_what_is_kept_is_left_bit_for_bit(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(5, 7, generator=generator).to(dtype)
+    values[0], values[1] = float("nan"), float("-inf")
+    keep = torch.rand(5, 7, generator=generator) < 0.5
+    for layout in (values, values.T):
+        kept = keep if layout is values else keep.T
+        expected = layout.masked_fill(~kept, 0.0)
+        torch.testing.assert_close(keep_only(layout, kept), expected, rtol=0, atol=0, equal_nan=True)

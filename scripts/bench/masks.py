@@ -1,0 +1,87 @@
+"""Measure what keeping masks costs: seconds per training step, with and without it in turns, and memory at rest.
+
+The model is pruned at the start; then it is trained, and gradients are masked in every other optimizer step. The
+medians of both kinds of steps, which see the same machine, are compared.
+
+    python scripts/bench/masks.py --model out/smollm2-135m
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_prune.callbacks import KeepMasks, Prune
+from lit_prune.ops import Unstructured
+from lit_prune.pruning import PruningPlan
+from lit_prune.scorers import Magnitude
+from lit_prune.training import LitCausalLM, TextDataModule
+
+CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
+"""The second is that of this process alone, for machines that do other things too."""
+
+
+class Alternate(Callback):
+    """Lets go of the masks in every other step and times both kinds."""
+
+    def __init__(self, keeper: KeepMasks) -> None:
+        """Keep the callback that is to be measured."""
+        self.keeper = keeper
+        self.masks = keeper.masks
+        self.steps: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        self._start: dict[str, float] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Switch, and start the clocks."""
+        self.masks = self.keeper.masks or self.masks
+        self.keeper.take(trainer, pl_module, self.masks if trainer.global_step % 2 else {})
+        self._start = {name: clock() for name, clock in CLOCKS.items()}
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Stop the clocks."""
+        self.steps[bool(self.keeper.masks)].append(
+            {name: CLOCKS[name]() - start for name, start in self._start.items()}
+        )
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=8, help="steps of each kind, after one to warm up")
+    options = parser.parse_args()
+    keeper = KeepMasks()
+    alternate = Alternate(keeper)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2 * options.pairs + 2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[Prune(PruningPlan(Unstructured(0.5), Magnitude())), keeper, alternate],
+    )
+    data = TextDataModule(options.model, dataset="embedded", seqlen=options.seqlen, batch_size=options.batch_size)
+    trainer.fit(LitCausalLM(options.model, dtype="float32"), data)
+    for clock in CLOCKS:
+        kept, free = ([step[clock] for step in alternate.steps[kind][1:]] for kind in (True, False))
+        ratios = [a / b for a, b in zip(kept, free, strict=True)]
+        with_masks, without, ratio = (statistics.median(values) for values in (kept, free, ratios))
+        print(f"{clock} seconds per step: {with_masks:.2f} with masks, {without:.2f} without")
+        print(f"  ratio {ratio:.3f}, the median of {len(ratios)} pairs: {min(ratios):.3f} to {max(ratios):.3f}")
+    masks = alternate.masks.values()
+    weights = sum(torch.Size(mask.shape).numel() for mask in masks)
+    at_rest = sum(mask.bits.numel() for mask in masks) / weights
+    print(f"memory at rest: {at_rest:.4f} bytes for each of {weights:,} targeted weights")
+
+
+if __name__ == "__main__":
+    main()

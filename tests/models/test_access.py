@@ -1,0 +1,151 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lit_prune.errors import InputError
+from lit_prune.models.access import (
+    count_revived,
+    is_managed,
+    mask_gradient,
+    read_whole,
+    sets_sharded_gradients,
+    share_pruned,
+    shares,
+    whole_model,
+    whole_shape,
+    write_whole,
+    zero_pruned,
+)
+from lit_prune.models.io import check_masks_hold
+from lit_prune.models.zeros import masks_of_zeros
+from lit_prune.ops import PackedMask
+
+KEEP = torch.tensor([[True, False, True], [False, True, True]])
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store")), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def trained(
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], shard: bool = False
+) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """Return the weight of a linear layer after two steps."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2, bias=False)
+    if shard:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    stepper = optimizer(list(layer.parameters()))
+    for _ in range(2):
+        layer(torch.randn(4, 3)).square().sum().backward()
+        stepper.step()
+    return layer.weight, stepper
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.1)
+
+
+def test_an_untrained_weight_is_in_one_place() -> None:
+    weight = nn.Parameter(torch.ones(2, 3))
+    assert [share.place for share in shares(weight, adamw([weight]))] == ["weight"]
+    assert [share.place for share in shares(weight)] == ["weight"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moments"),
+    [
+        (adamw, ["exp_avg", "exp_avg_sq"]),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), ["momentum_buffer"]),
+        (lambda p: torch.optim.SGD(p, lr=0.1), []),
+        (torch.optim.Adafactor, []),  # its moments are those of rows and columns
+    ],
+    ids=["adamw", "momentum", "sgd", "adafactor"],
+)
+def test_zeroing_reaches_weight_and_moments_and_nothing_that_is_kept(
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], moments: list[str]
+) -> None:
+    weight, stepper = trained(optimizer)
+    before = {share.place: share.read().clone() for share in shares(weight, stepper)}
+    assert list(before) == ["weight", *moments]
+    assert count_revived(weight, KEEP, stepper) == dict.fromkeys(before, 2)
+    zero_pruned(weight, KEEP, stepper)
+    assert count_revived(weight, KEEP, stepper) == dict.fromkeys(before, 0)
+    for share in shares(weight, stepper):
+        assert torch.equal(share.read()[KEEP], before[share.place][KEEP])
+
+
+def test_nan_counts_as_revived() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, float("nan"), 1.0], [0.0, 1.0, 1.0]]))
+    assert count_revived(weight, KEEP) == {"weight": 1}
+
+
+def test_gradients_are_masked_where_there_are_any() -> None:
+    weight = nn.Parameter(torch.ones(2, 3))
+    mask_gradient(weight, KEEP)
+    assert weight.grad is None
+    weight.grad = torch.full((2, 3), 2.0)
+    mask_gradient(weight, KEEP)
+    assert torch.equal(weight.grad, 2.0 * KEEP)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_shards_of_fsdp2_are_zeroed_masked_and_counted() -> None:
+    weight, stepper = trained(adamw, shard=True)
+    assert sets_sharded_gradients(weight) and is_managed(weight) and whole_shape(weight) == (2, 3)
+    assert count_revived(weight, KEEP, stepper) == {"weight": 2, "exp_avg": 2, "exp_avg_sq": 2}
+    zero_pruned(weight, KEEP, stepper)
+    assert count_revived(weight, KEEP, stepper) == {"weight": 0, "exp_avg": 0, "exp_avg_sq": 0}
+    mask_gradient(weight, KEEP)
+    gradient = weight.grad.full_tensor()  # type: ignore[union-attr]
+    assert torch.equal(gradient != 0, KEEP)
+    value = torch.arange(6.0).reshape(2, 3)
+    write_whole(weight, value)
+    assert torch.equal(read_whole(weight), value)
+
+
+def test_a_plain_model_is_whole_already(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model()
+    with whole_model(model) as whole:
+        assert whole is model
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert not is_managed(weight) and not sets_sharded_gradients(weight) and whole_shape(weight) == (48, 32)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])  # gpt2: Conv1D and tied embeddings
+def test_a_sharded_model_is_pruned_through_a_whole_copy(
+    model_type: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    plain, model = tiny_model(model_type).eval(), tiny_model(model_type).eval()
+    name = {"llama": "model.layers.0.mlp.up_proj.weight", "gpt2": "transformer.h.0.mlp.c_fc.weight"}[model_type]
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with whole_model(model) as whole:
+        assert type(whole) is type(plain)
+        torch.testing.assert_close(whole(input_ids=tokens[0]).logits, plain(input_ids=tokens[0]).logits)
+        keep = torch.rand_like(whole.get_parameter(name)) < 0.5
+        whole.get_parameter(name).data.mul_(2 * keep)
+        share_pruned(model, whole, {name: PackedMask.pack(keep)})
+    assert torch.equal(read_whole(model.get_parameter(name)), 2 * keep * plain.get_parameter(name))
+
+
+def test_masks_are_read_off_zeros_when_asked_for(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model()
+    with pytest.raises(InputError, match="no weight of the model is zero, so it is not pruned"):
+        masks_of_zeros(model)
+    weight = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    weight.data[:, ::2] = 0.0
+    model.get_parameter("model.embed_tokens.weight").data[0] = 0.0  # no linear layer of a block: never pruned
+    masks = masks_of_zeros(model)
+    assert list(masks) == ["model.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(masks["model.layers.1.mlp.up_proj.weight"].unpack(), weight != 0)
+    check_masks_hold(model, masks)
