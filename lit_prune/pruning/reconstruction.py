@@ -103,25 +103,27 @@ class Reconstruction:
         """Return trained values of a block's parameters, by name in it and in their dtypes; the block is left alone."""
         # Rounded to half precision, steps this small would be lost: what is trained is a copy.
         masters = {name: working(parameter).clone().requires_grad_() for name, parameter in parameters.items()}
-        optimizer = Adam(
-            masters.values(), lr=self.rate, eps=1e-12
-        )  # the loss of a block is small, and so are its gradients
+        # The errors are small and so are their gradients, which Adam's own eps would outweigh.
+        optimizer = Adam(masters.values(), lr=self.rate, eps=1e-12)
         schedule = OneCycleLR(optimizer, self.rate, total_steps=self.steps + 1, cycle_momentum=False)
         for batch in _shuffled(len(outputs), self.steps, seed=block):
             with torch.enable_grad():
-                live = {name: master.to(parameters[name].dtype) for name, master in masters.items()}
-                output = replay.run(block, batch, live)
-                relative_token_errors(output, outputs[batch].to(output.device)).mean().backward(
-                    inputs=list(masters.values())
-                )
+                output = replay.run(block, batch, _like(parameters, masters))
+                loss = relative_token_errors(output, outputs[batch].to(output.device)).mean()
+            loss.backward(inputs=list(masters.values()))
             for name, mask in keep.items():
                 gradient = masters[name].grad
-                if gradient is not None:
+                if gradient is not None:  # an expert that no token of this batch was sent to has none
                     gradient.mul_(mask)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        return {name: master.detach().to(parameters[name].dtype) for name, master in masters.items()}
+        return _like(parameters, masters)
+
+
+def _like(parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masters in the dtypes of the parameters."""
+    return {name: master.to(parameters[name].dtype) for name, master in masters.items()}
 
 
 def _shuffled(count: int, steps: int, seed: int) -> Iterator[int]:
