@@ -32,15 +32,16 @@ class Reconstruction:
 
     .. code-block:: yaml
 
-        reconstruction: {class_path: Reconstruction, init_args: {steps: 100, rate: 0.001}}
+        reconstruction: {class_path: Reconstruction, init_args: {steps: 100, rate: 0.03}}
     """
 
-    def __init__(self, steps: int = 100, rate: float = 1e-3, sequences: int = 2, norms_and_biases: bool = True) -> None:
+    def __init__(self, steps: int = 100, rate: float = 0.03, sequences: int = 2, norms_and_biases: bool = True) -> None:
         """Validate and keep the arguments.
 
         Args:
             steps: Adam steps per block.
-            rate: Highest learning rate, reached after three tenths of the steps.
+            rate: Highest learning rate, reached after three tenths of the steps, as a fraction of the root mean square
+                of the block's kept weights, which differs tenfold from model to model.
             sequences: Calibration sequences per step, and in every other pass through a block, at most.
             norms_and_biases: Train the block's norms and its layers' biases too.
         """
@@ -48,7 +49,7 @@ class Reconstruction:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"reconstruction {name} is {value!r}: it must be a whole number, 1 or more")
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
-            raise InputError(f"reconstruction rate is {rate!r}: it must be a number above 0, such as 0.001")
+            raise InputError(f"reconstruction rate is {rate!r}: it must be a number above 0, such as 0.03")
         if not isinstance(norms_and_biases, bool):
             raise InputError(f"reconstruction norms_and_biases is {norms_and_biases!r}: it must be true or false")
         self.steps = steps
@@ -104,8 +105,9 @@ class Reconstruction:
         # Rounded to half precision, steps this small would be lost: what is trained is a copy.
         masters = {name: working(parameter).clone().requires_grad_() for name, parameter in parameters.items()}
         # The errors are small and so are their gradients, which Adam's own eps would outweigh.
-        optimizer = Adam(masters.values(), lr=self.rate, eps=1e-12)
-        schedule = OneCycleLR(optimizer, self.rate, total_steps=self.steps + 1, cycle_momentum=False)
+        optimizer = Adam(masters.values(), eps=1e-12)
+        rate = self.rate * _root_mean_square([masters[name][mask] for name, mask in keep.items()])
+        schedule = OneCycleLR(optimizer, rate, total_steps=self.steps + 1, cycle_momentum=False)
         for batch in _shuffled(len(outputs), self.steps, seed=block):
             with torch.enable_grad():
                 output = replay.run(block, batch, _like(parameters, masters))
@@ -124,6 +126,12 @@ class Reconstruction:
 def _like(parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the masters in the dtypes of the parameters."""
     return {name: master.to(parameters[name].dtype) for name, master in masters.items()}
+
+
+def _root_mean_square(parts: Sequence[Tensor]) -> float:
+    """Return that of all values of all parts."""
+    total = sum(part.square().sum(dtype=torch.float64).item() for part in parts)
+    return (total / max(1, sum(part.numel() for part in parts))) ** 0.5
 
 
 def _shuffled(count: int, steps: int, seed: int) -> Iterator[int]:

@@ -21,7 +21,7 @@ from lit_prune.pruning.progress import Position
 from lit_prune.scorers import Magnitude, Wanda
 from lit_prune.solvers import ADMM
 
-TRAINED = Reconstruction(steps=40, rate=3e-3)
+TRAINED = Reconstruction(steps=40, rate=0.1)
 
 
 def plan_of(reconstruction: Reconstruction | None = TRAINED, **more: object) -> PruningPlan:
@@ -84,8 +84,8 @@ def test_norms_and_biases_train_with_the_weights_or_not(
 ) -> None:
     alone, both = tiny_model("gpt2"), tiny_model("gpt2")
     before = bits(alone)
-    report = prune(alone, tokens, plan_of(Reconstruction(steps=20, rate=3e-3, norms_and_biases=False)))
-    more = prune(both, tokens, plan_of(Reconstruction(steps=20, rate=3e-3)))
+    report = prune(alone, tokens, plan_of(Reconstruction(steps=20, rate=0.1, norms_and_biases=False)))
+    more = prune(both, tokens, plan_of(Reconstruction(steps=20, rate=0.1)))
     assert not report.reconstructions[0].vectors
     names = {name.removeprefix("transformer.h.0.") for name in more.reconstructions[0].vectors}
     assert names == {
@@ -123,9 +123,9 @@ def test_a_norm_that_blocks_share_is_left_alone(tiny_model: Callable[..., nn.Mod
 
 
 def test_half_precision_trains_in_float32(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
-    # A step of 3e-5 is far less than what bfloat16 can tell from weights around 0.02; sixty of them are not.
+    # A step of a thousandth is less than bfloat16 can tell; sixty of them are not.
     model, plain = tiny_model().bfloat16(), tiny_model().bfloat16()
-    slow = Reconstruction(steps=60, rate=3e-5)
+    slow = Reconstruction(steps=60, rate=1e-3)
     report = prune(model, tokens, plan_of(slow, device="cpu", hidden_device="cpu"))
     prune(plain, tokens, plan_of(None))
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
@@ -220,7 +220,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert errors[0] == errors[1]
     with pytest.raises(InputError, match=r"plan\.reconstruction\.init_args\.steps was 40 and is now 41"):
         other = PruningPlan(
-            Unstructured(0.6), solver=ADMM(), correction=0.3, reconstruction=Reconstruction(steps=41, rate=3e-3)
+            Unstructured(0.6), solver=ADMM(), correction=0.3, reconstruction=Reconstruction(steps=41, rate=0.1)
         )
         prune(tiny_model(model_type), tokens, other, journal_folder=tmp_path, resume=True)
 
@@ -254,7 +254,7 @@ def test_the_report_tells_and_survives_json(tiny_model: Callable[..., nn.Module]
     assert again.reconstructions == report.reconstructions and again.changed == report.changed
     assert report.as_dict()["plan"]["reconstruction"] == {
         "class_path": "Reconstruction",
-        "init_args": {"steps": 2, "rate": 0.001, "sequences": 2, "norms_and_biases": True},
+        "init_args": {"steps": 2, "rate": 0.03, "sequences": 2, "norms_and_biases": True},
     }
     assert "block_error.png" in render(report, "tiny")
     errors = report.table().columns[-1]
