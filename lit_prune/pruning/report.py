@@ -31,7 +31,8 @@ class LayerReport:
     reached: float
     """Fraction of the weights that the mask removes."""
     output_error: float | None
-    """``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` on the calibration set; None where it was not measured."""
+    """``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` on the calibration set, as the solver left the layer; None where it was not
+    measured."""
     seconds: float
     """Time to score, solve and write the layer."""
     mask: PackedMask = field(repr=False)
