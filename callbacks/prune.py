@@ -152,7 +152,7 @@ class Prune(Callback):
                 forward_context=trainer.precision_plugin.forward_context,
                 **vars(request),
             )
-            share_pruned(model, whole, self.report.masks)
+            share_pruned(model, whole, self.report.changed, self.report.masks)
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PruningListener):

@@ -9,10 +9,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException  # 
 
 from lit_prune.allocators import METHODS as ALLOCATORS
 from lit_prune.errors import InputError, NumericalError, first_line
+from lit_prune.pruning import Reconstruction
 from lit_prune.scorers import METHODS as SCORERS
 from lit_prune.solvers import METHODS as SOLVERS
 
-_KNOWN = {"plan.scorer": list(SCORERS), "plan.solver": list(SOLVERS), "plan.allocator": list(ALLOCATORS)}
+_KNOWN = {
+    "plan.scorer": list(SCORERS),
+    "plan.solver": list(SOLVERS),
+    "plan.allocator": list(ALLOCATORS),
+    "plan.reconstruction": [Reconstruction.__name__],
+}
 _KEY = re.compile(r'(?:- )?Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)')
 _CLASS = re.compile(r"(?:- )?Problem with given class_path '(?P<path>[^']+)':\s*(?P<rest>.*)")
 _FRAME = re.compile(r"Does not validate against|Subtypes:|Errors:|$")

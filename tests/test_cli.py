@@ -109,6 +109,21 @@ def test_an_allocator_is_given_another_as_its_prior(tmp_path: Path) -> None:
     assert [file.name.split("-")[0] for file in (tmp_path / "cache").iterdir()] == ["alpha_peak"]
 
 
+def test_a_reconstruction_is_carried_out_and_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reconstruction = {"class_path": "Reconstruction", "init_args": {"steps": 3, "rate": 0.002}}
+    plan, out = {**WANDA, "reconstruction": reconstruction}, tmp_path / "out"
+    with pytest.raises(SystemExit, match="0"):
+        main(["prune", "-c", write_config(tmp_path, plan=plan), "--print_config"])
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert main(["prune", "-c", str(tmp_path / "again.yaml"), "--output", str(out)]) == 0
+    report = json.loads((out / "pruning.json").read_text())
+    arguments = {"steps": 3, "rate": 0.002, "sequences": 2, "norms_and_biases": True}
+    assert report["plan"]["reconstruction"] == {"class_path": "Reconstruction", "init_args": arguments}
+    assert all(0 < done["after"] <= done["before"] for done in report["reconstructions"])
+    assert [done["block"] for done in report["reconstructions"]] == [0, 1]
+    assert (out / "block_error.png").is_file()
+
+
 def test_analyze_writes_spectra_and_allocations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = {**WANDA, "allocator": {"class_path": "AlphaPruning", "init_args": {"metric": "alpha_mid"}}}
     config, out = write_config(tmp_path, plan=plan), tmp_path / "analysis"
@@ -203,6 +218,9 @@ def test_help_comes_from_the_docstrings(capsys: pytest.CaptureFixture[str]) -> N
         ({"include": ["*.nothing"]}, r"plan\.include: '\*\.nothing' matches no linear layer"),
         ({"scorrer": None}, r"scorrer"),
         ({"solver": {"class_path": "SparseGPT", "init_args": {"damping": -1}}}, r"damping is -1"),
+        ({"reconstruction": {"class_path": "Reconstruction", "init_args": {"steps": 0}}}, r"reconstruction steps is 0"),
+        ({"reconstruction": {"class_path": "Reconstruction", "init_args": {"rat": 1}}}, r"rat"),
+        ({"reconstruction": {"class_path": "Reconstructed"}}, r"no class 'Reconstructed'; use Reconstruction"),
     ],
 )
 def test_a_bad_plan_is_one_line(

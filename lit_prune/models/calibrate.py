@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.blocks import Block
 from lit_prune.ops import LayerStats
+from lit_prune.ops.linalg import relative_token_errors
 
 Batch = Tensor | Mapping[str, Tensor]
 """Token ids ``[sequences, t]``, or the model's keyword arguments with ``input_ids`` among them."""
@@ -133,13 +135,18 @@ class BlockReplay:
                 with _inputs_kept(layers, collector.dense_inputs):
                     dense._hidden[batch] = dense._output(index, batch).to(dense._hidden_device)
             with collector.watching(layers):
-                self._run(index, batch)
+                self.run(index, batch)
             collector.end_of_batch()
         for name in layers:
             if name not in collector.stats:
                 raise InputError(f"{name} was never called on the calibration set: exclude it with plan.exclude")
             collector.stats[name].check_finite(name)
         return collector.stats
+
+    @property
+    def hidden(self) -> Sequence[Tensor]:
+        """The hidden states ``[sequences, t, hidden]`` of every batch: what the last block run put out."""
+        return self._hidden
 
     def fork(self) -> BlockReplay:
         """Return another replay that stands where this one does."""
@@ -153,18 +160,21 @@ class BlockReplay:
         return [self._output(index, batch).to(self._hidden_device) for batch in range(len(self._hidden))]
 
     @torch.no_grad()
-    def output_error(self, index: int, outputs: Sequence[Tensor]) -> float:
-        """Return how far block ``index`` is now from its earlier ``outputs``: ``mean_t ||change_t||² / ||output_t||²``.
+    def output_error(
+        self, index: int, outputs: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None
+    ) -> float:
+        """Return how far block ``index`` is from other ``outputs`` of its: ``mean_t ||change_t||² / ||output_t||²``.
 
-        Relative by token, for a few tokens with massive activations would outweigh all others.
+        Args:
+            index: the block.
+            outputs: such as those of its dense weights, a tensor ``[sequences, t, hidden]`` for every batch.
+            parameters: as for ``run``.
         """
         total, tokens = 0.0, 0
-        for batch, before in enumerate(outputs):
-            dense = before.to(self._device).float()
-            change = self._output(index, batch).float() - dense
-            scale = dense.square().sum(-1).clamp_min(torch.finfo(dense.dtype).tiny)
-            total += (change.square().sum(-1) / scale).sum(dtype=torch.float64).item()
-            tokens += scale.numel()
+        for batch, dense in enumerate(outputs):
+            errors = relative_token_errors(self.run(index, batch, parameters), dense.to(self._device))
+            total += errors.sum(dtype=torch.float64).item()
+            tokens += errors.numel()
         return total / tokens
 
     @torch.no_grad()
@@ -176,18 +186,25 @@ class BlockReplay:
         self._calls[index] = []  # its masks and embeddings are not needed again
 
     def _output(self, index: int, batch: int) -> Tensor:
-        output = self._run(index, batch)
+        output = self.run(index, batch)
         if not output.isfinite().all():
             name = self._blocks[index].name
             raise NumericalError(f"the output of {name} holds NaN or Inf on calibration batch {batch}")
         return output
 
-    def _run(self, index: int, batch: int) -> Tensor:
+    def run(self, index: int, batch: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the output ``[sequences, t, hidden]`` of block ``index`` on one batch.
+
+        Args:
+            index: the block that the hidden states stand before.
+            batch: index of the batch.
+            parameters: take the place of the block's own of these names; gradients flow to them where enabled.
+        """
         call = self._calls[index][batch]
         hidden = self._hidden[batch].to(self._device)
         args, kwargs = _move(call.args, self._device), _move(call.kwargs, self._device)
         with self._forward_context():
-            output = self._blocks[index].module(hidden, *args, **kwargs)
+            output = functional_call(self._blocks[index].module, dict(parameters or {}), (hidden, *args), kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -309,6 +326,14 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     if mask is not None and not bool(mask.all()):
         raise InputError("a calibration batch is padded (attention_mask has zeros): cut whole sequences instead")
     return {name: value.to(device) for name, value in inputs.items()}
+
+
+def split_batch(batch: Batch, sequences: int) -> list[Batch]:
+    """Return a batch as batches of ``sequences`` sequences, or fewer in the last one."""
+    if isinstance(batch, Tensor):
+        return list(batch.split(sequences))
+    parts = {name: value.split(sequences) for name, value in batch.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 def _probe_outputs(model: nn.Module, blocks: Sequence[Block], inputs: dict[str, Tensor]) -> list[Any]:

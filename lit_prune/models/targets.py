@@ -76,5 +76,21 @@ def find_targets(
     return targets
 
 
+def find_vectors(model: nn.Module, block: Block, targets: Sequence[Target]) -> dict[str, nn.Parameter]:
+    """Return the norms and biases of a block by name in the model, but for those of layers that are no targets.
+
+    One that other modules share is not among them: changing it here would change the others.
+    """
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    pruned = {id(target.module) for target in targets}
+    return {
+        f"{block.name}.{module_name}.{name}": parameter
+        for module_name, module in block.module.named_modules()
+        if not isinstance(module, PRUNABLE) or id(module) in pruned
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 1 and parameter.is_floating_point() and uses[id(parameter)] == 1
+    }
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -126,3 +126,13 @@ def relative_output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float
     error = ((change @ gram) * change).sum(dtype=torch.float64)
     scale = ((dense @ gram) * dense).sum(dtype=torch.float64)
     return float(error / scale) if scale > 0 else 0.0
+
+
+def relative_token_errors(outputs: Tensor, dense: Tensor) -> Tensor:
+    """Return ``||output_t - dense_t||² / ||dense_t||²`` of every token ``[...]``, in float32, from ``[..., hidden]``.
+
+    Relative by token, for a few tokens with massive activations would outweigh all others.
+    """
+    dense = dense.float()
+    scale = dense.square().sum(-1).clamp_min(torch.finfo(dense.dtype).tiny)
+    return (outputs.float() - dense).square().sum(-1) / scale

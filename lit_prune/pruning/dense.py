@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune.models.access import read_weight, weights_restored, write_weight
 from lit_prune.models.blocks import Block
-from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, resident
+from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, resident, split_batch
 from lit_prune.models.gradients import gradient_norms
 from lit_prune.models.io import model_fingerprint, read_json, write_json
 from lit_prune.models.targets import Target
@@ -39,11 +39,18 @@ class DenseModel:
             return BlockReplay(
                 self.model,
                 self.blocks,
-                self.calibration,
+                self._batches(),
                 self.plan.device,
                 self.plan.hidden_device,
                 self.forward_context,
             )
+
+    def _batches(self) -> Sequence[Batch]:
+        """Return the calibration set, in batches of a reconstruction's steps where there is one."""
+        reconstruction = self.plan.reconstruction
+        if reconstruction is None:
+            return self.calibration
+        return [part for batch in self.calibration for part in split_batch(batch, reconstruction.sequences)]
 
     def evidence(self, gradients: Mapping[str, Tensor]) -> dict[int, Any]:
         """Show the allocator every block, where it asks for that, and return what it observed, by block.

@@ -50,6 +50,12 @@ def render(report: PruningReport, title: str) -> dict[str, str | bytes]:
     if any(layer.output_error for layer in report.layers):
         errors = by_block(_by_kind(report, "output_error"), "relative output error", log=True)
         plots["output_error.png"] = as_png(errors)
+    if report.reconstructions:
+        blocks = {
+            f"{when} reconstruction": [(done.block, getattr(done, when)) for done in report.reconstructions]
+            for when in ("before", "after")
+        }
+        plots["block_error.png"] = as_png(by_block(blocks, "relative error of the block's output", log=True))
     return {
         "pruning.json": json.dumps(report.as_dict(), indent=1),
         "report.html": _html(report, plots),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.access import read_weight, write_weight
 from lit_prune.models.calibrate import Batch
 from lit_prune.models.io import data_fingerprint, load_tensors, model_fingerprint, read_json, save_tensors, write_json
-from lit_prune.models.targets import Target
 from lit_prune.ops import PackedMask
-from lit_prune.pruning.report import LayerReport
+from lit_prune.pruning.report import LayerReport, ReconstructionReport
 
 
 class Journal:
@@ -46,25 +46,38 @@ class Journal:
 
     def finished(self, block: int) -> bool:
         """Tell whether a block is complete on disk."""
-        return self._layers(block).is_file()
+        return self._reports(block).is_file()
 
-    def save(self, block: int, targets: Sequence[Target], layers: Sequence[LayerReport]) -> None:
-        """Write a finished block: its weights and masks first, then the file that says they are complete."""
-        tensors = {f"weight {t.name}": read_weight(t.module).cpu() for t in targets}
+    def save(
+        self,
+        block: int,
+        model: nn.Module,
+        layers: Sequence[LayerReport],
+        reconstructions: Sequence[ReconstructionReport],
+    ) -> None:
+        """Write a finished block: its parameters and masks first, then the file that says they are complete."""
+        names = [layer.parameter for layer in layers] + [name for done in reconstructions for name in done.vectors]
+        tensors = {f"parameter {name}": model.get_parameter(name).detach().cpu() for name in names}
         tensors |= {f"mask {layer.name}": layer.mask.bits.cpu() for layer in layers}
         save_tensors(self._tensors(block), tensors)
-        write_json(self._layers(block), [layer.as_dict() for layer in layers])
+        records = {
+            "layers": [layer.as_dict() for layer in layers],
+            "reconstructions": [asdict(done) for done in reconstructions],
+        }
+        write_json(self._reports(block), records)
 
-    def restore(self, block: int, targets: Sequence[Target]) -> list[LayerReport]:
-        """Write a finished block's weights into the model and return what was reported of them."""
+    @torch.no_grad()
+    def restore(self, block: int, model: nn.Module) -> tuple[list[LayerReport], list[ReconstructionReport]]:
+        """Write a finished block's parameters into the model and return what was reported of it."""
         tensors = load_tensors(self._tensors(block))
-        records = {record["name"]: record for record in read_json(self._layers(block))}
+        records = read_json(self._reports(block))
         layers = []
-        for target in targets:
-            write_weight(target.module, tensors[f"weight {target.name}"])
-            mask = PackedMask(tensors[f"mask {target.name}"], tuple(target.module.get_parameter("weight").shape))
-            layers.append(LayerReport.from_dict(records[target.name], mask))
-        return layers
+        for record in records["layers"]:
+            shape = tuple(model.get_parameter(f"{record['name']}.weight").shape)
+            layers.append(LayerReport.from_dict(record, PackedMask(tensors.pop(f"mask {record['name']}"), shape)))
+        for name, value in tensors.items():
+            model.get_parameter(name.removeprefix("parameter ")).copy_(value)
+        return layers, [ReconstructionReport(**record) for record in records["reconstructions"]]
 
     @staticmethod
     def remove(folder: Path) -> None:
@@ -77,7 +90,7 @@ class Journal:
     def _tensors(self, block: int) -> Path:
         return self._folder / f"block_{block:04d}.safetensors"
 
-    def _layers(self, block: int) -> Path:
+    def _reports(self, block: int) -> Path:
         return self._folder / f"block_{block:04d}.json"
 
 

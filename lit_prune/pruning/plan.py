@@ -17,6 +17,7 @@ from lit_prune.models.access import read_weight
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.targets import Target, find_targets
 from lit_prune.ops import NM, LayerStats, Pattern
+from lit_prune.pruning.reconstruction import Reconstruction
 from lit_prune.scorers import Scorer
 from lit_prune.solvers import Solver, Zero
 from lit_prune.solvers.base import Solution
@@ -51,6 +52,8 @@ class PruningPlan:
     correction: float = 0.0
     """How much of what earlier blocks have done to a layer's inputs its weights make up for, in [0, 1]; 0 = nothing, as
     in the papers. Costs one more forward pass and a product per Gram matrix."""
+    reconstruction: Reconstruction | None = None
+    """How what is left of a block is trained to give the dense block's outputs; null = not at all."""
     include: Sequence[str] = ("*",)
     """Shell patterns over module names: layers to prune, of the linear layers in the decoder blocks."""
     exclude: Sequence[str] = ()
@@ -95,7 +98,17 @@ class PruningPlan:
     @property
     def needs_data(self) -> bool:
         """Whether a calibration set is read at all."""
-        return bool(self.needs or self.allocator.needs)
+        return self.needs_replay or bool(self.allocator.needs)
+
+    @property
+    def needs_replay(self) -> bool:
+        """Whether the calibration set goes through the blocks while they are pruned."""
+        return bool(self.needs) or self.needs_reference
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the dense model's hidden states go along."""
+        return bool(self.correction) or self.reconstruction is not None
 
     def at(self, sparsity: float) -> PruningPlan:
         """Return the same plan at another sparsity."""
@@ -164,7 +177,7 @@ class PruningPlan:
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain data: class paths and arguments, as in YAML."""
         described = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("pattern", "scorer", "allocator", "solver"):
+        for name in ("pattern", "scorer", "allocator", "solver", "reconstruction"):
             described[name] = describe(described[name]) if described[name] is not None else None
         return {**described, "include": list(self.include), "exclude": list(self.exclude)}
 

@@ -23,7 +23,8 @@ class Position:
     blocks: int
     """How many there are."""
     stage: str
-    """``record``, ``measure``, ``observe``, ``gradients``, ``calibrate``, ``solve`` or ``propagate``."""
+    """``record``, ``measure``, ``observe``, ``gradients``, ``calibrate``, ``solve``, ``reconstruct`` or
+    ``propagate``."""
     seconds_left: float | None
     """Estimate from the blocks finished so far; None before the first."""
 

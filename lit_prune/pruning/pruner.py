@@ -1,4 +1,4 @@
-"""The engine: allocate; then, block by block, calibrate, score, solve, write and propagate."""
+"""The engine: allocate; then, block by block, calibrate, score, solve, write, reconstruct and propagate."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
+from lit_prune.models.blocks import Block
 from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, evaluation_mode, resident
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, Pattern
@@ -19,9 +20,10 @@ from lit_prune.pruning.dense import DenseModel
 from lit_prune.pruning.journal import Journal, identity_of
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
-from lit_prune.pruning.report import LayerReport, PruningReport
+from lit_prune.pruning.report import LayerReport, PruningReport, ReconstructionReport
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -71,22 +73,24 @@ def prune(
         gradients = dense.gradients()
         report.allocation = dict(allocation or plan.allocate(targets, dense.evidence(gradients), dense.metrics()))
         patterns = plan.patterns(targets, report.allocation, sparsity)
-        replay = dense.replay() if plan.needs else None
-        reference = replay.fork() if replay and plan.correction else None
+        replay = dense.replay() if plan.needs_replay else None
+        reference = replay.fork() if replay and plan.needs_reference else None
         for block in blocks:
             mine = [target for target in targets if target.block == block.index]
             with resident(block.module, plan.device):
                 if journal and journal.finished(block.index):
                     if reference:
                         reference.advance(block.index)
-                    report.layers += journal.restore(block.index, mine)
+                    layers, reconstructions = journal.restore(block.index, model)
                 else:
                     layers = _prune_block(
                         mine, patterns, replay, reference, gradients, plan, stages, block.index, within or {}
                     )
-                    report.layers += layers
+                    reconstructions = _reconstruct_block(model, block, mine, layers, replay, reference, plan, stages)
                     if journal:
-                        journal.save(block.index, mine, layers)
+                        journal.save(block.index, model, layers, reconstructions)
+                report.layers += layers
+                report.reconstructions += reconstructions
                 if replay and block is not blocks[-1]:
                     with stages.stage("propagate", block.index):
                         replay.advance(block.index)
@@ -107,15 +111,35 @@ def _prune_block(
 ) -> list[LayerReport]:
     """Calibrate, score, solve and write the targets of one block."""
     stats: Mapping[str, LayerStats] = dict.fromkeys((t.name for t in targets), LayerStats(frozenset()))
-    if replay and targets:
+    if replay and targets and plan.needs:
         with stages.stage("calibrate", block):
             stats = replay.collect(block, {t.name: t.module for t in targets}, plan.needs, reference)
+    elif reference:
+        with stages.stage("propagate", block):
+            reference.advance(block)
     stats = plan.with_gradients(stats, {t.name: gradients.pop(t.name) for t in targets if gradients})
     with stages.stage("solve", block):
         return [
             _prune_layer(target, patterns[target.name], stats[target.name], plan, within.get(target.parameter))
             for target in targets
         ]
+
+
+def _reconstruct_block(
+    model: nn.Module,
+    block: Block,
+    targets: Sequence[Target],
+    layers: Sequence[LayerReport],
+    replay: BlockReplay | None,
+    reference: BlockReplay | None,
+    plan: PruningPlan,
+    stages: Stages,
+) -> list[ReconstructionReport]:
+    """Train what is left of a pruned block, where the plan says so."""
+    if not (plan.reconstruction and replay and reference and targets):
+        return []
+    with stages.stage("reconstruct", block.index):
+        return [plan.reconstruction.run(model, block, targets, layers, replay, reference.hidden)]
 
 
 def _prune_layer(

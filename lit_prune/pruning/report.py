@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -30,7 +31,8 @@ class LayerReport:
     reached: float
     """Fraction of the weights that the mask removes."""
     output_error: float | None
-    """``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` on the calibration set; None where it was not measured."""
+    """``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` on the calibration set, as the solver left the layer; None where it was not
+    measured."""
     seconds: float
     """Time to score, solve and write the layer."""
     mask: PackedMask = field(repr=False)
@@ -40,6 +42,11 @@ class LayerReport:
     def numel(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def parameter(self) -> str:
+        """Name of the weight in the model's state dict."""
+        return f"{self.name}.weight"
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the mask as plain data."""
@@ -52,6 +59,23 @@ class LayerReport:
         return cls(**{**content, "shape": tuple(content["shape"])}, mask=mask)
 
 
+@dataclass(frozen=True)
+class ReconstructionReport:
+    """What training did for one block."""
+
+    block: int
+    """Index of the block."""
+    before: float
+    """Mean over calibration tokens of the squared distance from the dense block's output, relative to its squared norm,
+    as the solver left the block."""
+    after: float
+    """The same after training; equal to ``before`` where it did not help, and the block stayed as it was."""
+    seconds: float
+    """Time of both measurements and the training."""
+    vectors: list[str]
+    """Names of the norms and biases that were trained beside the pruned weights."""
+
+
 @dataclass
 class PruningReport:
     """What a run did: by layer, by stage, and before and after."""
@@ -60,10 +84,12 @@ class PruningReport:
     """``plan`` as plain data, and the fingerprints of ``model`` and ``data``."""
     layers: list[LayerReport] = field(default_factory=list)
     """The pruned layers, in the order of the model."""
+    reconstructions: list[ReconstructionReport] = field(default_factory=list)
+    """What training did for each block, where the plan has a reconstruction."""
     allocation: dict[str, float] = field(default_factory=dict)
     """Sparsity of every layer by name, as the allocator gave it for the plan's own sparsity."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds spent in each stage: ``record``, ``calibrate``, ``solve``, ``propagate``."""
+    """Seconds spent in each stage: ``record``, ``calibrate``, ``solve``, ``reconstruct``, ``propagate``."""
     peak_memory: int | None = None
     """Peak memory of the process (of the GPU where one is used), in bytes."""
     evaluation: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +98,12 @@ class PruningReport:
     @property
     def masks(self) -> dict[str, PackedMask]:
         """Keep masks by parameter name, one bit per weight, in the layout of the parameters."""
-        return {f"{layer.name}.weight": layer.mask for layer in self.layers}
+        return {layer.parameter: layer.mask for layer in self.layers}
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of all parameters that the run may have changed: the pruned weights, and what was trained with them."""
+        return [*self.masks, *(name for done in self.reconstructions for name in done.vectors)]
 
     @property
     def sparsity(self) -> float:
@@ -90,6 +121,7 @@ class PruningReport:
             "allocation": self.allocation,
             "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
             "layers": [layer.as_dict() for layer in self.layers],
+            "reconstructions": [asdict(done) for done in self.reconstructions],
         }
 
     @classmethod
@@ -98,6 +130,7 @@ class PruningReport:
         return cls(
             identity={name: content[name] for name in ("plan", "model", "data")},
             layers=[LayerReport.from_dict(layer, masks[layer["name"]]) for layer in content["layers"]],
+            reconstructions=[ReconstructionReport(**done) for done in content.get("reconstructions", [])],
             allocation=dict(content["allocation"]),
             seconds=dict(content["seconds"]),
             peak_memory=content["peak_memory"],
@@ -111,6 +144,11 @@ class PruningReport:
             text = f"perplexity, {self.evaluation['text']}, windows of {self.evaluation['seqlen']} tokens"
             before, after = self.evaluation["perplexity_before"], self.evaluation["perplexity_after"]
             lines.append((text, f"{before:.2f} before, {after:.2f} after"))
+        if self.reconstructions:
+            before, after = (
+                fmean(getattr(done, when) for done in self.reconstructions) for when in ("before", "after")
+            )
+            lines.append(("mean block error before and after reconstruction", f"{before:.4f}, {after:.4f}"))
         lines += [(f"{stage} seconds", f"{seconds:.1f}") for stage, seconds in self.seconds.items()]
         if self.peak_memory is not None:
             lines.append(("peak memory", f"{self.peak_memory / 2**30:.2f} GiB"))
@@ -124,7 +162,11 @@ class PruningReport:
     def table(self) -> Table:
         """Return a table for a terminal: a row per block."""
         table = Table(title="Pruned blocks")
-        for heading in ("block", "layers", "weights", "sparsity", "worst output error", "seconds"):
+        headings = ["block", "layers", "weights", "sparsity", "worst output error", "seconds"]
+        reconstructed = {done.block: f"{done.before:.4f} to {done.after:.4f}" for done in self.reconstructions}
+        if reconstructed:
+            headings.append("reconstructed, error")
+        for heading in headings:
             table.add_column(heading, justify="right")
         for index, layers in self.blocks():
             worst = max(layers, key=lambda layer: layer.output_error or 0.0)
@@ -136,6 +178,7 @@ class PruningReport:
                 f"{_weighted(layers, 'reached'):.2%}",
                 "not measured" if worst.output_error is None else f"{worst.output_error:.4f} {name}",
                 f"{sum(layer.seconds for layer in layers):.1f}",
+                *([reconstructed[index]] if reconstructed else []),
             )
         return table
 

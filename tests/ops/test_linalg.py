@@ -52,3 +52,11 @@ def test_relative_output_error_is_that_of_the_outputs() -> None:
     expected = (inputs @ (pruned - weight).T).square().sum() / (inputs @ weight.T).square().sum()
     assert linalg.relative_output_error(weight, pruned, inputs.T @ inputs) == pytest.approx(expected.item())
     assert linalg.relative_output_error(torch.zeros(2, 6), torch.zeros(2, 6), inputs.T @ inputs) == 0.0
+
+
+def test_token_errors_are_relative_to_each_token() -> None:
+    # A token of norm 5 that moves by 5, one of norm 500 that moves by 5, and one that stays.
+    dense = torch.tensor([[3.0, 4.0], [300.0, 400.0], [1.0, 0.0]])
+    outputs = torch.tensor([[0.0, 0.0], [303.0, 404.0], [1.0, 0.0]])
+    torch.testing.assert_close(linalg.relative_token_errors(outputs, dense), torch.tensor([1.0, 1e-4, 0.0]))
+    assert linalg.relative_token_errors(outputs.bfloat16(), dense.bfloat16()).dtype == torch.float32
