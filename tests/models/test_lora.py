@@ -79,5 +79,5 @@ def test_layers_of_other_types_are_refused() -> None:
     class Own(nn.Linear):
         pass
 
-    with pytest.raises(InputError, match="a layer is a Own: adapters go on nn.Linear and Conv1D"):
+    with pytest.raises(InputError, match=r"a layer is a Own: adapters go on nn\.Linear and Conv1D"):
         adapt(Own(2, 2), 1, 1.0)
