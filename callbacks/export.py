@@ -52,6 +52,8 @@ class Export(Callback):
         self.output = output
         self.overwrite = overwrite
         self.best = best
+        self.validation: list[tuple[int, float]] = []
+        """The course of the training, for the report: (optimizer step, perplexity of the validation text)."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be written before any training is done."""
@@ -70,6 +72,11 @@ class Export(Callback):
             checkpoint.best_k_models = {}
             checkpoint.best_model_score = None
             checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the perplexity for the report."""
+        if not trainer.sanity_checking and "val/perplexity" in trainer.callback_metrics:
+            self.validation.append((trainer.global_step, trainer.callback_metrics["val/perplexity"].item()))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to the best checkpoint, where that is asked for, while the strategy can still load it."""
@@ -98,6 +105,8 @@ class Export(Callback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         masks, report = _masks_and_report(trainer)
+        if report is not None:
+            report.validation = self.validation
         model = pl_module.get_submodule("model")
         with whole_model(model) as whole, merged(whole):
             if str(trainer.precision).endswith("-true"):

@@ -50,6 +50,9 @@ def render(report: PruningReport, title: str) -> dict[str, str | bytes]:
     if any(layer.output_error for layer in report.layers):
         errors = by_block(_by_kind(report, "output_error"), "relative output error", log=True)
         plots["output_error.png"] = as_png(errors)
+    if report.validation:
+        curve = by_block({"validation text": report.validation}, "perplexity", log=True, over="optimizer step")
+        plots["validation.png"] = as_png(curve)
     return {
         "pruning.json": json.dumps(report.as_dict(), indent=1),
         "report.html": _html(report, plots),

@@ -117,7 +117,9 @@ def test_a_model_that_was_pruned_before_is_recovered_and_keeps_its_report(dense:
     masks = load_masks(first)
     check_masks_hold(load_model(str(second)), masks)
     assert load_masks(second).keys() == masks.keys()
-    assert json.loads((second / "pruning.json").read_text())["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    report = json.loads((second / "pruning.json").read_text())
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert [step for step, _ in report["validation"]] == [4, 8] and (second / "validation.png").is_file()
     third = tmp_path / "third"
     trainer(KeepMasks("zeros"), Export(str(third))).fit(lit(str(first)), data())
     check_masks_hold(load_model(str(third)), masks)
