@@ -1,7 +1,9 @@
 """Layer 4: Lightning callbacks. Hooks and state, no maths."""
 
 from lit_prune.callbacks.export import Export
+from lit_prune.callbacks.find_learning_rate import FindLearningRate
 from lit_prune.callbacks.keep_masks import KeepMasks
 from lit_prune.callbacks.prune import Prune
+from lit_prune.callbacks.stop_on_divergence import StopOnDivergence
 
-__all__ = ["Export", "KeepMasks", "Prune"]
+__all__ = ["Export", "FindLearningRate", "KeepMasks", "Prune", "StopOnDivergence"]

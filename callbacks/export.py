@@ -2,48 +2,113 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from collections.abc import Mapping
+from pathlib import Path
 
-from lit_prune.callbacks.prune import find_prune
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_prune.callbacks.keep_masks import find_keep_masks
+from lit_prune.callbacks.prune import Prune, find_prune
+from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.errors import InputError
 from lit_prune.models.access import whole_model
-from lit_prune.models.io import check_output, save_pruned
+from lit_prune.models.io import REPORT_FILE, check_output, read_json, save_pruned
+from lit_prune.models.lora import merged
+from lit_prune.ops import PackedMask
+from lit_prune.pruning import PruningReport
 from lit_prune.pruning.documents import render
 
 
 class Export(Callback):
     """Writes the folder that ``AutoModelForCausalLM.from_pretrained`` opens when training ends.
 
-    The masks are verified first: a pruned weight that came back is an error, and nothing is written.
+    The masks are those of ``Prune``, or of ``KeepMasks`` where the model was pruned before; with a pruned folder's
+    masks its report is written again. They are verified first: a pruned weight that came back is an error, and nothing
+    is written. Adapters are merged into the weights.
 
     .. code-block:: yaml
 
         trainer: {callbacks: [{class_path: Export, init_args: {output: sparse-model}}]}
+
+    The best model instead of the last one, also where the training diverges in the end:
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - {class_path: ModelCheckpoint, init_args: {monitor: val/perplexity}}
+            - {class_path: Export, init_args: {output: sparse-model, best: true}}
     """
 
-    def __init__(self, output: str, overwrite: bool = False) -> None:
+    def __init__(self, output: str, overwrite: bool = False, best: bool = False) -> None:
         """Keep the arguments.
 
         Args:
             output: Folder to write.
             overwrite: Replace the folder where it exists.
+            best: Write the best checkpoint of the ``ModelCheckpoint`` since the last pruning, not the last weights.
         """
         self.output = output
         self.overwrite = overwrite
+        self.best = best
+        self.validation: list[tuple[int, float]] = []
+        """The course of the training, for the report: (optimizer step, perplexity of the validation text)."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written before any training is done."""
-        if stage == "fit":
+        """Refuse what cannot be written before any training is done."""
+        if stage != "fit":
+            return
+        check_output(self.output, self.overwrite)
+        if find_keep_masks(trainer) is None or _prunes(trainer):
             find_prune(trainer)
-            check_output(self.output, self.overwrite)
+        if self.best:
+            _monitoring(trainer)
+
+    def on_pruned(self, trainer: Trainer, pl_module: LightningModule, report: PruningReport) -> None:
+        """Forget the checkpoints of the model with fewer pruned weights: they are not what is to be exported."""
+        if self.best:
+            checkpoint = _monitoring(trainer)
+            checkpoint.best_k_models = {}
+            checkpoint.best_model_score = None
+            checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the perplexity for the report."""
+        if not trainer.sanity_checking and "val/perplexity" in trainer.callback_metrics:
+            self.validation.append((trainer.global_step, trainer.callback_metrics["val/perplexity"].item()))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to the best checkpoint, where that is asked for, while the strategy can still load it."""
+        if self.best:
+            self._load_best(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
-        prune = find_prune(trainer)
-        if prune.report is None:
-            raise InputError("nothing was pruned in this run, so there is no report to export")
+        self._save(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the best model of a training that diverged."""
+        if self.best and isinstance(exception, DivergedError) and _monitoring(trainer).best_model_path:
+            self._load_best(trainer)
+            self._save(trainer, pl_module)
+
+    def _load_best(self, trainer: Trainer) -> None:
+        path = _monitoring(trainer).best_model_path
+        if not path:
+            raise InputError(
+                "Export.best is on, and no checkpoint was written since the last pruning: lower "
+                "--trainer.val_check_interval"
+            )
+        strategy = trainer.strategy
+        strategy.load_model_state_dict(strategy.load_checkpoint(path))
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        masks, report = _masks_and_report(trainer)
+        if report is not None:
+            report.validation = self.validation
         model = pl_module.get_submodule("model")
-        with whole_model(model) as whole:
+        with whole_model(model) as whole, merged(whole):
             if str(trainer.precision).endswith("-true"):
                 whole.to(next(model.parameters()).dtype)  # and not that of the float32 masters
             if trainer.is_global_zero:
@@ -51,8 +116,37 @@ class Export(Callback):
                     self.output,
                     whole,
                     pl_module.load_tokenizer(),  # type: ignore[operator]
-                    prune.report.masks,
-                    render(prune.report, title=str(pl_module.pretrained)),
+                    masks,
+                    render(report, title=Path(str(pl_module.pretrained)).name) if report else {},
                     self.overwrite,
                 )
         trainer.strategy.barrier("export")
+
+
+def _prunes(trainer: Trainer) -> bool:
+    return any(isinstance(callback, Prune) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _masks_and_report(trainer: Trainer) -> tuple[Mapping[str, PackedMask], PruningReport | None]:
+    keep_masks = find_keep_masks(trainer)
+    if keep_masks is None or _prunes(trainer):
+        report = find_prune(trainer).report
+        if report is None:
+            raise InputError("nothing was pruned in this run, so there is no report to export")
+        return report.masks, report
+    masks, file = keep_masks.masks, Path(keep_masks.source or "") / REPORT_FILE
+    if not file.is_file():
+        return masks, None
+    return masks, PruningReport.from_dict(read_json(file), {n.removesuffix(".weight"): m for n, m in masks.items()})
+
+
+def _monitoring(trainer: Trainer) -> ModelCheckpoint:
+    """Return the one ``ModelCheckpoint`` that knows which checkpoint is best, or raise ``InputError``."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+    if len(found) != 1:
+        raise InputError(
+            f"Export.best is on, and trainer.callbacks has {len(found)} ModelCheckpoints with a monitor: exactly one "
+            "is needed, such as {class_path: ModelCheckpoint, init_args: {monitor: val/perplexity}}"
+        )
+    return found[0]

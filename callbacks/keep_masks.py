@@ -21,6 +21,7 @@ from lit_prune.callbacks.prune import Prune
 from lit_prune.errors import InputError
 from lit_prune.models.access import count_revived, mask_gradient, sets_sharded_gradients, whole_shape, zero_pruned
 from lit_prune.models.io import load_masks
+from lit_prune.models.lora import mask_adapters, unmasked_adapter
 from lit_prune.models.zeros import masks_of_zeros
 from lit_prune.ops import PackedMask
 from lit_prune.ops.masks import keep_only
@@ -99,6 +100,7 @@ class KeepMasks(Callback):
                 raise InputError(f"masks are for another model: it has no {name} of shape {tuple(mask.shape)}")
         self._remove_hooks()
         self.masks = {name: mask.to(pl_module.device) for name, mask in masks.items()}
+        mask_adapters(model, self.masks)
         for name, mask in self.masks.items():
             parameter = parameters[name]
             zero_pruned(parameter, mask.unpack(), _optimizer(trainer))
@@ -131,9 +133,11 @@ class KeepMasks(Callback):
         """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero.
 
         Weights, float32 masters and optimizer moments are looked at, each process at its share; all of them must call
-        it, and all of them raise.
+        it, and all of them raise. An adapter must have the same mask, with which it cannot change a pruned weight.
         """
-        found = [
+        adapter = unmasked_adapter(pl_module.get_submodule("model"), self.masks)
+        found = [f"{adapter}: its adapter has another mask"] if adapter else []
+        found += [
             f"{name}: {count} pruned weights are not zero in its {place}"
             for name, parameter, mask in self._kept(pl_module)
             for place, count in count_revived(parameter, mask.unpack(), _optimizer(trainer)).items()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_prune.errors import InputError
 from lit_prune.models.access import share_pruned, whole_model
+from lit_prune.models.lora import adapted_layers
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
 from lit_prune.pruning.progress import ProgressBar
@@ -99,6 +100,11 @@ class Prune(Callback):
             raise InputError(
                 f"the schedule prunes until step {self.schedule.last}, and training ends after {steps:.0f} optimizer "
                 "steps: raise --trainer.max_steps or --trainer.max_epochs, or end the schedule earlier"
+            )
+        if self.schedule.last > 0 and adapted_layers(pl_module.get_submodule("model")):
+            raise InputError(
+                f"the schedule prunes until step {self.schedule.last}, and adapters train: a pruning would not see "
+                "what they have learned; prune at step 0 (OneShot), or train Everything"
             )
         self._prune_if_due(trainer, pl_module)
 

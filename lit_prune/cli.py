@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lit_prune.callbacks import Export, KeepMasks, Prune  # noqa: F401 - their names are known to YAML from here on
+import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
 from lit_prune.cli_errors import explain
 from lit_prune.models.io import disable_model_progress_bars
 from lit_prune.trainer import PruningTrainer

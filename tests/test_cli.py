@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lit_prune.cli import main
-from lit_prune.models.io import load_masks, load_model
+from lit_prune.models.io import load_masks, load_model, load_tokenizer, save_pruned
 
 MODELS = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 48},
@@ -262,6 +262,30 @@ def test_a_bad_argument_is_one_line(
     given = [argument.format(tmp=tmp_path) for argument in arguments]
     config = write_config(tmp_path)
     fails_with(message, capsys, "prune", "-c", config, "--output", str(tmp_path / "out"), *given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.trainable", "LoRA", "--model.trainable.rank", "0"], r"LoRA\.rank is 0"),
+        (
+            ["--model.trainable", "LoRA", "--model.trainable.include", '["*.nope"]'],
+            r"LoRA\.include: '\*\.nope' matches",
+        ),
+        (["--model.loss", "Distillation", "--model.loss.teacher", "{tmp}"], r"no config\.json, so it is no model"),
+        (
+            ["--model.loss", "Distillation", "--model.loss.teacher", "{tmp}/wide"],
+            r"has 300 tokens and the student's 257",
+        ),
+    ],
+)
+def test_a_recovery_that_cannot_work_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 300}
+    save_pruned(tmp_path / "wide", load_model("random", config=wide), load_tokenizer("random"), {}, {})
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    fails_with(message, capsys, "fit", "-c", write_config(tmp_path), "--trainer.max_steps", "1", *given)
 
 
 def test_an_unknown_subcommand_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ from lit_prune.errors import InputError, first_line
 from lit_prune.ops import PackedMask
 
 MASKS_FILE = "masks.safetensors"
+REPORT_FILE = "pruning.json"
 RANDOM = "random"
 """The ``pretrained`` that builds a model from a config, with random weights and a byte-level tokenizer."""
 _FORMAT = "lit-prune keep masks, one bit per weight, least significant bit first, row by row"

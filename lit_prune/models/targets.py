@@ -37,7 +37,11 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, blocks: Sequence[Block], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    model: nn.Module,
+    blocks: Sequence[Block],
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    owner: str = "plan",
 ) -> list[Target]:
     """Return the linear layers inside the decoder blocks, in the order of the model.
 
@@ -49,6 +53,7 @@ def find_targets(
         blocks: its decoder blocks.
         include: shell patterns over full module names; a layer must match one of them.
         exclude: shell patterns; a layer that matches one is left alone.
+        owner: of the patterns, as an error names them.
 
     Raises:
         InputError: where a pattern matches no layer, nothing is left, or a weight is quantised.
@@ -65,11 +70,11 @@ def find_targets(
             if not any(fnmatchcase(target.name, pattern) for target in candidates):
                 example = candidates[0].name if candidates else "none"
                 raise InputError(
-                    f"plan.{option}: {pattern!r} matches no linear layer; their names are like {example!r}"
+                    f"{owner}.{option}: {pattern!r} matches no linear layer; their names are like {example!r}"
                 )
     targets = [t for t in candidates if _matches(t.name, include) and not _matches(t.name, exclude)]
     if not targets:
-        raise InputError("plan.include and plan.exclude leave no layer to prune")
+        raise InputError(f"{owner}.include and {owner}.exclude leave no layer")
     for target in targets:
         if not read_weight(target.module).is_floating_point():
             raise InputError(f"{target.name} is quantised ({read_weight(target.module).dtype}): prune the float model")

@@ -16,11 +16,15 @@ Points = Sequence[tuple[int, float]]
 
 
 def by_block(
-    series: Mapping[str, Points], label: str, log: bool = False, limits: tuple[float, float] | None = None
+    series: Mapping[str, Points],
+    label: str,
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+    over: str = "block",
 ) -> Figure:
     """Plot values over the blocks, a line per series."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="block", ylabel=label, yscale="log" if log else "linear")
+    axes = figure.add_subplot(xlabel=over, ylabel=label, yscale="log" if log else "linear")
     for name, points in series.items():
         axes.plot([block for block, _ in points], [value for _, value in points], ".-", label=name)
     if limits is not None:

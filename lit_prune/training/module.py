@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
 from torchmetrics import MeanMetric
 
 from lit_prune.models.io import load_model, load_tokenizer
+from lit_prune.training.losses import LanguageModelLoss, Loss, Student, next_token_loss
+from lit_prune.training.recovery import Everything, Trainable
+from lit_prune.training.schedules import WarmupCosine
 from lit_prune.training.strategies import shard
 
-IGNORED = -100
-"""Target of a position that does not count."""
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -30,7 +30,9 @@ class LitCausalLM(LightningModule):
           pretrained: HuggingFaceTB/SmolLM2-135M
           dtype: bfloat16
           optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4, weight_decay: 0.1}}
-          lr_scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 1000}}
+          lr_scheduler: {class_path: lit_prune.training.schedules.WarmupCosine, init_args: {warmup: 20}}
+          trainable: {class_path: LoRA, init_args: {rank: 16}}
+          loss: {class_path: Distillation, init_args: {teacher: HuggingFaceTB/SmolLM2-135M}}
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class LitCausalLM(LightningModule):
         pretrained: str,
         dtype: DtypeName = "auto",
         gradient_checkpointing: bool = False,
+        trainable: Trainable | None = None,
+        loss: Loss | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         config: dict[str, Any] | None = None,
@@ -49,6 +53,8 @@ class LitCausalLM(LightningModule):
             pretrained: Hub name, local Hugging Face folder, GGUF file, or ``random`` for random weights.
             dtype: Of the weights; ``auto`` = as stored.
             gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+            trainable: What of the model trains; null = Everything.
+            loss: What training minimises; null = LanguageModelLoss.
             optimizer: Any torch optimizer.
             lr_scheduler: Any torch learning-rate scheduler; it moves on with every optimizer step.
             config: For ``random``: the ``model_type`` and any value of that model's config.
@@ -58,12 +64,14 @@ class LitCausalLM(LightningModule):
         self.pretrained = pretrained
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.trainable = trainable or Everything()
+        self.loss = loss or LanguageModelLoss()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.config = config
         self.trust_remote_code = trust_remote_code
         self.model: Any = None
-        self._loss = MeanMetric()
+        self._mean_loss = MeanMetric()
         self._batch_start = 0.0
 
     def configure_model(self) -> None:
@@ -77,6 +85,7 @@ class LitCausalLM(LightningModule):
             # transformers is renaming it
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable()
+        self.trainable.prepare(self.model)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
 
@@ -88,11 +97,16 @@ class LitCausalLM(LightningModule):
         """Return the logits ``[sequences, t, vocabulary]`` of ``input_ids`` ``[sequences, t]``."""
         return self.model(input_ids=input_ids, use_cache=False).logits
 
+    def on_fit_start(self) -> None:
+        """Let the loss get ready."""
+        self.loss.prepare(Student(self.model, self.load_tokenizer(), self.device_mesh))
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of the next token, in nats."""
-        loss = next_token_loss(self(batch["input_ids"]), batch["input_ids"])
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        """Return the loss; log it and its parts."""
+        losses = self.loss(self.model, batch["input_ids"])
+        for name, value in losses.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
+        return losses["loss"]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock of the batch."""
@@ -123,27 +137,22 @@ class LitCausalLM(LightningModule):
         # torchmetrics' own Perplexity takes the log of a softmax, which is -inf for a token that a badly pruned model
         # finds very unlikely; the mean of the cross-entropy is the same figure without that.
         input_ids = batch["input_ids"]
-        self._loss.update(next_token_loss(self(input_ids), input_ids), weight=input_ids[:, 1:].numel())
+        self._mean_loss.update(next_token_loss(self(input_ids), input_ids), weight=input_ids[:, 1:].numel())
 
     def _log_loss(self, stage: str) -> None:
-        loss = self._loss.compute()
+        loss = self._mean_loss.compute()
         with torch.inference_mode(False):  # the metric may be used in a training run next
-            self._loss.reset()
+            self._mean_loss.reset()
         self.log_dict(
             {f"{stage}/loss": loss, f"{stage}/perplexity": loss.double().exp()}, prog_bar=True, sync_dist=True
         )
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the learning-rate scheduler, if there is one."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-
-def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Return the mean cross-entropy (float32, nats) of every token but the first, given those before it."""
-    # The last position has no next token; ignoring it there spares a copy of the logits without it.
-    targets = pad(input_ids[:, 1:], (0, 1), value=IGNORED)
-    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine):
+            scheduler.fill_total(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_prune.models.io import save_pruned
 from lit_prune.training import LitCausalLM, TextDataModule
-from lit_prune.training.module import next_token_loss
+from lit_prune.training.losses import next_token_loss
 
 LLAMA = {
     "model_type": "llama",

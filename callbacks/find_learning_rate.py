@@ -1,0 +1,71 @@
+"""A short range test finds the learning rate."""
+
+from __future__ import annotations
+
+import logging
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+from lit_prune.errors import InputError, NumericalError
+
+
+class FindLearningRate(LearningRateFinder):
+    """Tries growing learning rates on the pruned model, then trains at the one where the loss fell fastest.
+
+    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, as Lightning does it; but once the masks are in
+    force. Weights, moments and data begin afresh after the test. The optimizer's own learning rates, and those of its
+    schedule, are scaled so that the first becomes the rate found.
+
+    .. code-block:: yaml
+
+        trainer: {callbacks: [{class_path: FindLearningRate, init_args: {steps: 50}}]}
+    """
+
+    def __init__(self, lowest: float = 1e-6, highest: float = 1e-2, steps: int = 50) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            lowest: The first learning rate that is tried.
+            highest: The last, unless the loss explodes before.
+            steps: Optimizer steps, evenly spaced on a logarithmic scale.
+        """
+        if not 0 < lowest < highest:
+            raise InputError(f"FindLearningRate tries from {lowest} to {highest}: it must be 0 < lowest < highest")
+        if steps < 20:
+            raise InputError(f"FindLearningRate.steps is {steps}: fewer than 20 say nothing")
+        super().__init__(min_lr=lowest, max_lr=highest, num_training_steps=steps, update_attr=False)
+        self.found: float | None = None
+        """The learning rate; None before the test."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a strategy whose checkpoints cannot be restored in the middle of a run."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+            raise InputError(
+                f"trainer.strategy is {type(strategy).__name__}: FindLearningRate works on one device and with ddp; "
+                "find the rate there, and set it as the optimizer's lr"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: the masks are not in force yet."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the rate before the first step."""
+        if self.found is not None or trainer.global_step > 0:
+            return
+        self.found = 0.0  # the test itself begins an epoch
+        self.lr_find(trainer, pl_module)
+        rate = self.optimal_lr.suggestion() if self.optimal_lr else None
+        if not rate:
+            raise NumericalError("FindLearningRate saw no loss fall: widen lowest and highest, or raise steps")
+        self.found = rate
+        logging.getLogger(__name__).info("learning rate: %.3g", rate)
+        groups = trainer.optimizers[0].param_groups
+        scale = rate / groups[0].get("initial_lr", groups[0]["lr"])
+        for group in groups:
+            for name in {"lr", "initial_lr"} & group.keys():
+                group[name] *= scale
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [base * scale for base in config.scheduler.base_lrs]

@@ -1,0 +1,151 @@
+"""Low-rank adapters that cannot bring a pruned weight back.
+
+A layer with an adapter works with the weight ``W + M ⊙ (B A) · scale``, where ``M`` is its keep mask. The mask is on
+the product, so the sum can be merged into one weight that is exactly as sparse as ``W`` and gives the same outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_prune.errors import InputError
+from lit_prune.ops import PackedMask
+
+
+class Adapted(nn.Module):
+    """A linear layer with a masked low-rank adapter; ``adapt`` makes one of a plain layer, in place.
+
+    The parameter ``weight`` keeps its name and its values, so masks and state dicts of the plain model still fit.
+    """
+
+    weight: Any
+    """``[o, i]``, for Conv1D ``[i, o]``; frozen."""
+    bias: Any
+    lora_a: nn.Parameter
+    """``[rank, i]``, float32."""
+    lora_b: nn.Parameter
+    """``[o, rank]``, float32; zero at first, so that the adapter begins with no effect."""
+    keep_bits: Tensor
+    """The keep mask in the layout of ``weight``, packed: uint8, one bit per weight."""
+    lora_scale: float
+    lora_rank: int
+    keep_shape: tuple[int, ...]
+    """The whole weight's, in its own layout; like the rank, a sharded parameter may not know it."""
+    plain: type[nn.Module]
+    """What the layer was, and is again when merged."""
+    stored_transposed: bool
+
+    @property
+    def keep(self) -> PackedMask:
+        """The keep mask, in the layout of ``weight``."""
+        return PackedMask(self.keep_bits, self.keep_shape)
+
+    def effective_weight(self) -> Tensor:
+        """Return ``W + M ⊙ (B A) · scale`` in the layout and dtype of ``weight``."""
+        change = self.lora_b @ (self.lora_a * self.lora_scale)
+        change = change.T if self.stored_transposed else change
+        return self.weight + change.masked_fill(~self.keep.unpack(), 0.0).to(self.weight.dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the outputs ``[..., o]`` of ``inputs`` ``[..., i]``."""
+        weight = self.effective_weight()
+        return nn.functional.linear(inputs, weight.T if self.stored_transposed else weight, self.bias)
+
+
+class AdaptedLinear(Adapted, nn.Linear):
+    """``nn.Linear`` with an adapter."""
+
+    plain = nn.Linear
+    stored_transposed = False
+
+
+class AdaptedConv1D(Adapted, Conv1D):
+    """GPT-2's linear layer with an adapter."""
+
+    plain = Conv1D
+    stored_transposed = True
+
+
+def adapt(layer: nn.Module, rank: int, scale: float, keep: PackedMask | None = None) -> None:
+    """Give a plain linear layer an adapter and freeze its weight.
+
+    Args:
+        layer: ``nn.Linear`` or GPT-2's ``Conv1D``.
+        rank: of the adapter; it adds ``rank (o + i)`` values.
+        scale: factor of the product.
+        keep: its mask, in the layout of the parameter; None = what is not exactly zero.
+
+    Raises:
+        InputError: where the layer is of another type, whose own forward pass an adapter would replace.
+    """
+    adapted: Any = next((kind for kind in (AdaptedLinear, AdaptedConv1D) if type(layer) is kind.plain), None)
+    if adapted is None:
+        raise InputError(f"a layer is a {type(layer).__name__}: adapters go on nn.Linear and Conv1D; exclude it")
+    weight = layer.get_parameter("weight").requires_grad_(False)
+    outputs, inputs = weight.shape[::-1] if adapted.stored_transposed else weight.shape
+    options: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
+    layer.lora_a = nn.Parameter(torch.empty(rank, inputs, **options))
+    layer.lora_b = nn.Parameter(torch.zeros(outputs, rank, **options))
+    nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
+    keep = keep or PackedMask.pack(weight.detach() != 0)
+    layer.register_buffer("keep_bits", keep.bits)
+    layer.__class__ = adapted
+    layer.lora_rank, layer.lora_scale, layer.keep_shape = rank, scale, keep.shape  # type: ignore[assignment]
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """Return the layers with adapters, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def copy_adapters(model: nn.Module, plain: nn.Module) -> None:
+    """Give the layers of a plain copy of ``model`` the same adapters, of other values."""
+    for name, layer in adapted_layers(model).items():
+        adapt(plain.get_submodule(name), layer.lora_rank, layer.lora_scale, layer.keep)
+
+
+def mask_adapters(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
+    """Let the adapters change only what ``masks`` (by parameter name) keep."""
+    for name, layer in adapted_layers(model).items():
+        if f"{name}.weight" in masks:
+            layer.keep_bits.copy_(masks[f"{name}.weight"].bits)
+
+
+def unmasked_adapter(model: nn.Module, masks: Mapping[str, PackedMask]) -> str | None:
+    """Return the name of the first layer whose adapter has another mask than ``masks`` (by parameter name) give."""
+    for name, layer in adapted_layers(model).items():
+        mask = masks.get(f"{name}.weight")
+        if mask is not None and not torch.equal(layer.keep_bits, mask.bits.to(layer.keep_bits.device)):
+            return name
+    return None
+
+
+@contextmanager
+@torch.no_grad()
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model as plain layers, their adapters merged into the weights; afterwards it is as it was.
+
+    The weights must be whole; those under an adapter are held twice meanwhile.
+    """
+    undo = []
+    for layer in adapted_layers(model).values():
+        base, adapter, kind = layer.weight.detach().clone(), (layer.lora_a, layer.lora_b, layer.keep_bits), type(layer)
+        layer.weight.copy_(layer.effective_weight())
+        del layer.lora_a, layer.lora_b, layer.keep_bits
+        layer.__class__ = layer.plain  # type: ignore[assignment]
+        undo.append((layer, base, adapter, kind))
+    try:
+        yield model
+    finally:
+        for layer, base, (lora_a, lora_b, keep_bits), kind in undo:
+            layer.weight.copy_(base)
+            layer.lora_a, layer.lora_b = lora_a, lora_b
+            layer.register_buffer("keep_bits", keep_bits)
+            layer.__class__ = kind

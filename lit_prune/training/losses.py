@@ -1,0 +1,177 @@
+"""What a model is trained to: the text, or what another model makes of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import cross_entropy, pad
+from transformers import PreTrainedTokenizerBase
+
+from lit_prune.errors import InputError
+from lit_prune.training.teacher import Teacher, TeacherDtype, Truth
+
+IGNORED = -100
+"""Target of a position that does not count."""
+_LEAST_REST = 1e-6
+"""Probabilities sum to one no better than this in float32."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model in training, as a loss gets to know it before the first step."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    mesh: DeviceMesh | None = None
+    """Over which the model is sharded, with FSDP2."""
+
+
+class Loss(ABC):
+    """What training minimises."""
+
+    def prepare(self, student: Student) -> None:
+        """Get ready before the first step; raise ``InputError`` where the student does not fit."""
+        return
+
+    @abstractmethod
+    def __call__(self, model: Any, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return the ``loss`` of ``input_ids`` ``[sequences, t]`` and its parts, by name; scalars in float32."""
+
+
+@final
+class LanguageModelLoss(Loss):
+    """Mean cross-entropy of the next token, in nats.
+
+    .. code-block:: yaml
+
+        model: {loss: {class_path: LanguageModelLoss}}
+    """
+
+    def __call__(self, model: Any, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return the ``loss``."""
+        return {"loss": next_token_loss(model(input_ids=input_ids, use_cache=False).logits, input_ids)}
+
+
+@final
+class Distillation(Loss):
+    """Learns from the dense model: ``language_model · CE + logits · T² KL + hidden · SquareHead``.
+
+    KL (Hinton et al., 2015) is that of the student's next-token distribution from the teacher's, both at temperature T,
+    in nats, the mean over all positions. SquareHead (Kurtic et al., "Sparse Fine-Tuning for Inference Acceleration of
+    Large Language Models", 2023) is ``MSE(student, teacher) / MSE(teacher, 0)`` of the hidden states after each block,
+    the mean over blocks (the last one after the final norm, as transformers gives it).
+
+    With ``top_k``, KL is taken over the teacher's k likeliest tokens and one more outcome, all the others: never above
+    the whole KL, and zero where the student agrees on all of them.
+
+    The teacher is frozen, in evaluation mode, part of no checkpoint, and in its own precision. It is sharded like the
+    student with FSDP2; DDP and DeepSpeed hold it whole in each process.
+
+    .. code-block:: yaml
+
+        model:
+          loss:
+            class_path: Distillation
+            init_args: {teacher: HuggingFaceTB/SmolLM2-135M, logits: 1.0, hidden: 1.0, language_model: 0.5}
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        language_model: float = 0.5,
+        logits: float = 1.0,
+        hidden: float = 0.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        dtype: TeacherDtype = "bfloat16",
+        cache: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Validate and keep the arguments; the teacher is loaded when training starts.
+
+        Args:
+            teacher: Hub name, local Hugging Face folder or GGUF file of the dense model.
+            language_model: Weight of the cross-entropy of the text.
+            logits: Weight of the KL divergence.
+            hidden: Weight of the hidden-state loss.
+            temperature: Both distributions are softened by it.
+            top_k: Tokens of the teacher's distribution that are told apart; null = all of them.
+            dtype: Of the teacher's weights.
+            cache: Folder that keeps the teacher's top_k for later epochs and runs, about ``6 top_k`` bytes per token.
+            trust_remote_code: Let code that comes with the teacher run.
+        """
+        for name, weight in (("language_model", language_model), ("logits", logits), ("hidden", hidden)):
+            if weight < 0:
+                raise InputError(f"Distillation.{name} is {weight}: it must be 0 or more")
+        if not logits and not hidden:
+            raise InputError("Distillation.logits and hidden are both 0: use LanguageModelLoss, or raise one of them")
+        if temperature <= 0:
+            raise InputError(f"Distillation.temperature is {temperature}: it must be above 0, such as 1")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"Distillation.top_k is {top_k}: it must be at least 1, such as 64")
+        if cache is not None and (top_k is None or hidden):
+            raise InputError("Distillation.cache keeps the teacher's top_k alone: set top_k, and hidden to 0")
+        self.weights = {"language_model": language_model, "logits": logits, "hidden": hidden}
+        self.temperature = temperature
+        # The teacher is no nn.Module of ours, so that no optimizer, checkpoint or strategy comes across it.
+        self.teacher = Teacher(teacher, dtype, temperature, top_k, bool(hidden), cache, trust_remote_code)
+
+    def prepare(self, student: Student) -> None:
+        """Load the teacher; refuse one with another vocabulary."""
+        self.teacher.load_for(student.model, student.tokenizer, student.mesh)
+
+    def __call__(self, model: Any, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return the ``loss`` and those of ``language_model``, ``logits`` and ``hidden`` that have a weight."""
+        truth = self.teacher(input_ids)
+        output = model(input_ids=input_ids, use_cache=False, output_hidden_states=bool(self.weights["hidden"]))
+        parts = {}
+        if self.weights["language_model"]:
+            parts["language_model"] = next_token_loss(output.logits, input_ids)
+        if self.weights["logits"]:
+            parts["logits"] = self.temperature**2 * kl_divergence(output.logits, truth, self.temperature)
+        if self.weights["hidden"]:
+            parts["hidden"] = square_head(output.hidden_states[1:], truth.hidden)
+        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+        return {"loss": total, **parts}
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Return the mean cross-entropy (float32, nats) of every token but the first, given those before it."""
+    # The last position has no next token; ignoring it there spares a copy of the logits without it.
+    targets = pad(input_ids[:, 1:], (0, 1), value=IGNORED)
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+
+def kl_divergence(logits: Tensor, truth: Truth, temperature: float) -> Tensor:
+    """Return the mean, over positions, of KL(teacher || student) in nats.
+
+    Args:
+        logits: the student's, ``[sequences, t, vocabulary]``.
+        truth: the teacher's log-probabilities at the same temperature.
+        temperature: of the student's distribution.
+    """
+    student = (logits.float() / temperature).log_softmax(-1)
+    teacher = truth.log_probabilities.float()
+    if truth.tokens is None:
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+    student = student.gather(-1, truth.tokens)
+    known = (teacher.exp() * (teacher - student)).sum(-1)
+    rest_of_teacher, rest_of_student = (
+        (1 - log_probabilities.exp().sum(-1)).clamp(min=_LEAST_REST) for log_probabilities in (teacher, student)
+    )
+    return (known + rest_of_teacher * (rest_of_teacher.log() - rest_of_student.log())).mean()
+
+
+def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Return the mean, over blocks, of ``MSE(student, teacher) / MSE(teacher, 0)``; hidden states ``[n, t, d]``."""
+    ratios = [
+        (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean()
+        for ours, theirs in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(ratios).mean()

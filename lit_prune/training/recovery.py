@@ -1,0 +1,118 @@
+"""What trains when a pruned model recovers: everything, norms and biases, or masked low-rank adapters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import final
+
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.models.blocks import find_blocks
+from lit_prune.models.lora import adapt
+from lit_prune.models.targets import find_targets
+
+
+class Trainable(ABC):
+    """What of a model trains. Pruned weights are ``KeepMasks``'s concern, whatever trains."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze what does not train and add what else does, to a model that has just been loaded."""
+
+
+@final
+class Everything(Trainable):
+    """Every parameter trains: masked fine-tuning, with ``KeepMasks``.
+
+    .. code-block:: yaml
+
+        model: {trainable: {class_path: Everything}}
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """Leave the model as it is."""
+
+
+@final
+class NormsAndBiases(Trainable):
+    """Norms and biases train, the matrices are frozen: the strong and cheap baseline of PERP.
+
+    Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023. Trains every parameter that
+    is a vector, well below a thousandth of the model; optimizer moments shrink as much.
+
+    .. code-block:: yaml
+
+        model: {trainable: {class_path: NormsAndBiases}}
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze every matrix."""
+        vectors = _train_vectors_only(model)
+        if not vectors:
+            raise InputError(
+                f"model.trainable is NormsAndBiases: {type(model).__name__} has neither norms with weights nor biases; "
+                "use Everything or LoRA"
+            )
+
+
+@final
+class LoRA(Trainable):
+    """Low-rank adapters that cannot bring a pruned weight back: ``W + M ⊙ (B A) · alpha / rank``.
+
+    Hu et al., "LoRA", 2021, with the keep mask M on the product (MaskLoRA in PERP). ``W`` is frozen. M is what is not
+    exactly zero in ``W``, until ``KeepMasks`` hands over its masks. ``Export`` merges the adapters, which changes
+    neither masks nor outputs. Saves the optimizer's memory for ``W``; its gradient is still worked out, layer by layer.
+
+    .. code-block:: yaml
+
+        model: {trainable: {class_path: LoRA, init_args: {rank: 16, include: ["*_proj"], norms_and_biases: true}}}
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        norms_and_biases: bool = False,
+    ) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            rank: Of the adapters; each adds ``rank (o + i)`` values in float32.
+            alpha: The product is scaled by ``alpha / rank``; null = twice the rank.
+            include: Shell patterns over module names: linear layers of the decoder blocks that get an adapter.
+            exclude: Shell patterns over module names: layers that get none.
+            norms_and_biases: Train the norms and biases as well.
+        """
+        if rank < 1:
+            raise InputError(f"LoRA.rank is {rank}: it must be at least 1, such as 8")
+        if alpha is not None and alpha <= 0:
+            raise InputError(f"LoRA.alpha is {alpha}: it must be above 0, such as {2 * rank} for the rank {rank}")
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            if isinstance(patterns, str):
+                raise InputError(f"LoRA.{name} is {patterns!r}: it must be a list of shell patterns")
+        self.rank = rank
+        self.alpha = 2.0 * rank if alpha is None else alpha
+        self.include = include
+        self.exclude = exclude
+        self.norms_and_biases = norms_and_biases
+
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze the model and add the adapters; a pattern that matches no layer is an ``InputError``."""
+        targets = find_targets(model, find_blocks(model), self.include, self.exclude, owner="LoRA")
+        if self.norms_and_biases:
+            _train_vectors_only(model)
+        else:
+            model.requires_grad_(False)
+        for target in targets:
+            adapt(target.module, self.rank, self.alpha / self.rank)
+
+
+def _train_vectors_only(model: nn.Module) -> int:
+    """Freeze every parameter that is no vector, and return how many are left."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 1)
+    return sum(parameter.requires_grad for parameter in model.parameters())

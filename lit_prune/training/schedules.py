@@ -1,0 +1,63 @@
+"""Learning-rate schedules that know how long the training is."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lit_prune.errors import InputError
+
+
+class WarmupCosine(LRScheduler):
+    """Rises evenly for ``warmup`` steps, then falls along half a cosine to ``final`` times the rate at the last step.
+
+    Step k (from 0) has the factor ``(k + 1) / warmup`` while ``k < warmup``, then
+    ``final + (1 - final) (1 + cos(π (k - warmup) / (total - warmup))) / 2``.
+
+    .. code-block:: yaml
+
+        model:
+          optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4}}
+          lr_scheduler: {class_path: lit_prune.training.schedules.WarmupCosine, init_args: {warmup: 20}}
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: int = 0, final: float = 0.0, total: int | None = None) -> None:
+        """Validate and keep the arguments.
+
+        Args:
+            optimizer: whose learning rates are set.
+            warmup: Optimizer steps of the rise.
+            final: Share of the learning rate that is left at the end, in [0, 1].
+            total: Optimizer steps in all; null = as many as the trainer will take.
+        """
+        if warmup < 0:
+            raise InputError(f"WarmupCosine.warmup is {warmup}: it must be 0 or more optimizer steps")
+        if not 0 <= final <= 1:
+            raise InputError(f"WarmupCosine.final is {final}: it must be in [0, 1], such as 0.1")
+        self.warmup = warmup
+        self.final = final
+        self.total = total
+        super().__init__(optimizer)
+
+    def fill_total(self, steps: float) -> None:
+        """Take the number of the trainer's optimizer steps, where none was given."""
+        if self.total is not None:
+            return
+        if not math.isfinite(steps):
+            raise InputError("WarmupCosine needs to know when training ends: set --trainer.max_steps, or its total")
+        self.total = int(steps)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the learning rates of the step that comes next."""
+        return [rate * self._factor(self.last_epoch) for rate in self.base_lrs]
+
+    def _factor(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.total is None:  # the first step, before the trainer is known
+            return 1.0
+        time = min((step - self.warmup) / max(self.total - self.warmup, 1), 1.0)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * time)) / 2

@@ -1,0 +1,142 @@
+"""The dense model that a pruned one learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from lit_prune.errors import InputError
+from lit_prune.models.io import (
+    data_fingerprint,
+    load_model,
+    load_tensors,
+    load_tokenizer,
+    model_fingerprint,
+    save_tensors,
+)
+from lit_prune.training.strategies import shard
+
+TeacherDtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the teacher makes of ``[sequences, t]`` tokens."""
+
+    log_probabilities: Tensor
+    """At its temperature: ``[sequences, t, vocabulary]``, or of the likeliest only, ``[sequences, t, k]``."""
+    tokens: Tensor | None
+    """The likeliest tokens ``[sequences, t, k]`` (int64); None = all of the vocabulary, in its order."""
+    hidden: Sequence[Tensor] = ()
+    """Hidden states after each block, ``[sequences, t, d]``, where they are asked for."""
+
+
+class Teacher:
+    """A frozen model outside the module tree, and the cache of what it said."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: TeacherDtype,
+        temperature: float,
+        top_k: int | None,
+        hidden: bool,
+        cache: str | None,
+        trust_remote_code: bool,
+    ) -> None:
+        """Keep the arguments, which are those of ``Distillation``."""
+        self.pretrained = pretrained
+        self.dtype = getattr(torch, dtype)
+        self.temperature = temperature
+        self.top_k = top_k
+        self.hidden = hidden
+        self.cache = Path(cache).expanduser() if cache else None
+        self.trust_remote_code = trust_remote_code
+        self.model: Any = None
+        """The dense model; None until it is needed."""
+        self._key = ""
+
+    def load_for(self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh | None) -> None:
+        """Load the teacher of a student, sharded over ``mesh`` unless it has a cache.
+
+        Raises:
+            InputError: where teacher and student do not share their vocabulary, or hidden states cannot be compared.
+        """
+        self.model = self._load()
+        self._check(student, tokenizer)
+        if self.cache is not None:
+            # Processes find different windows in the cache, so they could not gather a sharded teacher together.
+            self._key = f"{model_fingerprint(self.model)}-top{self.top_k}-at{self.temperature:g}"
+            self.model = None  # all may be in the cache
+        elif mesh is not None:
+            shard(self.model, mesh)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Truth:
+        """Return what the teacher, or its cache, says of ``input_ids`` ``[sequences, t]``."""
+        if self.cache is None:
+            return self._run(input_ids)
+        files = [self.cache / self._key / f"{data_fingerprint([window])}.safetensors" for window in input_ids]
+        missing = [index for index, file in enumerate(files) if not file.is_file()]
+        if missing:
+            said = self._run(input_ids[missing])
+            assert said.tokens is not None
+            for row, index in enumerate(missing):
+                window = {"log_probabilities": said.log_probabilities[row].half(), "tokens": said.tokens[row].int()}
+                save_tensors(files[index], window)
+        windows = [load_tensors(file) for file in files]
+        log_probabilities, tokens = (
+            torch.stack([window[name] for window in windows]).to(input_ids.device)
+            for name in ("log_probabilities", "tokens")
+        )
+        return Truth(log_probabilities, tokens.long())
+
+    def _load(self) -> Any:
+        return load_model(self.pretrained, self.dtype, None, self.trust_remote_code).requires_grad_(False)
+
+    def _run(self, input_ids: Tensor) -> Truth:
+        if self.model is None:
+            self.model = self._load()
+        if self.model.device != input_ids.device:
+            self.model.to(input_ids.device)
+        # Mixed precision is the student's: the teacher has its own.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            output = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=self.hidden)
+        log_probabilities, tokens = (output.logits.float() / self.temperature).log_softmax(-1), None
+        if self.top_k is not None:
+            log_probabilities, tokens = log_probabilities.topk(self.top_k)
+        return Truth(log_probabilities, tokens, output.hidden_states[1:] if self.hidden else ())
+
+    def _check(self, student: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        ours, theirs = student.config, self.model.config
+        who = f"Distillation.teacher is {self.pretrained!r}"
+        if ours.vocab_size != theirs.vocab_size:
+            raise InputError(
+                f"{who}: its vocabulary has {theirs.vocab_size} tokens and the student's {ours.vocab_size}; name the "
+                "dense model that the student was pruned from"
+            )
+        if load_tokenizer(self.pretrained, self.trust_remote_code).get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"{who}: its tokenizer is not the student's, so token numbers mean other text; name the dense model "
+                "that the student was pruned from"
+            )
+        if self.top_k is not None and self.top_k > theirs.vocab_size:
+            raise InputError(
+                f"Distillation.top_k is {self.top_k}: the vocabulary has {theirs.vocab_size} tokens; null = all"
+            )
+        if self.hidden and _sizes(ours) != _sizes(theirs):
+            raise InputError(
+                f"{who}: it has {_sizes(theirs)} blocks and features and the student {_sizes(ours)}, so their hidden "
+                "states cannot be compared; set Distillation.hidden to 0"
+            )
+
+
+def _sizes(config: Any) -> tuple[int, int]:
+    return config.num_hidden_layers, config.hidden_size

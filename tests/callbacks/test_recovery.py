@@ -1,0 +1,251 @@
+"""Recovery of a pruned model as a person runs it: every path keeps the zeros and exports a plain model."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+
+from lit_prune.callbacks import Export, FindLearningRate, KeepMasks, Prune, StopOnDivergence
+from lit_prune.callbacks.stop_on_divergence import DivergedError
+from lit_prune.errors import InputError
+from lit_prune.models.io import check_masks_hold, load_masks, load_model, load_tokenizer, save_pruned
+from lit_prune.models.lora import merged
+from lit_prune.ops import Unstructured
+from lit_prune.pruning import Cubic, PruningPlan
+from lit_prune.scorers import Magnitude
+from lit_prune.training import (
+    Distillation,
+    Everything,
+    LitCausalLM,
+    LoRA,
+    NormsAndBiases,
+    TextDataModule,
+    Trainable,
+    WarmupCosine,
+)
+
+TRAINABLE = {"everything": Everything, "norms": NormsAndBiases, "lora": lambda: LoRA(4, norms_and_biases=True)}
+
+
+@pytest.fixture(params=["llama"])
+def dense(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> str:
+    save_pruned(tmp_path / "dense", tiny_model(request.param), load_tokenizer("random"), {}, {})
+    return str(tmp_path / "dense")
+
+
+def data(windows: int = 64) -> TextDataModule:
+    return TextDataModule("random", dataset="embedded", seqlen=16, sequences=4, max_windows=windows, batch_size=2)
+
+
+def lit(model: str, trainable: Trainable | None = None, lr: float = 1e-2, **options: Any) -> LitCausalLM:
+    torch.manual_seed(0)
+    return LitCausalLM(
+        model, trainable=trainable, optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.1), **options
+    )
+
+
+def trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_model_summary": False}
+    steps = {"max_steps": 8, "limit_val_batches": 2, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    checkpointing = {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
+    return Trainer(**{**quiet, **steps, **checkpointing, **options}, callbacks=list(callbacks))
+
+
+def magnitude(schedule: Cubic | None = None) -> Prune:
+    return Prune(PruningPlan(Unstructured(0.5), Magnitude()), schedule)
+
+
+@pytest.mark.parametrize("dense", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("trainable", TRAINABLE)
+def test_every_path_keeps_zeros_and_exports_what_was_trained(trainable: str, dense: str, tmp_path: Path) -> None:
+    module = lit(
+        dense,
+        TRAINABLE[trainable](),
+        loss=Distillation(dense, hidden=1.0, dtype="float32"),
+        lr_scheduler=lambda optimizer: WarmupCosine(optimizer, 2),
+        gradient_checkpointing=True,
+    )
+    prune, out = magnitude(), tmp_path / "out"
+    runner = trainer(prune, KeepMasks(), Export(str(out)), accumulate_grad_batches=2)
+    runner.fit(module, data())
+    assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)  # the schedule ended with it
+    exported = load_model(str(out))
+    assert prune.report is not None
+    check_masks_hold(exported, prune.report.masks)
+    with merged(module.model):
+        assert all(torch.equal(v, exported.state_dict()[n]) for n, v in module.model.state_dict().items())
+        check_masks_hold(module.model, prune.report.masks)
+    module.eval()
+    input_ids = torch.arange(16)[None]
+    torch.testing.assert_close(module(input_ids), exported(input_ids).logits, atol=1e-4, rtol=0)
+    before = load_model(dense)
+    changed = {
+        n for n, v in exported.named_parameters() if v.dim() == 1 and not torch.equal(v, before.get_parameter(n))
+    }
+    assert changed
+
+
+def test_a_checkpoint_holds_adapters_and_no_teacher(dense: str, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=4, save_top_k=-1)
+    module = lit(dense, LoRA(2), loss=Distillation(dense, dtype="float32"))
+    trainer(magnitude(), KeepMasks(), checkpoint, max_steps=4).fit(module, data())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    of_model = {f"model.{name}" for name in module.model.state_dict()}
+    assert set(saved["state_dict"]) == of_model
+    assert len(saved["optimizer_states"][0]["state"]) == 2 * 3 * 7  # A and B of seven layers in three blocks
+    again = lit(dense, LoRA(2), loss=Distillation(dense, dtype="float32"))
+    path = str(tmp_path / "last.ckpt")
+    trainer(magnitude(), KeepMasks()).fit(again, data(), ckpt_path=path, weights_only=True)
+    straight = lit(dense, LoRA(2), loss=Distillation(dense, dtype="float32"))
+    trainer(magnitude(), KeepMasks()).fit(straight, data())
+    for name, value in straight.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], value)
+
+
+def test_a_model_that_was_pruned_before_is_recovered_and_keeps_its_report(dense: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    trainer(magnitude(), KeepMasks(), Export(str(first)), max_steps=1).fit(lit(dense), data())
+    trainer(KeepMasks(str(first)), Export(str(second))).fit(lit(str(first), LoRA(2)), data())
+    masks = load_masks(first)
+    check_masks_hold(load_model(str(second)), masks)
+    assert load_masks(second).keys() == masks.keys()
+    report = json.loads((second / "pruning.json").read_text())
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert [step for step, _ in report["validation"]] == [4, 8] and (second / "validation.png").is_file()
+    third = tmp_path / "third"
+    trainer(KeepMasks("zeros"), Export(str(third))).fit(lit(str(first)), data())
+    check_masks_hold(load_model(str(third)), masks)
+    assert not (third / "pruning.json").exists()  # zeros say nothing of how they came about
+
+
+def test_masks_of_another_model_are_refused(dense: str, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    trainer(magnitude(), KeepMasks(), Export(str(first)), max_steps=1).fit(lit(dense), data())
+    other = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}
+    with pytest.raises(InputError, match=r"masks are for another model: it has no model\.layers\.0\."):
+        trainer(KeepMasks(str(first))).fit(LitCausalLM("random", config=other), data())
+
+
+class Spoil(Callback):
+    """Makes the model worse and worse after a step."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step > self.after:
+            module.model.lm_head.weight.data.mul_(10.0)
+
+
+def best(tmp_path: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(tmp_path / "checkpoints", monitor="val/perplexity", filename="{step}")
+
+
+def test_the_best_model_is_exported(dense: str, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "out", best(tmp_path)
+    early = EarlyStopping("val/perplexity", patience=1)
+    runner = trainer(magnitude(), KeepMasks(), Spoil(4), checkpoint, early, Export(str(out), best=True), max_steps=40)
+    runner.fit(lit(dense, LoRA(2)), data(200))
+    assert runner.global_step < 40  # stopped early
+    assert checkpoint.best_model_path.endswith("step=4.ckpt")
+    perplexity = trainer().validate(lit(str(out)), data(200), verbose=False)[0]["val/perplexity"]
+    assert perplexity == pytest.approx(checkpoint.best_model_score.item(), rel=1e-4)
+
+
+def test_the_best_model_is_one_with_the_last_masks(dense: str, tmp_path: Path) -> None:
+    # The last pruning is at step 6, so the checkpoint of step 4, better or not, is not what is asked for.
+    out, checkpoint = tmp_path / "out", best(tmp_path)
+    prune = magnitude(Cubic(start=0, end=6, every=3))
+    trainer(prune, KeepMasks(), Spoil(6), checkpoint, Export(str(out), best=True)).fit(lit(dense), data())
+    assert checkpoint.best_model_path.endswith("step=8.ckpt")
+    assert prune.report is not None
+    check_masks_hold(load_model(str(out)), prune.report.masks)
+
+
+def test_the_best_model_needs_to_be_known(dense: str, tmp_path: Path) -> None:
+    export = Export(str(tmp_path / "out"), best=True)
+    with pytest.raises(InputError, match="has 0 ModelCheckpoints with a monitor"):
+        trainer(magnitude(), KeepMasks(), export).fit(lit(dense), data())
+    with pytest.raises(InputError, match="no checkpoint was written since the last pruning"):
+        trainer(magnitude(), KeepMasks(), best(tmp_path), export, val_check_interval=20).fit(lit(dense), data())
+
+
+@pytest.mark.parametrize("how", ["nan", "rate"])
+def test_a_divergence_is_stopped_in_words_and_the_best_model_kept(how: str, dense: str, tmp_path: Path) -> None:
+    class ToNan(Spoil):
+        def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step > self.after:
+                module.model.lm_head.weight.data.fill_(float("nan"))
+
+    out, checkpoint = tmp_path / "out", best(tmp_path)
+    spoil = ToNan(5) if how == "nan" else Spoil(5)
+    callbacks = [magnitude(), KeepMasks(), StopOnDivergence(window=2), spoil, checkpoint, Export(str(out), best=True)]
+    message = r"training diverged at step \d+: the loss is .* at the learning rate 0\.01: lower it.* is kept: .*step=4"
+    with pytest.raises(DivergedError, match=message):
+        trainer(*callbacks, max_steps=40).fit(lit(dense), data(200))
+    check_masks_hold(load_model(str(out)), load_masks(out))
+    assert all(value.isfinite().all() for value in load_model(str(out)).parameters())
+
+
+def test_a_training_that_does_not_diverge_goes_on(dense: str) -> None:
+    runner = trainer(magnitude(Cubic(start=0, end=6, every=3)), KeepMasks(), StopOnDivergence(1.5, window=1))
+    runner.fit(lit(dense), data())
+    assert runner.global_step == 8
+
+
+@pytest.mark.parametrize(("factor", "window"), [(1.0, 20), (3.0, 0)])
+def test_a_divergence_that_cannot_be_seen_is_refused(factor: float, window: int) -> None:
+    with pytest.raises(InputError, match="it must be"):
+        StopOnDivergence(factor, window)
+
+
+def test_a_range_test_finds_the_rate_and_leaves_no_trace(dense: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Watch(Callback):
+        """Sees the weights and the rate of the first real step."""
+
+        def on_train_batch_start(self, trainer: Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step == 0:
+                self.weights = {n: p.detach().clone() for n, p in module.model.named_parameters()}
+                self.rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    prune, find, watch = magnitude(), FindLearningRate(1e-5, 1e-1, 20), Watch()
+    module = lit(dense, lr=7e-7, lr_scheduler=lambda optimizer: WarmupCosine(optimizer, 2))
+    with caplog.at_level(logging.INFO):
+        runner = trainer(prune, KeepMasks(), find, watch)
+        runner.fit(module, data(200))
+    assert runner.global_step == 8
+    assert find.found is not None and 1e-5 <= find.found <= 1e-1
+    assert watch.rate == pytest.approx(find.found / 2)  # the first of two steps of warm-up
+    assert prune.report is not None
+    for name, weight in load_model(dense).named_parameters():
+        keep = prune.report.masks[name].unpack() if name in prune.report.masks else True
+        assert torch.equal(watch.weights[name], weight * keep)  # magnitude pruning leaves the rest as it is
+    check_masks_hold(module.model, prune.report.masks)
+
+
+def test_bad_range_tests_are_refused() -> None:
+    class Sharded(DeepSpeedStrategy):
+        def __init__(self) -> None: ...
+
+    class Run:
+        strategy = Sharded()
+
+    with pytest.raises(InputError, match="Sharded: FindLearningRate works on one device and with ddp"):
+        FindLearningRate().setup(Run(), lit("random"), "fit")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="0 < lowest < highest"):
+        FindLearningRate(1e-2, 1e-3)
+    with pytest.raises(InputError, match="steps is 5"):
+        FindLearningRate(steps=5)
+
+
+def test_adapters_and_a_later_pruning_are_refused(dense: str) -> None:
+    with pytest.raises(InputError, match="prunes until step 6, and adapters train"):
+        trainer(magnitude(Cubic(start=0, end=6, every=3)), KeepMasks()).fit(lit(dense, LoRA(2)), data())

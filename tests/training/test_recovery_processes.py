@@ -1,0 +1,40 @@
+"""Recovery with distillation in two processes, as the command line runs it: ZeRO-3 on CPUs."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from lit_prune.models.io import check_masks_hold, load_masks, load_model, load_tokenizer, save_pruned
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(600)  # DeepSpeed may have to build its shared-memory communication first
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero_3_distils_and_exports_the_best_model(tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> None:
+    save_pruned(tmp_path / "dense", tiny_model("llama"), load_tokenizer("random"), {}, {})
+    config = yaml.safe_load((ROOT / "configs" / "smollm2" / "recover_distill_zero3.yaml").read_text())
+    config["model"]["pretrained"] = config["model"]["loss"]["init_args"]["teacher"] = str(tmp_path / "dense")
+    config["data"] |= {"seqlen": 16, "sequences": 4, "max_windows": 40}
+    config["trainer"] |= {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 2}
+    config["trainer"] |= {"logger": False, "default_root_dir": str(tmp_path)}
+    config["trainer"]["callbacks"][-1]["init_args"]["output"] = str(tmp_path / "out")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "lit_prune", "fit", "--config", str(path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    masks = load_masks(tmp_path / "out")
+    check_masks_hold(load_model(str(tmp_path / "out")), masks)
+    kept = sum(int(mask.unpack().sum()) for mask in masks.values())
+    assert kept == pytest.approx(0.3 * sum(mask.unpack().numel() for mask in masks.values()), rel=1e-2)
+    (saved,) = (tmp_path / "checkpoints").rglob("zero_pp_rank_0_mp_rank_00_model_states.pt")
+    (shapes,) = torch.load(saved, weights_only=False)["param_shapes"]
+    assert set(shapes) == {f"model.{name}" for name, _ in tiny_model("llama").named_parameters()}  # and no teacher
