@@ -32,10 +32,10 @@ class Reconstruction:
 
     .. code-block:: yaml
 
-        reconstruction: {class_path: Reconstruction, init_args: {steps: 100, rate: 0.03}}
+        reconstruction: {class_path: Reconstruction, init_args: {steps: 80, rate: 0.03}}
     """
 
-    def __init__(self, steps: int = 100, rate: float = 0.03, sequences: int = 2, norms_and_biases: bool = True) -> None:
+    def __init__(self, steps: int = 80, rate: float = 0.03, sequences: int = 2, norms_and_biases: bool = True) -> None:
         """Validate and keep the arguments.
 
         Args:
