@@ -224,7 +224,9 @@ def start(cell: str, folder: Path, command: Sequence[str] = (__file__,)) -> str 
         ).returncode
     if status == 0:
         return None
-    errors = re.findall(r"^[\w.]*(?:Error|Exception): .*", (folder / "log.txt").read_text(), re.MULTILINE)
+    errors = re.findall(
+        r"^(?:\[rank\d\]: )?([\w.]*(?:Error|Exception): .*)", (folder / "log.txt").read_text(), re.MULTILINE
+    )
     return errors[0] if errors else f"exit status {status}, see {folder / 'log.txt'}"
 
 

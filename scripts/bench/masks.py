@@ -67,7 +67,7 @@ def main() -> None:
         enable_checkpointing=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        callbacks=[Prune(PruningPlan(Unstructured(0.5), Magnitude())), keeper, alternate],
+        callbacks=[Prune(PruningPlan(Unstructured(0.5), Magnitude(), output_error=False)), keeper, alternate],
     )
     data = TextDataModule(options.model, dataset="embedded", seqlen=options.seqlen, batch_size=options.batch_size)
     trainer.fit(LitCausalLM(options.model, dtype="float32"), data)
