@@ -134,7 +134,7 @@ def test_a_sharded_model_is_pruned_through_a_whole_copy(
         torch.testing.assert_close(whole(input_ids=tokens[0]).logits, plain(input_ids=tokens[0]).logits)
         keep = torch.rand_like(whole.get_parameter(name)) < 0.5
         whole.get_parameter(name).data.mul_(2 * keep)
-        share_pruned(model, whole, {name: PackedMask.pack(keep)})
+        share_pruned(model, whole, [name], {name: PackedMask.pack(keep)})
     assert torch.equal(read_whole(model.get_parameter(name)), 2 * keep * plain.get_parameter(name))
 
 
