@@ -59,7 +59,7 @@ STEPS = 20
 HELD = ("live", "masters", "moments")
 PLACES = (*HELD, "checkpoint", "export")
 MARKERS = ("<!-- matrix: written by scripts/masks_matrix.py -->", "<!-- end of matrix -->")
-_LLAMA = {
+LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -117,7 +117,7 @@ def train(cell: str, folder: Path, callbacks: Sequence[Callback] = (), resume: P
     processes = 1 if strategy == "single" else 2
     seed_everything(0, verbose=False)
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if precision == "bf16-true" else "float32"
-    module = LitCausalLM("random", dtype, config=_LLAMA, optimizer=OPTIMIZERS[optimizer])
+    module = LitCausalLM("random", dtype, config=LLAMA, optimizer=OPTIMIZERS[optimizer])
     data = TextDataModule(
         "random", dataset="embedded", seqlen=16, sequences=4, max_windows=64, batch_size=2 // processes
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError, NumericalError
+from lit_prune.ops.masks import keep_only
 
 
 def check_damping(damping: float) -> float:
@@ -103,19 +104,19 @@ def conjugate_gradient(gram: Tensor, dense: Tensor, start: Tensor, keep: Tensor,
         steps: conjugate-gradient steps with the diagonal as preconditioner; each costs one product with ``G``.
     """
     solution = start
-    residual = ((dense - start) @ gram) * keep
+    residual = keep_only((dense - start) @ gram, keep)
     inverse_diagonal = 1 / gram.diagonal()
     direction = residual * inverse_diagonal
     size = (residual * direction).sum(1, keepdim=True)
     tiny = torch.finfo(gram.dtype).tiny  # a row that is solved already takes a step of zero
     for _ in range(steps):
-        product = (direction @ gram) * keep
+        product = keep_only(direction @ gram, keep)
         length = size / (direction * product).sum(1, keepdim=True).clamp_min(tiny)
-        solution = solution + length * direction
-        residual = residual - length * product
+        solution = torch.addcmul(solution, length, direction)
+        residual = residual.addcmul_(length, product, value=-1)
         scaled = residual * inverse_diagonal
         previous, size = size, (residual * scaled).sum(1, keepdim=True)
-        direction = scaled + size / previous.clamp_min(tiny) * direction
+        direction = scaled.addcmul_(size / previous.clamp_min(tiny), direction)
     return solution
 
 

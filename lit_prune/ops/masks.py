@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,11 +136,24 @@ class NM(Pattern):
 
 def drop_smallest(groups: Tensor, count: int) -> Tensor:
     """Return the keep mask of ``groups`` ``[g, n]`` that drops exactly ``count`` of the smallest of each group."""
-    keep = torch.ones_like(groups, dtype=torch.bool)
-    if count:
-        dropped = groups.topk(count, dim=1, largest=False, sorted=False).indices
-        keep.scatter_(1, dropped, False)
+    if not count:
+        return torch.ones_like(groups, dtype=torch.bool)
+    largest_dropped = _kth_smallest(groups, count)
+    keep = groups > largest_dropped
+    missing = groups.shape[1] - count - keep.sum(1, keepdim=True)
+    if missing.any():  # of those that tie with it, the last ones stay
+        ties = groups == largest_dropped
+        keep |= ties & (ties.sum(1, keepdim=True) - ties.cumsum(1) < missing)
     return keep
+
+
+def _kth_smallest(groups: Tensor, k: int) -> Tensor:
+    """Return the k-th smallest value ``[g, 1]`` of each group ``[g, n]``, by partition."""
+    if groups.device.type != "cpu":
+        return groups.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    # NumPy's partition is ten times as fast as torch's topk and kthvalue; it knows no bfloat16.
+    values = groups if groups.dtype in (torch.float32, torch.float64) else groups.float()
+    return torch.from_numpy(np.partition(values.numpy(), k - 1, axis=1)[:, k - 1 : k]).to(groups.dtype)
 
 
 def drop_smallest_each(groups: Tensor, counts: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
 from lit_prune.ops.linalg import NormalisedGram, check_damping, conjugate_gradient
-from lit_prune.ops.masks import check_allowed, drop_smallest, only
+from lit_prune.ops.masks import check_allowed, drop_smallest, keep_only, only
 from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
@@ -156,13 +156,13 @@ class ADMM(Solver):
                 keep = self._choose(
                     only(allowed, free.abs()), pattern, keep, (step + 1) / max(1, round(0.75 * updates))
                 )
-            split = free * keep
+            split = keep_only(free, keep)
             dual = free - split
             # (H + rho I)^-1 (H dense + rho (split - dual)), with H dense = (H + rho I) dense - rho dense
-            current = dense + rho * problem.solve(split - dual - dense, rho)
-            dual = dual / growth
+            current = torch.add(dense, problem.solve(split.sub_(dual).sub_(dense), rho), alpha=rho)
+            dual = dual.div_(growth)
             rho *= growth
-        solved = (current + dual) * keep
+        solved = keep_only(current + dual, keep)
         if self.polish:
             solved = conjugate_gradient(problem.gram, dense, solved, keep, self.polish)
         return solved, keep

@@ -1,0 +1,76 @@
+"""The command line in two processes: train, go on from a checkpoint, export one, with the configs of ``configs/``."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_prune.models.io import load_masks, load_tensors
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import masks_matrix
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "strategies"
+RUN = {
+    "model": {"pretrained": "random", "config": masks_matrix.LLAMA},
+    "data": {"dataset": "embedded", "sequences": 4, "seqlen": 32, "max_windows": 16},
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": 4,
+        "logger": False,
+        "enable_progress_bar": False,
+        "limit_val_batches": 1,
+        "callbacks": [
+            {
+                "class_path": "Prune",
+                "init_args": {
+                    "plan": {
+                        "pattern": {"class_path": "Unstructured", "init_args": {"sparsity": 0.5}},
+                        "scorer": {"class_path": "Wanda"},
+                    },
+                    "schedule": {"class_path": "Step", "init_args": {"every": 3, "times": 2}},
+                },
+            },
+            {"class_path": "KeepMasks"},
+            {"class_path": "Export", "init_args": {"output": "trained"}},
+            {
+                "class_path": "ModelCheckpoint",
+                "init_args": {
+                    "dirpath": "checkpoints",
+                    "filename": "{step}",
+                    "every_n_train_steps": 2,
+                    "save_top_k": -1,
+                },
+            },
+        ],
+    },
+}
+
+
+@pytest.mark.timeout(900)  # two processes, and for DeepSpeed a compiler, on a machine that may be busy
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_fit_resume_and_export_of_a_sharded_checkpoint_agree(strategy: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+
+    def lit_prune(command: str, *arguments: str) -> None:
+        configs = ["-c", "run.yaml", "-c", str(CONFIGS / f"{strategy}.yaml")]
+        subprocess.run(
+            [sys.executable, "-m", "lit_prune", command, *configs, *arguments], cwd=tmp_path, check=True, timeout=600
+        )
+
+    lit_prune("fit")
+    halfway, last = (tmp_path / "checkpoints" / f"step={step}.ckpt" for step in (2, 4))
+    assert halfway.is_dir() and last.is_dir()
+    lit_prune("export", "--checkpoint", str(last), "--output", "exported")
+    (tmp_path / "trained").rename(tmp_path / "straight")
+    lit_prune("fit", "--ckpt_path", str(halfway))  # between the prunings after steps 0 and 3
+
+    for other in ("exported", "trained"):
+        assert masks_matrix.difference(tmp_path / other, tmp_path / "straight") < 1e-6
+        weights, masks = load_tensors(tmp_path / other / "model.safetensors"), load_masks(tmp_path / other)
+        revived, pruned = masks_matrix.count_pruned(iter(weights.items()), masks)
+        assert revived == 0
+        assert pruned * 2 >= sum(weights[name].numel() for name in masks)
