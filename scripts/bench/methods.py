@@ -9,21 +9,18 @@ again, so the script can be stopped and continued. It ends by printing the table
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
+import rows
 import torch
 from lightning.pytorch import Trainer
+from rows import Record
 
 from lit_prune.allocators import OWL, AlphaPruning, Measured, Uniform
 from lit_prune.allocators.base import Allocator
 from lit_prune.ops import NM, Pattern, Unstructured
-from lit_prune.pruning import PruningPlan, Reconstruction, prune
+from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.progress import peak_memory
 from lit_prune.scorers import GBLM, Magnitude, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
@@ -46,7 +43,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "ADMM": {"solver": ADMM()},
     "SparseGPT corrected": {"solver": SparseGPT(), "correction": 0.3},
     "ADMM corrected": {"solver": ADMM(), "correction": 0.3},
-    "ADMM reconstructed": {"solver": ADMM(), "correction": 0.3, "reconstruction": Reconstruction()},
 }
 BEST = ("ADMM corrected", "ADMM")
 """The two best methods, which are tried with every allocator."""
@@ -65,12 +61,12 @@ ALLOCATORS: dict[str, Allocator] = {
 
 def plans() -> dict[str, PruningPlan | None]:
     """Return what to compare, by name, what tells most first; None = the dense model."""
+    others = [pattern for pattern in PATTERNS if pattern != "70%"]
     wanted = [(method, "70%", "") for method in METHODS]
-    wanted += [(BEST[0], "70%", allocator) for allocator in ALLOCATORS]
+    wanted += [(method, "70%", allocator) for method in BEST for allocator in ALLOCATORS]
+    wanted += [(method, pattern, "") for pattern in others for method in METHODS]
     wanted += [(method, "70%", "alpha 0.2") for method in METHODS]
-    wanted += [(method, pattern, "") for pattern in ("50%", "2:4", "60%", "80%") for method in METHODS]
-    wanted += [(BEST[1], "70%", allocator) for allocator in ALLOCATORS]
-    wanted += [(method, pattern, allocator) for pattern in PATTERNS for allocator in ALLOCATORS for method in BEST]
+    wanted += [(method, pattern, allocator) for pattern in others for allocator in ALLOCATORS for method in BEST]
     found: dict[str, PruningPlan | None] = {"dense": None}
     for method, pattern, allocator in wanted:
         name = " ".join(part for part in (method, pattern, allocator) if part)
@@ -86,7 +82,7 @@ def plans() -> dict[str, PruningPlan | None]:
     return found
 
 
-def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def run(name: str, options: argparse.Namespace) -> Record:
     """Prune and evaluate with one method."""
     plan = plans()[name]
     module = LitCausalLM(options.model, dtype="float32")
@@ -100,7 +96,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
         max_windows=options.max_windows,
     )
-    record: dict[str, Any] = {"method": name, "seed": options.seed, "threads": torch.get_num_threads()}
+    record: Record = {"threads": torch.get_num_threads()}
     if plan is not None:
         report = prune(module.model, data.calibration_batches() if plan.needs_data else [], plan)
         record |= {"sparsity": report.sparsity, "seconds": report.seconds, "peak_memory": peak_memory()}
@@ -111,56 +107,28 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def table(records: list[Record]) -> str:
     """Return the records as a Markdown table."""
     lines = [
-        "| method | perplexity | calibrate s | solve s | reconstruct s | propagate s | peak memory GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| method | perplexity | calibrate s | solve s | propagate s | peak memory GiB |",
+        "|---|---|---|---|---|---|",
     ]
     for record in records:
         seconds = record.get("seconds", {})
-        shown = ("calibrate", "solve", "reconstruct", "propagate")
+        shown = ("calibrate", "solve", "propagate")
         stages = [f"{seconds[s]:.1f}" if s in seconds else "" for s in shown]
         memory = f"{record['peak_memory'] / 2**30:.2f}" if record.get("peak_memory") else ""
-        lines.append(f"| {record['method']} | {record['perplexity']:.2f} | {' | '.join(stages)} | {memory} |")
+        lines.append(f"| {record['name']} | {record['perplexity']:.2f} | {' | '.join(stages)} | {memory} |")
     return "\n".join(lines)
-
-
-def read(results: Path) -> list[dict[str, Any]]:
-    """Return what has been measured so far."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
 
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="out/smollm2-135m", help="Hugging Face folder or hub name")
+    parser = rows.parser(__doc__, "out/bench/methods.jsonl")
     parser.add_argument("--calibration", default="wikitext2", help="text source of the calibration set")
-    parser.add_argument("--test", default="wikitext2", help="text source of the test set")
     parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-windows", type=int, default=None, help="evaluate on the first windows only")
-    parser.add_argument("--results", type=Path, default=Path("out/bench/methods.jsonl"))
-    parser.add_argument("--match", default="*", help="shell pattern of the names to run, such as '* 50%%' or 'ADMM*'")
-    parser.add_argument("--list", action="store_true", help="print the names, and run nothing")
-    parser.add_argument("--only", help="run this method in this process")
     options = parser.parse_args()
-    if options.only:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        record = run(options.only, options)
-        with options.results.open("a") as results:
-            results.write(json.dumps(record) + "\n")
-        return
-    names = [name for name in plans() if fnmatchcase(name, options.match)]
-    if options.list:
-        print("\n".join(names))
-        return
-    for name in names:
-        if not any(r["method"] == name and r["seed"] == options.seed for r in read(options.results)):
-            print(f"running {name}", flush=True)
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], check=True)
-    print(table(read(options.results)))
+    print(table(rows.measure(list(plans()), lambda name: run(name, options), options)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""Compare ways to recover a pruned model within a budget of time: test perplexity, tokens, minutes, peak memory.
+
+The default recipe prunes; its model, and the one with reconstruction on top, are kept in the work folder, and each
+recovery begins with one of them. Nine tenths of the training text train and calibrate, the last tenth validates.
+Each row runs in a process of its own and appends one line to a JSONL file; a row whose line is there is not run again,
+so the script can be stopped and continued. It ends by printing the table.
+
+    python scripts/bench/recovery.py --model out/smollm2-135m --train valid.txt --test test.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rows
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rows import Record
+
+from lit_prune.callbacks import Export, KeepMasks, StopOnDivergence
+from lit_prune.models.io import save_pruned
+from lit_prune.ops import NM, Pattern, Unstructured
+from lit_prune.pruning import PruningPlan, Reconstruction, prune
+from lit_prune.pruning.documents import render
+from lit_prune.pruning.progress import peak_memory
+from lit_prune.solvers import ADMM
+from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.training.losses import Distillation, LanguageModelLoss, Loss
+from lit_prune.training.recovery import Everything, LoRA, NormsAndBiases, Trainable
+from lit_prune.training.schedules import WarmupCosine
+
+PATTERNS: dict[str, Pattern] = {
+    "70%": Unstructured(0.7),
+    "50%": Unstructured(0.5),
+    "60%": Unstructured(0.6),
+    "80%": Unstructured(0.8),
+    "2:4": NM(2, 4),
+}
+STARTS: dict[str, Reconstruction | None] = {"one-shot": None, "reconstructed": Reconstruction()}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One way to train a pruned model."""
+
+    rate: float
+    trainable: Callable[[], Trainable] = Everything
+    loss: Callable[[str], Loss] = lambda teacher: LanguageModelLoss()
+    start: str = "one-shot"
+    minutes: float = 10
+
+
+def distillation(teacher: str) -> Distillation:
+    """Return the default mix of losses."""
+    return Distillation(teacher, language_model=0.5, logits=1.0, hidden=1.0, dtype="float32")
+
+
+RECOVERIES = {
+    "norms and biases": Recovery(1e-3, NormsAndBiases),
+    "LoRA": Recovery(1e-3, lambda: LoRA(16, norms_and_biases=True)),
+    "full": Recovery(2e-4),
+    "distilled": Recovery(2e-4, loss=distillation),
+    "best": Recovery(2e-4, loss=distillation, start="reconstructed", minutes=30),
+}
+EVERYWHERE = ("best",)
+"""Recoveries at every sparsity; the others are compared at 70 %."""
+
+
+def names() -> list[str]:
+    """Return what to compare, each after what it begins with."""
+    found = ["dense"]
+    for pattern in PATTERNS:
+        recoveries = [name for name in RECOVERIES if pattern == "70%" or name in EVERYWHERE]
+        found += [f"{pattern} {name}" for name in (*STARTS, *recoveries)]
+    return [*found, "80% full", "80% distilled"]
+
+
+class Budget(Callback):
+    """Sets the number of steps so that training, without validation, takes so many minutes."""
+
+    LOOK = 4
+    """Steps that are timed, after one to warm up."""
+
+    def __init__(self, minutes: float) -> None:
+        """Keep the budget."""
+        self.seconds = 60 * minutes
+        self.spent = 0.0
+        self._start = 0.0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Stop the clock; set the steps when enough of them have been timed."""
+        self.spent += time.perf_counter() - self._start
+        if trainer.global_step == 1:
+            self._first = self.spent
+        elif trainer.global_step == 1 + self.LOOK:
+            steps = int((self.seconds - self._first) / (self.spent - self._first) * self.LOOK)
+            steps = max(steps // trainer.val_check_interval, 1) * trainer.val_check_interval  # the last is validated
+            trainer.fit_loop.epoch_loop.max_steps = steps
+            for config in trainer.lr_scheduler_configs:
+                assert isinstance(config.scheduler, WarmupCosine)
+                config.scheduler.total = steps
+
+
+def run(name: str, options: argparse.Namespace) -> Record:
+    """Prune, or recover what has been pruned, and evaluate."""
+    if name == "dense":
+        module = LitCausalLM(options.model, dtype="float32")
+        module.configure_model()
+        return evaluate(module, options)
+    pattern, _, way = name.partition(" ")
+    if way in STARTS:
+        return prune_one(pattern, way, options)
+    return recover(pattern, way, options)
+
+
+def prune_one(pattern: str, way: str, options: argparse.Namespace) -> Record:
+    """Prune with the default recipe, save and evaluate."""
+    module = LitCausalLM(options.model, dtype="float32")
+    module.configure_model()
+    plan = PruningPlan(PATTERNS[pattern], solver=ADMM(), correction=0.3, reconstruction=STARTS[way], output_error=False)
+    start = time.perf_counter()
+    report = prune(module.model, text(options).calibration_batches(), plan)
+    minutes = (time.perf_counter() - start) / 60
+    folder = options.work / pattern / way
+    save_pruned(folder, module.model, module.load_tokenizer(), report.masks, render(report, title=way), True)
+    return {"minutes": minutes, "peak_memory": peak_memory(), **evaluate(module, options)}
+
+
+def recover(pattern: str, way: str, options: argparse.Namespace) -> Record:
+    """Train what has been pruned, and evaluate the best of it."""
+    recovery, recovered = RECOVERIES[way], options.work / pattern / way
+    folder = options.work / pattern / recovery.start
+    module = LitCausalLM(
+        str(folder),
+        dtype="float32",
+        trainable=recovery.trainable(),
+        loss=recovery.loss(options.model),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recovery.rate, weight_decay=0.0, fused=True),
+        lr_scheduler=lambda optimizer: WarmupCosine(optimizer, warmup=10),
+    )
+    budget, export = Budget(recovery.minutes / options.hurry), Export(str(recovered), overwrite=True, best=True)
+    checkpoint = ModelCheckpoint(recovered.with_suffix(".ckpt"), monitor="val/perplexity", save_weights_only=True)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1_000_000,
+        gradient_clip_val=1.0,
+        val_check_interval=options.val_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[KeepMasks(str(folder)), StopOnDivergence(), budget, checkpoint, export],
+    )
+    trainer.fit(module, text(options))
+    best = LitCausalLM(str(recovered), dtype="float32")
+    best.configure_model()
+    return {
+        "steps": trainer.global_step,
+        "tokens": trainer.global_step * options.batch_size * options.seqlen,
+        "minutes": budget.spent / 60,
+        "peak_memory": peak_memory(),
+        "validation": export.validation,
+        **evaluate(best, options),
+    }
+
+
+def evaluate(module: LitCausalLM, options: argparse.Namespace) -> Record:
+    """Return the perplexities of the test text and of another one."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    found = {}
+    for name, source in (("perplexity", options.test), ("embedded", "embedded")):
+        data = TextDataModule(options.model, test=source, seqlen=options.seqlen, max_windows=options.max_windows)
+        found[name] = trainer.test(module, data, verbose=False)[0]["test/perplexity"]
+    return found
+
+
+def text(options: argparse.Namespace) -> TextDataModule:
+    """Return the training text, its last tenth for validation."""
+    lines = options.train.read_text().splitlines(keepends=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    parts = {"train": lines[: len(lines) * 9 // 10], "validation": lines[len(lines) * 9 // 10 :]}
+    files: dict[str, Path] = {name: options.work / f"{name}.txt" for name in parts}
+    for name, part in parts.items():
+        files[name].write_text("".join(part))
+    return TextDataModule(
+        options.model,
+        train=str(files["train"]),
+        val=str(files["validation"]),
+        calibration=str(files["train"]),
+        sequences=32,
+        seqlen=options.seqlen,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+
+
+def table(records: list[Record]) -> str:
+    """Return the records as a Markdown table."""
+    lines = [
+        "| model | perplexity | of the embedded text | tokens | minutes | peak memory GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        tokens = f"{record['tokens']:,}" if "tokens" in record else ""
+        minutes = f"{record['minutes']:.1f}" if "minutes" in record else ""
+        memory = f"{record['peak_memory'] / 2**30:.2f}" if "peak_memory" in record else ""
+        cells = (record["name"], f"{record['perplexity']:.2f}", f"{record['embedded']:.2f}", tokens, minutes, memory)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = rows.parser(__doc__, "out/bench/recovery.jsonl")
+    parser.add_argument("--train", type=Path, required=True, help=".txt file to calibrate and train on")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--val-every", type=int, default=50, help="steps between validations")
+    parser.add_argument("--hurry", type=float, default=1.0, help="divide the minutes by this, to try the script")
+    parser.add_argument("--work", type=Path, default=Path("out/bench/recovery"), help="folder for pruned models")
+    options = parser.parse_args()
+    print(table(rows.measure(names(), lambda name: run(name, options), options)))
+
+
+if __name__ == "__main__":
+    main()

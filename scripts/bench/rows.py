@@ -1,0 +1,65 @@
+"""Rows of a comparison, each measured in a process of its own and kept in a JSONL file, so that it can be continued."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""Settings of the GNU C library: memory that has been freed is kept, which spares CPUs a quarter of the time."""
+
+
+def parser(description: str | None, results: str) -> argparse.ArgumentParser:
+    """Return the options that every comparison has."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="out/smollm2-135m", help="Hugging Face folder or hub name")
+    options.add_argument("--seqlen", type=int, default=512)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--test", default="wikitext2", help="text source of the test set")
+    options.add_argument("--max-windows", type=int, default=None, help="evaluate on the first windows only")
+    options.add_argument("--results", type=Path, default=Path(results))
+    options.add_argument(
+        "--match", nargs="+", default=["*"], help="shell patterns of the names to run, such as '* 50%%'"
+    )
+    options.add_argument("--jobs", type=int, default=1, help="rows at a time; they share the cores")
+    options.add_argument("--list", action="store_true", help="print the names, and run nothing")
+    options.add_argument("--only", help="run this row in this process")
+    return options
+
+
+def read(results: Path) -> list[Record]:
+    """Return what has been measured so far."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+
+
+def measure(names: Sequence[str], run: Callable[[str], Record], options: argparse.Namespace) -> list[Record]:
+    """Run the missing rows, each in a process of its own, and return all; ``--only`` and ``--list`` end here."""
+    if options.only:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        record = {"name": options.only, "seed": options.seed, **run(options.only)}
+        with options.results.open("a") as results:
+            results.write(json.dumps(record) + "\n")
+        sys.exit()
+    names = [name for name in names if any(fnmatchcase(name, match) for match in options.match)]
+    if options.list:
+        print("\n".join(names))
+        sys.exit()
+    done = {(record["name"], record["seed"]) for record in read(options.results)}
+    environment = {**os.environ, **MEMORY, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
+
+    def start(name: str) -> None:
+        print(f"running {name}", flush=True)
+        subprocess.run([sys.executable, *sys.argv, "--only", name], check=True, env=environment)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(start, (name for name in names if (name, options.seed) not in done)))
+    return read(options.results)
