@@ -103,8 +103,9 @@ class Budget(Callback):
         if trainer.global_step == 1:
             self._first = self.spent
         elif trainer.global_step == 1 + self.LOOK:
-            steps = int((self.seconds - self._first) / (self.spent - self._first) * self.LOOK)
-            steps = max(steps // trainer.val_check_interval, 1) * trainer.val_check_interval  # the last is validated
+            possible = int((self.seconds - self._first) / (self.spent - self._first) * self.LOOK)
+            every = int(trainer.val_check_interval)
+            steps = max(possible // every, 1) * every  # so that the last weights are validated
             trainer.fit_loop.epoch_loop.max_steps = steps
             for config in trainer.lr_scheduler_configs:
                 assert isinstance(config.scheduler, WarmupCosine)
