@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
 from lit_prune.cli_errors import explain
+from lit_prune.freed_memory import keep_freed_memory
 from lit_prune.models.io import disable_model_progress_bars
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule
@@ -69,6 +70,7 @@ def build(arguments: list[str], run: bool = True) -> PruningCLI:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake is one line (a traceback with ``--debug``)."""
+    keep_freed_memory()
     arguments = _with_flags(sys.argv[1:] if args is None else args)
     try:
         build(arguments)

@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from lit_prune.freed_memory import keep_freed_memory
+
 Record = dict[str, Any]
-MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""Settings of the GNU C library: memory that has been freed is kept, which spares CPUs a quarter of the time."""
 
 
 def parser(description: str | None, results: str) -> argparse.ArgumentParser:
@@ -44,6 +44,7 @@ def read(results: Path) -> list[Record]:
 def measure(names: Sequence[str], run: Callable[[str], Record], options: argparse.Namespace) -> list[Record]:
     """Run the missing rows, each in a process of its own, and return all; ``--only`` and ``--list`` end here."""
     if options.only:
+        keep_freed_memory()
         options.results.parent.mkdir(parents=True, exist_ok=True)
         record = {"name": options.only, "seed": options.seed, **run(options.only)}
         with options.results.open("a") as results:
@@ -54,7 +55,7 @@ def measure(names: Sequence[str], run: Callable[[str], Record], options: argpars
         print("\n".join(names))
         sys.exit()
     done = {(record["name"], record["seed"]) for record in read(options.results)}
-    environment = {**os.environ, **MEMORY, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
 
     def start(name: str) -> None:
         print(f"running {name}", flush=True)
