@@ -1,7 +1,7 @@
 """Compare pruning methods on one model: test perplexity, seconds by stage, peak memory.
 
 Each method runs in a process of its own and appends one line to a JSONL file; a method whose line is there is not run
-again, so the script can be stopped and continued. It ends by printing the table.
+again, so the script can be stopped and continued. It ends by printing the tables, or puts them into a document.
 
     python scripts/bench/methods.py --model out/smollm2-135m --calibration valid.txt --test test.txt
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import rows
 import torch
@@ -59,32 +59,40 @@ ALLOCATORS: dict[str, Allocator] = {
 }
 
 
-def plans() -> dict[str, PruningPlan | None]:
-    """Return what to compare, by name, what tells most first; None = the dense model."""
+class Row(NamedTuple):
+    """What a row compares."""
+
+    method: str
+    """One of ``METHODS``; empty = the dense model."""
+    pattern: str = ""
+    allocator: str = ""
+    """One of ``ALLOCATORS``; empty = uniform."""
+
+    def __str__(self) -> str:
+        """Return its name."""
+        return " ".join(part for part in self if part) or "dense"
+
+    def plan(self) -> PruningPlan:
+        """Return how it prunes."""
+        allocator = ALLOCATORS[self.allocator] if self.allocator else Uniform()
+        return PruningPlan(PATTERNS[self.pattern], allocator=allocator, output_error=False, **METHODS[self.method])
+
+
+def compared() -> dict[str, Row]:
+    """Return all rows by name, what tells most first."""
     others = [pattern for pattern in PATTERNS if pattern != "70%"]
-    wanted = [(method, "70%", "") for method in METHODS]
-    wanted += [(method, "70%", allocator) for method in BEST for allocator in ALLOCATORS]
-    wanted += [(method, pattern, "") for pattern in others for method in METHODS]
-    wanted += [(method, "70%", "alpha 0.2") for method in METHODS]
-    wanted += [(method, pattern, allocator) for pattern in others for allocator in ALLOCATORS for method in BEST]
-    found: dict[str, PruningPlan | None] = {"dense": None}
-    for method, pattern, allocator in wanted:
-        name = " ".join(part for part in (method, pattern, allocator) if part)
-        found.setdefault(
-            name,
-            PruningPlan(
-                PATTERNS[pattern],
-                allocator=ALLOCATORS[allocator] if allocator else Uniform(),
-                output_error=False,
-                **METHODS[method],
-            ),
-        )
-    return found
+    found = [Row("")]
+    found += [Row(method, "70%") for method in METHODS]
+    found += [Row(method, "70%", allocator) for method in BEST for allocator in ALLOCATORS]
+    found += [Row(method, pattern) for pattern in others for method in METHODS]
+    found += [Row(method, "70%", "alpha 0.2") for method in METHODS]
+    found += [Row(method, pattern, allocator) for pattern in others for allocator in ALLOCATORS for method in BEST]
+    return {str(row): row for row in found}
 
 
 def run(name: str, options: argparse.Namespace) -> Record:
     """Prune and evaluate with one method."""
-    plan = plans()[name]
+    row = compared()[name]
     module = LitCausalLM(options.model, dtype="float32")
     module.configure_model()
     data = TextDataModule(
@@ -97,7 +105,8 @@ def run(name: str, options: argparse.Namespace) -> Record:
         max_windows=options.max_windows,
     )
     record: Record = {"threads": torch.get_num_threads()}
-    if plan is not None:
+    if row.method:
+        plan = row.plan()
         report = prune(module.model, data.calibration_batches() if plan.needs_data else [], plan)
         record |= {"sparsity": report.sparsity, "seconds": report.seconds, "peak_memory": peak_memory()}
     start = time.perf_counter()
@@ -107,19 +116,41 @@ def run(name: str, options: argparse.Namespace) -> Record:
     return record
 
 
-def table(records: list[Record]) -> str:
-    """Return the records as a Markdown table."""
-    lines = [
-        "| method | perplexity | calibrate s | solve s | propagate s | peak memory GiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        seconds = record.get("seconds", {})
-        shown = ("calibrate", "solve", "propagate")
-        stages = [f"{seconds[s]:.1f}" if s in seconds else "" for s in shown]
-        memory = f"{record['peak_memory'] / 2**30:.2f}" if record.get("peak_memory") else ""
-        lines.append(f"| {record['name']} | {record['perplexity']:.2f} | {' | '.join(stages)} | {memory} |")
+def tables(records: list[Record]) -> str:
+    """Return perplexities by method and pattern, those of other samples, and seconds and memory, in Markdown."""
+    found = {(compared()[record["name"]], record["seed"]): record for record in records}
+    seeds = sorted({seed for _, seed in found})
+    methods = dict.fromkeys((row.method, row.allocator) for row in compared().values() if (row, seeds[0]) in found)
+    lines = [f"| method | {' | '.join(PATTERNS)} |", "|---|" + "---|" * len(PATTERNS)]
+    for method, allocator in methods:
+        perplexities = [_perplexity(found.get((Row(method, pattern, allocator), seeds[0]))) for pattern in PATTERNS]
+        if not method:
+            perplexities = [_perplexity(found[Row(""), seeds[0]])] * len(PATTERNS)
+        lines.append(f"| {_label(method, allocator)} | {' | '.join(perplexities)} |")
+    again = [row for row in compared().values() if row.method and any((row, seed) in found for seed in seeds[1:])]
+    if again:
+        lines += ["", f"| calibration sample | {' | '.join(map(str, seeds))} |", "|---|" + "---|" * len(seeds)]
+    for row in again:
+        lines.append(f"| {row} | {' | '.join(_perplexity(found.get((row, seed))) for seed in seeds)} |")
+    stages = ("calibrate", "solve", "propagate")
+    lines += ["", f"| seconds at 70% | before | {' | '.join(stages)} | all | peak memory GiB |", "|---|" + "---|" * 6]
+    for method, allocator in methods:
+        record = found.get((Row(method, "70%", allocator), seeds[0]))
+        if record is not None:
+            total = sum(record["seconds"].values())
+            seconds = [record["seconds"].get(stage, 0.0) for stage in stages]
+            times = [f"{value:.0f}" if value else "" for value in (total - sum(seconds), *seconds, total)]
+            memory = f"{record['peak_memory'] / 2**30:.2f}"
+            lines.append(f"| {_label(method, allocator)} | {' | '.join(times)} | {memory} |")
     return "\n".join(lines)
+
+
+def _label(method: str, allocator: str) -> str:
+    return f"{method}, {allocator}" if allocator else method or "dense"
+
+
+def _perplexity(record: Record | None) -> str:
+    return f"{record['perplexity']:,.2f}" if record else ""
 
 
 def main() -> None:
@@ -128,7 +159,8 @@ def main() -> None:
     parser.add_argument("--calibration", default="wikitext2", help="text source of the calibration set")
     parser.add_argument("--sequences", type=int, default=32)
     options = parser.parse_args()
-    print(table(rows.measure(list(plans()), lambda name: run(name, options), options)))
+    records = rows.measure(list(compared()), lambda name: run(name, options), options)
+    rows.show(tables(records), options.write)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--hurry", type=float, default=1.0, help="divide the minutes by this, to try the script")
     parser.add_argument("--work", type=Path, default=Path("out/bench/recovery"), help="folder for pruned models")
     options = parser.parse_args()
-    print(table(rows.measure(names(), lambda name: run(name, options), options)))
+    rows.show(table(rows.measure(names(), lambda name: run(name, options), options)), options.write)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,6 +31,7 @@ def parser(description: str | None, results: str) -> argparse.ArgumentParser:
         "--match", nargs="+", default=["*"], help="shell patterns of the names to run, such as '* 50%%'"
     )
     options.add_argument("--jobs", type=int, default=1, help="rows at a time; they share the cores")
+    options.add_argument("--write", type=Path, help="Markdown file whose tables are replaced, in place of printing")
     options.add_argument("--list", action="store_true", help="print the names, and run nothing")
     options.add_argument("--only", help="run this row in this process")
     return options
@@ -41,14 +42,32 @@ def read(results: Path) -> list[Record]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
 
 
+def append(results: Path, record: Mapping[str, Any]) -> None:
+    """Write a record behind the others."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def show(text: str, document: Path | None) -> None:
+    """Print Markdown, or put it into a document, between the marks of the script that runs."""
+    if document is None:
+        print(text)
+        return
+    script = f"scripts/bench/{Path(sys.argv[0]).name}"
+    begin, end = f"<!-- written by {script} -->", f"<!-- end of what {script} writes -->"
+    before, _, rest = document.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    if not after:
+        sys.exit(f"{document} lacks the lines {begin} and {end}, between which the table goes")
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def measure(names: Sequence[str], run: Callable[[str], Record], options: argparse.Namespace) -> list[Record]:
     """Run the missing rows, each in a process of its own, and return all; ``--only`` and ``--list`` end here."""
     if options.only:
         keep_freed_memory()
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        record = {"name": options.only, "seed": options.seed, **run(options.only)}
-        with options.results.open("a") as results:
-            results.write(json.dumps(record) + "\n")
+        append(options.results, {"name": options.only, "seed": options.seed, **run(options.only)})
         sys.exit()
     names = [name for name in names if any(fnmatchcase(name, match) for match in options.match)]
     if options.list:

@@ -1,4 +1,4 @@
-"""Train a cell of scripts/masks_matrix.py, killed, resumed, or with a part of mask keeping switched off."""
+"""Train a cell of scripts/bench/masks_matrix.py, killed, resumed, or with a part of mask keeping switched off."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import masks_matrix
 

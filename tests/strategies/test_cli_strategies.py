@@ -9,7 +9,7 @@ import yaml
 
 from lit_prune.models.io import load_masks, load_tensors
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import masks_matrix
 

@@ -6,7 +6,7 @@ live module, the float32 masters and the optimizer moments; then in the last che
 back from disk. Each cell runs in processes of its own and appends one line to a JSONL file; a cell whose line is there
 is not run again. The table goes between the markers of a Markdown file.
 
-    python scripts/masks_matrix.py --write docs/masks.md
+    python scripts/bench/masks_matrix.py --write docs/masks.md
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import rows
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -58,7 +59,6 @@ CELLS = [" ".join(cell) for cell in product(STRATEGIES, PRECISIONS, OPTIMIZERS)]
 STEPS = 20
 HELD = ("live", "masters", "moments")
 PLACES = (*HELD, "checkpoint", "export")
-MARKERS = ("<!-- matrix: written by scripts/masks_matrix.py -->", "<!-- end of matrix -->")
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -267,19 +267,6 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    """Return what has been found so far."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-
-
-def write_between_markers(document: Path, text: str) -> None:
-    """Replace what a document has between the markers."""
-    content = document.read_text()
-    before, rest = content.split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
-    document.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
-
-
 def main() -> None:
     """Run what is missing, then print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -292,18 +279,13 @@ def main() -> None:
         train(options.cell, options.out)
         return
     results = options.out / "results.jsonl"
-    done = {record["cell"] for record in read(results)}
+    done = {record["cell"] for record in rows.read(results)}
     for cell in CELLS:
         if fnmatchcase(cell, options.match) and cell not in done:
             record = run(cell, options.out)
-            with results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            rows.append(results, record)
             print(json.dumps(record), flush=True)
-    text = table(sorted(read(results), key=lambda record: CELLS.index(record["cell"])))
-    if options.write:
-        write_between_markers(options.write, text)
-    else:
-        print(text)
+    rows.show(table(sorted(rows.read(results), key=lambda record: CELLS.index(record["cell"]))), options.write)
 
 
 if __name__ == "__main__":
