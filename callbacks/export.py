@@ -14,7 +14,7 @@ from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.errors import InputError
 from lit_prune.models.access import whole_model
 from lit_prune.models.io import REPORT_FILE, check_output, read_json, save_pruned
-from lit_prune.models.lora import merged
+from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import PruningReport
 from lit_prune.pruning.documents import render
@@ -25,7 +25,8 @@ class Export(Callback):
 
     The masks are those of ``Prune``, or of ``KeepMasks`` where the model was pruned before; with a pruned folder's
     masks its report is written again. They are verified first: a pruned weight that came back is an error, and nothing
-    is written. Adapters are merged into the weights.
+    is written. Masked adapters are merged into the weights; plain ones (``LoRA`` with ``masked: false``) are written to
+    the folder ``adapter`` beside the model.
 
     .. code-block:: yaml
 
@@ -108,7 +109,7 @@ class Export(Callback):
         if report is not None:
             report.validation = self.validation
         model = pl_module.get_submodule("model")
-        with whole_model(model) as whole, merged(whole):
+        with whole_model(model) as whole, without_adapters(whole) as adapters:
             if str(trainer.precision).endswith("-true"):
                 whole.to(next(model.parameters()).dtype)  # and not that of the float32 masters
             if trainer.is_global_zero:
@@ -117,7 +118,7 @@ class Export(Callback):
                     whole,
                     pl_module.load_tokenizer(),  # type: ignore[operator]
                     masks,
-                    render(report, title=Path(str(pl_module.pretrained)).name) if report else {},
+                    adapters | (render(report, title=Path(str(pl_module.pretrained)).name) if report else {}),
                     self.overwrite,
                 )
         trainer.strategy.barrier("export")

@@ -21,7 +21,7 @@ from lit_prune.callbacks.prune import find_prune
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.checkpoints import by_layer, check_trusted, read_checkpoint
 from lit_prune.models.io import check_output, check_space, save_documents, save_pruned
-from lit_prune.models.lora import merged
+from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport
 from lit_prune.pruning.analysis import analyze
@@ -132,8 +132,8 @@ class PruningTrainer(Trainer):
         masks, report = read.masks, read.callbacks.get("Prune", {}).get("report")
         name = Path(model.pretrained).name
         documents = render(PruningReport.from_dict(report, by_layer(masks)), title=name) if report else {}
-        with merged(model.model):
-            folder = save_pruned(output, model.model, model.load_tokenizer(), masks, documents, overwrite)
+        with without_adapters(model.model) as adapters:
+            folder = save_pruned(output, model.model, model.load_tokenizer(), masks, adapters | documents, overwrite)
         _show([], folder)
 
     def _check_checkpoint(self, ckpt_path: str | Path | None, trust: bool) -> bool | None:

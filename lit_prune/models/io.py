@@ -213,6 +213,7 @@ def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], ove
 
 def _write_documents(folder: Path, documents: Mapping[str, str | bytes]) -> None:
     for name, content in documents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -2,6 +2,8 @@
 
 A layer with an adapter works with the weight ``W + M ⊙ (B A) · scale``, where ``M`` is its keep mask. The mask is on
 the product, so the sum can be merged into one weight that is exactly as sparse as ``W`` and gives the same outputs.
+
+A plain adapter has no mask: ``W`` stays sparse beside it, and the two are never merged.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from lit_prune.ops import PackedMask
 
 
 class Adapted(nn.Module):
-    """A linear layer with a masked low-rank adapter; ``adapt`` makes one of a plain layer, in place.
+    """A linear layer with a low-rank adapter, masked or plain; ``adapt`` makes one of a linear layer, in place.
 
     The parameter ``weight`` keeps its name and its values, so masks and state dicts of the plain model still fit.
     """
@@ -32,60 +34,65 @@ class Adapted(nn.Module):
     """``[rank, i]``, float32."""
     lora_b: nn.Parameter
     """``[o, rank]``, float32; zero at first, so that the adapter begins with no effect."""
-    keep_bits: Tensor
-    """The keep mask in the layout of ``weight``, packed: uint8, one bit per weight."""
+    keep_bits: Tensor | None
+    """The keep mask in the layout of ``weight``, packed: uint8, one bit per weight; None = a plain adapter."""
     lora_scale: float
     lora_rank: int
     keep_shape: tuple[int, ...]
     """The whole weight's, in its own layout; like the rank, a sharded parameter may not know it."""
-    plain: type[nn.Module]
-    """What the layer was, and is again when merged."""
+    without: type[nn.Module]
+    """What the layer is without its adapter."""
     stored_transposed: bool
 
     @property
-    def keep(self) -> PackedMask:
-        """The keep mask, in the layout of ``weight``."""
-        return PackedMask(self.keep_bits, self.keep_shape)
+    def keep(self) -> PackedMask | None:
+        """The keep mask, in the layout of ``weight``; None for a plain adapter."""
+        return None if self.keep_bits is None else PackedMask(self.keep_bits, self.keep_shape)
 
-    def effective_weight(self) -> Tensor:
+    def masked_weight(self, keep: PackedMask) -> Tensor:
         """Return ``W + M ⊙ (B A) · scale`` in the layout and dtype of ``weight``."""
         change = self.lora_b @ (self.lora_a * self.lora_scale)
         change = change.T if self.stored_transposed else change
-        return self.weight + change.masked_fill(~self.keep.unpack(), 0.0).to(self.weight.dtype)
+        return self.weight + change.masked_fill(~keep.unpack(), 0.0).to(self.weight.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs ``[..., o]`` of ``inputs`` ``[..., i]``."""
-        weight = self.effective_weight()
-        return nn.functional.linear(inputs, weight.T if self.stored_transposed else weight, self.bias)
+        linear = nn.functional.linear
+        weight = self.weight if self.keep is None else self.masked_weight(self.keep)
+        outputs = linear(inputs, weight.T if self.stored_transposed else weight, self.bias)
+        if self.keep is not None:
+            return outputs
+        change = linear(linear(inputs.to(self.lora_a.dtype), self.lora_a), self.lora_b)
+        return outputs + (self.lora_scale * change).to(outputs.dtype)
 
 
 class AdaptedLinear(Adapted, nn.Linear):
     """``nn.Linear`` with an adapter."""
 
-    plain = nn.Linear
+    without = nn.Linear
     stored_transposed = False
 
 
 class AdaptedConv1D(Adapted, Conv1D):
     """GPT-2's linear layer with an adapter."""
 
-    plain = Conv1D
+    without = Conv1D
     stored_transposed = True
 
 
-def adapt(layer: nn.Module, rank: int, scale: float, keep: PackedMask | None = None) -> None:
-    """Give a plain linear layer an adapter and freeze its weight.
+def adapt(layer: nn.Module, rank: int, scale: float, keep: PackedMask | None) -> None:
+    """Give a linear layer an adapter and freeze its weight.
 
     Args:
         layer: ``nn.Linear`` or GPT-2's ``Conv1D``.
         rank: of the adapter; it adds ``rank (o + i)`` values.
         scale: factor of the product.
-        keep: its mask, in the layout of the parameter; None = what is not exactly zero.
+        keep: its mask, in the layout of the parameter; None = a plain adapter.
 
     Raises:
         InputError: where the layer is of another type, whose own forward pass an adapter would replace.
     """
-    adapted: Any = next((kind for kind in (AdaptedLinear, AdaptedConv1D) if type(layer) is kind.plain), None)
+    adapted: Any = next((kind for kind in (AdaptedLinear, AdaptedConv1D) if type(layer) is kind.without), None)
     if adapted is None:
         raise InputError(f"a layer is a {type(layer).__name__}: adapters go on nn.Linear and Conv1D; exclude it")
     weight = layer.get_parameter("weight").requires_grad_(False)
@@ -94,10 +101,9 @@ def adapt(layer: nn.Module, rank: int, scale: float, keep: PackedMask | None = N
     layer.lora_a = nn.Parameter(torch.empty(rank, inputs, **options))
     layer.lora_b = nn.Parameter(torch.zeros(outputs, rank, **options))
     nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
-    keep = keep or PackedMask.pack(weight.detach() != 0)
-    layer.register_buffer("keep_bits", keep.bits)
+    layer.register_buffer("keep_bits", None if keep is None else keep.bits)
     layer.__class__ = adapted
-    layer.lora_rank, layer.lora_scale, layer.keep_shape = rank, scale, keep.shape  # type: ignore[assignment]
+    layer.lora_rank, layer.lora_scale, layer.keep_shape = rank, scale, tuple(weight.shape)  # type: ignore[assignment]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
@@ -114,15 +120,19 @@ def copy_adapters(model: nn.Module, plain: nn.Module) -> None:
 def mask_adapters(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
     """Let the adapters change only what ``masks`` (by parameter name) keep."""
     for name, layer in adapted_layers(model).items():
-        if f"{name}.weight" in masks:
+        if layer.keep_bits is not None and f"{name}.weight" in masks:
             layer.keep_bits.copy_(masks[f"{name}.weight"].bits)
 
 
 def unmasked_adapter(model: nn.Module, masks: Mapping[str, PackedMask]) -> str | None:
-    """Return the name of the first layer whose adapter has another mask than ``masks`` (by parameter name) give."""
+    """Return the name of the first layer whose adapter is masked otherwise than ``masks`` (by parameter name) say."""
     for name, layer in adapted_layers(model).items():
         mask = masks.get(f"{name}.weight")
-        if mask is not None and not torch.equal(layer.keep_bits, mask.bits.to(layer.keep_bits.device)):
+        if (
+            mask is not None
+            and layer.keep_bits is not None
+            and not torch.equal(layer.keep_bits, mask.bits.to(layer.keep_bits.device))
+        ):
             return name
     return None
 
@@ -130,16 +140,17 @@ def unmasked_adapter(model: nn.Module, masks: Mapping[str, PackedMask]) -> str |
 @contextmanager
 @torch.no_grad()
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model as plain layers, their adapters merged into the weights; afterwards it is as it was.
+    """Yield the model without adapters, masked ones merged and plain ones left out; afterwards it is as it was.
 
     The weights must be whole; those under an adapter are held twice meanwhile.
     """
     undo = []
     for layer in adapted_layers(model).values():
         base, adapter, kind = layer.weight.detach().clone(), (layer.lora_a, layer.lora_b, layer.keep_bits), type(layer)
-        layer.weight.copy_(layer.effective_weight())
+        if layer.keep is not None:
+            layer.weight.copy_(layer.masked_weight(layer.keep))
         del layer.lora_a, layer.lora_b, layer.keep_bits
-        layer.__class__ = layer.plain  # type: ignore[assignment]
+        layer.__class__ = layer.without  # type: ignore[assignment]
         undo.append((layer, base, adapter, kind))
     try:
         yield model

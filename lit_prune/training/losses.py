@@ -9,11 +9,11 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError
+from lit_prune.training.strategies import Sharding
 from lit_prune.training.teacher import Teacher, TeacherDtype, Truth
 
 IGNORED = -100
@@ -28,8 +28,8 @@ class Student:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    mesh: DeviceMesh | None = None
-    """Over which the model is sharded, with FSDP2."""
+    sharding: Sharding | None = None
+    """Shards another model like this one, where it is sharded."""
 
 
 class Loss(ABC):
@@ -70,8 +70,8 @@ class Distillation(Loss):
     With ``top_k``, KL is taken over the teacher's k likeliest tokens and one more outcome, all the others: never above
     the whole KL, and zero where the student agrees on all of them.
 
-    The teacher is frozen, in evaluation mode, part of no checkpoint, and in its own precision. It is sharded like the
-    student with FSDP2; DDP and DeepSpeed hold it whole in each process.
+    The teacher is frozen, in evaluation mode, part of no checkpoint, and in its own precision. FSDP2 and ZeRO-3 shard
+    it like the student; under the other strategies each process holds it whole.
 
     .. code-block:: yaml
 
@@ -124,7 +124,7 @@ class Distillation(Loss):
 
     def prepare(self, student: Student) -> None:
         """Load the teacher; refuse one with another vocabulary."""
-        self.teacher.load_for(student.model, student.tokenizer, student.mesh)
+        self.teacher.load_for(student.model, student.tokenizer, student.sharding)
 
     def __call__(self, model: Any, input_ids: Tensor) -> dict[str, Tensor]:
         """Return the ``loss`` and those of ``language_model``, ``logits`` and ``hidden`` that have a weight."""

@@ -16,7 +16,7 @@ from lit_prune.models.io import load_model, load_tokenizer
 from lit_prune.training.losses import LanguageModelLoss, Loss, Student, next_token_loss
 from lit_prune.training.recovery import Everything, Trainable
 from lit_prune.training.schedules import WarmupCosine
-from lit_prune.training.strategies import shard
+from lit_prune.training.strategies import shard, sharding_of_frozen
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -99,7 +99,9 @@ class LitCausalLM(LightningModule):
 
     def on_fit_start(self) -> None:
         """Let the loss get ready."""
-        self.loss.prepare(Student(self.model, self.load_tokenizer(), self.device_mesh))
+        self.loss.prepare(
+            Student(self.model, self.load_tokenizer(), sharding_of_frozen(self.trainer.strategy, self.device_mesh))
+        )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss; log it and its parts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import final
 
 from torch import nn
@@ -12,6 +13,7 @@ from lit_prune.errors import InputError
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.lora import adapt
 from lit_prune.models.targets import find_targets
+from lit_prune.ops import PackedMask
 
 
 class Trainable(ABC):
@@ -68,6 +70,14 @@ class LoRA(Trainable):
     .. code-block:: yaml
 
         model: {trainable: {class_path: LoRA, init_args: {rank: 16, include: ["*_proj"], norms_and_biases: true}}}
+
+    With ``masked: false`` it is plain LoRA: ``W`` stays sparse, and the adapters, which would fill it if they were
+    merged, stay beside it: ``Export`` writes them to the folder ``adapter`` of its output, in PEFT's format, for
+    ``PeftModel.from_pretrained(model, "OUTPUT/adapter")``.
+
+    .. code-block:: yaml
+
+        model: {trainable: {class_path: LoRA, init_args: {rank: 16, masked: false}}}
     """
 
     def __init__(
@@ -77,6 +87,7 @@ class LoRA(Trainable):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         norms_and_biases: bool = False,
+        masked: bool = True,
     ) -> None:
         """Validate and keep the arguments.
 
@@ -86,6 +97,7 @@ class LoRA(Trainable):
             include: Shell patterns over module names: linear layers of the decoder blocks that get an adapter.
             exclude: Shell patterns over module names: layers that get none.
             norms_and_biases: Train the norms and biases as well.
+            masked: Let adapters change kept weights only, and merge them in the end; false = plain LoRA, never merged.
         """
         if rank < 1:
             raise InputError(f"LoRA.rank is {rank}: it must be at least 1, such as 8")
@@ -94,11 +106,14 @@ class LoRA(Trainable):
         for name, patterns in (("include", include), ("exclude", exclude)):
             if isinstance(patterns, str):
                 raise InputError(f"LoRA.{name} is {patterns!r}: it must be a list of shell patterns")
+        if not masked and find_spec("peft") is None:
+            raise InputError("LoRA.masked is false: plain adapters are saved by PEFT; run pip install lit-prune[peft]")
         self.rank = rank
         self.alpha = 2.0 * rank if alpha is None else alpha
         self.include = include
         self.exclude = exclude
         self.norms_and_biases = norms_and_biases
+        self.masked = masked
 
     def prepare(self, model: nn.Module) -> None:
         """Freeze the model and add the adapters; a pattern that matches no layer is an ``InputError``."""
@@ -108,7 +123,8 @@ class LoRA(Trainable):
         else:
             model.requires_grad_(False)
         for target in targets:
-            adapt(target.module, self.rank, self.alpha / self.rank)
+            keep = PackedMask.pack(target.module.get_parameter("weight").detach() != 0) if self.masked else None
+            adapt(target.module, self.rank, self.alpha / self.rank, keep)
 
 
 def _train_vectors_only(model: nn.Module) -> int:

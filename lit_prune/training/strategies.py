@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
@@ -57,12 +58,39 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard a model over the data-parallel processes of ``mesh``, one group of parameters per decoder block."""
     data_parallel = mesh["data_parallel"]
     for block in find_blocks(model):
         fully_shard(block.module, mesh=data_parallel)
     fully_shard(model, mesh=data_parallel)
+    return model
+
+
+Sharding = Callable[[nn.Module], Any]
+"""Shards a frozen model, and returns what is called in its place."""
+
+
+def sharding_of_frozen(strategy: Strategy, mesh: DeviceMesh | None) -> Sharding | None:
+    """Return what shards a frozen model as the strategy shards the one in training; None = processes hold it whole."""
+    if mesh is not None:
+        return partial(shard, mesh=mesh)
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        return partial(_partition, config=strategy.config)  # type: ignore[arg-type]
+    return None
+
+
+def _partition(model: nn.Module, config: Mapping[str, Any]) -> Any:
+    """Share a frozen model's weights out with the ZeRO-3 settings of the model in training."""
+    import deepspeed
+
+    zero = {name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"}
+    half = next(model.parameters()).dtype == torch.bfloat16
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": {"enabled": half}},
+    )
+    return engine
 
 
 class DeepSpeed(DeepSpeedStrategy):

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError
@@ -21,7 +20,7 @@ from lit_prune.models.io import (
     model_fingerprint,
     save_tensors,
 )
-from lit_prune.training.strategies import shard
+from lit_prune.training.strategies import Sharding
 
 TeacherDtype = Literal["bfloat16", "float32"]
 
@@ -62,9 +61,10 @@ class Teacher:
         self.model: Any = None
         """The dense model; None until it is needed."""
         self._key = ""
+        self._sharded = False
 
-    def load_for(self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh | None) -> None:
-        """Load the teacher of a student, sharded over ``mesh`` unless it has a cache.
+    def load_for(self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, sharding: Sharding | None) -> None:
+        """Load the teacher of a student, and shard it likewise unless it has a cache.
 
         Raises:
             InputError: where teacher and student do not share their vocabulary, or hidden states cannot be compared.
@@ -75,8 +75,9 @@ class Teacher:
             # Processes find different windows in the cache, so they could not gather a sharded teacher together.
             self._key = f"{model_fingerprint(self.model)}-top{self.top_k}-at{self.temperature:g}"
             self.model = None  # all may be in the cache
-        elif mesh is not None:
-            shard(self.model, mesh)
+        elif sharding is not None:
+            self.model = sharding(self.model)
+            self._sharded = True
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Truth:
@@ -104,7 +105,7 @@ class Teacher:
     def _run(self, input_ids: Tensor) -> Truth:
         if self.model is None:
             self.model = self._load()
-        if self.model.device != input_ids.device:
+        if not self._sharded and self.model.device != input_ids.device:
             self.model.to(input_ids.device)
         # Mixed precision is the student's: the teacher has its own.
         with torch.autocast(input_ids.device.type, enabled=False):

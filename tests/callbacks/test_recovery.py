@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from peft import PeftModel
 from torch import nn
 
 from lit_prune.callbacks import Export, FindLearningRate, KeepMasks, Prune, StopOnDivergence
@@ -91,6 +92,19 @@ def test_every_path_keeps_zeros_and_exports_what_was_trained(trainable: str, den
         n for n, v in exported.named_parameters() if v.dim() == 1 and not torch.equal(v, before.get_parameter(n))
     }
     assert changed
+
+
+def test_plain_adapters_train_beside_weights_that_stay_sparse(dense: str, tmp_path: Path) -> None:
+    module, prune = lit(dense, LoRA(4, masked=False)), magnitude()
+    trainer(prune, KeepMasks(), Export(str(tmp_path / "out"))).fit(module, data())
+    assert prune.report is not None
+    exported = load_model(str(tmp_path / "out"))
+    check_masks_hold(exported, prune.report.masks)
+    module.eval()
+    input_ids = torch.arange(16)[None]
+    assert (module(input_ids) - exported(input_ids).logits).abs().max() > 1e-3
+    both = PeftModel.from_pretrained(exported, tmp_path / "out" / "adapter")
+    torch.testing.assert_close(module(input_ids), both(input_ids).logits, atol=1e-4, rtol=0)
 
 
 def test_a_checkpoint_holds_adapters_and_no_teacher(dense: str, tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.models.io import load_model, save_pruned
 from lit_prune.models.lora import adapt, adapted_layers, mask_adapters, merged, unmasked_adapter
+from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import PackedMask
 from lit_prune.training import LoRA
 
@@ -15,10 +19,11 @@ def test_the_adapter_worked_example() -> None:
     # [[1.5, 0], [3, 4]]. The layer so works with [[2.5, 0], [5, 7]].
     layer = nn.Linear(2, 2, bias=False)
     layer.weight.data = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
-    adapt(layer, rank=1, scale=0.5)
+    adapt(layer, rank=1, scale=0.5, keep=PackedMask.pack(layer.weight != 0))
     adapted = adapted_layers(layer)[""]
     adapted.lora_a.data, adapted.lora_b.data = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [2.0]])
-    assert adapted.effective_weight().tolist() == [[2.5, 0.0], [5.0, 7.0]]
+    assert adapted.keep is not None
+    assert adapted.masked_weight(adapted.keep).tolist() == [[2.5, 0.0], [5.0, 7.0]]
     assert layer(torch.tensor([[1.0, 1.0]])).tolist() == [[2.5, 12.0]]
     with merged(layer):
         assert type(layer) is nn.Linear and layer.weight.tolist() == [[2.5, 0.0], [5.0, 7.0]]
@@ -26,12 +31,12 @@ def test_the_adapter_worked_example() -> None:
     assert layer.weight.tolist() == [[1.0, 0.0], [2.0, 3.0]]
 
 
-def pruned_and_trained(model: nn.Module) -> nn.Module:
+def pruned_and_trained(model: nn.Module, masked: bool = True) -> nn.Module:
     """Prune half of every matrix at random, and give it adapters with an effect."""
     for module in model.modules():
         if hasattr(module, "weight") and module.weight.dim() == 2 and not isinstance(module, nn.Embedding):
             module.weight.data[torch.rand_like(module.weight) < 0.5] = 0.0
-    LoRA(rank=3, alpha=6).prepare(model)
+    LoRA(rank=3, alpha=6, masked=masked).prepare(model)
     for layer in adapted_layers(model).values():
         nn.init.normal_(layer.lora_b, std=0.1)
     return model
@@ -72,7 +77,27 @@ def test_masks_are_handed_over_and_compared(tiny_model: Callable[..., nn.Module]
     assert unmasked_adapter(model, masks) == "model.layers.0.self_attn.q_proj"
     mask_adapters(model, masks)
     assert unmasked_adapter(model, masks) is None
-    assert torch.equal(adapted_layers(model)["model.layers.2.self_attn.q_proj"].keep.unpack(), keep)
+    taken = adapted_layers(model)["model.layers.2.self_attn.q_proj"].keep
+    assert taken is not None and torch.equal(taken.unpack(), keep)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_peft_opens_plain_adapters(
+    model_type: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = pruned_and_trained(tiny_model(model_type), masked=False)
+    zeros = {name: layer.weight == 0 for name, layer in adapted_layers(model).items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model(tokens[0]).logits
+    with without_adapters(model) as files:
+        save_pruned(tmp_path / "out", model, None, {}, files)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    opened = load_model(str(tmp_path / "out"))
+    assert all(torch.equal(opened.get_submodule(name).weight == 0, zero) for name, zero in zeros.items())
+    assert (opened(tokens[0]).logits - expected).abs().max() > 1e-2  # the adapters do have an effect
+    with_adapters = PeftModel.from_pretrained(opened, tmp_path / "out" / "adapter")
+    torch.testing.assert_close(with_adapters(tokens[0]).logits, expected, atol=1e-4, rtol=0)
 
 
 def test_layers_of_other_types_are_refused() -> None:
@@ -80,4 +105,4 @@ def test_layers_of_other_types_are_refused() -> None:
         pass
 
     with pytest.raises(InputError, match=r"a layer is a Own: adapters go on nn\.Linear and Conv1D"):
-        adapt(Own(2, 2), 1, 1.0)
+        adapt(Own(2, 2), 1, 1.0, None)

@@ -14,6 +14,17 @@ from torch import nn
 from lit_prune.models.io import check_masks_hold, load_masks, load_model, load_tokenizer, save_pruned
 
 ROOT = Path(__file__).parents[2]
+WATCH = """
+import pathlib
+from lightning.pytorch import Callback
+
+class TeacherSize(Callback):
+    def on_train_batch_end(self, trainer, module, *args):
+        parameters = list(module.loss.teacher.model.parameters())
+        held = sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in parameters)
+        whole = sum(parameter.ds_numel for parameter in parameters)
+        pathlib.Path(f"held-{trainer.global_rank}").write_text(f"{held / whole}")
+"""
 
 
 @pytest.mark.timeout(600)  # DeepSpeed may have to build its shared-memory communication first
@@ -26,11 +37,20 @@ def test_zero_3_distils_and_exports_the_best_model(tmp_path: Path, tiny_model: C
     config["trainer"] |= {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 2}
     config["trainer"] |= {"logger": False, "default_root_dir": str(tmp_path)}
     config["trainer"]["callbacks"][-1]["init_args"]["output"] = str(tmp_path / "out")
+    at_once = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+    zero = {"stage": 3, **{f"stage3_{name}": 0 for name in at_once}}  # whole weights are let go as soon as possible
+    config["trainer"]["strategy"]["init_args"] = {
+        "config": {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    }
+    (tmp_path / "watch.py").write_text(WATCH)
+    config["trainer"]["callbacks"].append({"class_path": "watch.TeacherSize"})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "lit_prune", "fit", "--config", str(path)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
+    for rank in (0, 1):  # each process holds half of the teacher, too
+        assert float((tmp_path / f"held-{rank}").read_text()) == pytest.approx(0.5, abs=0.1)
     masks = load_masks(tmp_path / "out")
     check_masks_hold(load_model(str(tmp_path / "out")), masks)
     kept = sum(int(mask.unpack().sum()) for mask in masks.values())

@@ -1,0 +1,50 @@
+"""Plain adapters as PEFT stores them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import nn
+
+from lit_prune.models.lora import Adapted, adapted_layers, merged
+
+FOLDER = "adapter"
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[dict[str, str | bytes]]:
+    """Take the adapters off, masked ones merged; yield the files of the plain ones, by name below the model folder.
+
+    ``PeftModel.from_pretrained(model, "OUTPUT/adapter")`` of the package ``peft`` puts them on the pruned model. All
+    have the rank and scale of the first; the ``LoRA`` of a training gives no others.
+    """
+    files = _files({name: layer for name, layer in adapted_layers(model).items() if layer.keep is None})
+    with merged(model):
+        yield files
+
+
+def _files(layers: Mapping[str, Adapted]) -> dict[str, str | bytes]:
+    if not layers:
+        return {}
+    from peft import LoraConfig
+
+    first = next(iter(layers.values()))
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=first.lora_rank,
+        lora_alpha=first.lora_scale * first.lora_rank,  # type: ignore[arg-type]
+        target_modules=list(layers),
+        fan_in_fan_out=first.stored_transposed,
+    )
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_a.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_b.detach().cpu().contiguous()
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        (file,) = Path(folder).iterdir()
+        return {f"{FOLDER}/{file.name}": file.read_text(), f"{FOLDER}/adapter_model.safetensors": save(tensors)}
