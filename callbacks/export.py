@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -53,8 +54,8 @@ class Export(Callback):
         self.output = output
         self.overwrite = overwrite
         self.best = best
-        self.validation: list[tuple[int, float]] = []
-        """The course of the training, for the report: (optimizer step, perplexity of the validation text)."""
+        self.validation: dict[str, list[tuple[int, float]]] = {}
+        """The course of the training, for the report: (optimizer step, perplexity) of each validation text."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be written before any training is done."""
@@ -75,9 +76,21 @@ class Export(Callback):
             checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the perplexity for the report."""
-        if not trainer.sanity_checking and "val/perplexity" in trainer.callback_metrics:
-            self.validation.append((trainer.global_step, trainer.callback_metrics["val/perplexity"].item()))
+        """Note the perplexities for the report."""
+        if trainer.sanity_checking:
+            return
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("val/perplexity"):
+                text = name.removeprefix("val/perplexity").removeprefix("/") or "validation text"
+                self.validation.setdefault(text, []).append((trainer.global_step, value.item()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the course of the training so far."""
+        return {"validation": self.validation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.validation = state_dict["validation"]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to the best checkpoint, where that is asked for, while the strategy can still load it."""

@@ -57,7 +57,7 @@ def render(report: PruningReport, title: str) -> dict[str, str | bytes]:
         }
         plots["block_error.png"] = as_png(by_block(blocks, "relative error of the block's output", log=True))
     if report.validation:
-        curve = by_block({"validation text": report.validation}, "perplexity", log=True, over="optimizer step")
+        curve = by_block(report.validation, "perplexity", log=True, over="optimizer step")
         plots["validation.png"] = as_png(curve)
     return {
         "pruning.json": json.dumps(report.as_dict(), indent=1),

@@ -94,8 +94,8 @@ class PruningReport:
     """Peak memory of the process (of the GPU where one is used), in bytes."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """``perplexity_before``, ``perplexity_after``, ``seqlen``, ``text``: filled in by whoever evaluates."""
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    """Perplexity of the validation text in the training that followed: (optimizer step, perplexity)."""
+    validation: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """Perplexity of each validation text in the training that followed: (optimizer step, perplexity)."""
 
     @property
     def masks(self) -> dict[str, PackedMask]:
@@ -117,7 +117,7 @@ class PruningReport:
         return {
             "sparsity": self.sparsity,
             "evaluation": self.evaluation,
-            "validation": [list(point) for point in self.validation],
+            "validation": {text: [list(point) for point in curve] for text, curve in self.validation.items()},
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "peak_memory": self.peak_memory,
             **self.identity,
@@ -138,7 +138,10 @@ class PruningReport:
             seconds=dict(content["seconds"]),
             peak_memory=content["peak_memory"],
             evaluation=dict(content["evaluation"]),
-            validation=[(step, perplexity) for step, perplexity in content.get("validation", [])],
+            validation={
+                text: [(step, perplexity) for step, perplexity in curve]
+                for text, curve in content["validation"].items()
+            },
         )
 
     def summary(self) -> list[tuple[str, str]]:

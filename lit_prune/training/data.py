@@ -66,6 +66,7 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         max_windows: int | None = None,
+        other_val: Sequence[str] = (),
     ) -> None:
         """Validate and keep the arguments; text is read when it is first needed.
 
@@ -87,6 +88,8 @@ class TextDataModule(LightningDataModule):
             seed: Of the calibration sample and of the order of training windows.
             num_workers: Processes that load batches.
             max_windows: Evaluate and train on the first windows only; null = all of them.
+            other_val: Further texts that validation measures, to notice over-fitting to the training text; logged as
+                ``val/perplexity/NAME``, and drawn in the report.
         """
         super().__init__()
         counts = {
@@ -99,6 +102,8 @@ class TextDataModule(LightningDataModule):
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise InputError(f"data.{name} is {value}: it must be at least 1")
+        if isinstance(other_val, str):
+            raise InputError(f"data.other_val is {other_val!r}: it must be a list of text sources, such as [embedded]")
         if seqlen < 2:
             raise InputError(
                 f"data.seqlen is {seqlen}: it must be at least 2, so that there is a next token to predict"
@@ -116,6 +121,7 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.max_windows = max_windows
+        self.other_val = other_val
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -128,18 +134,19 @@ class TextDataModule(LightningDataModule):
         share = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None:
             share = self.trainer.distributed_sampler_kwargs or share
-        windows = Windows(self._windows("train", "train"))
+        windows = Windows(self._windows(self.sources["train"], "train"))
         return ResumableLoader(
             windows, self.batch_size, self.seed, share["num_replicas"], share["rank"], self.num_workers
         )
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the validation windows in order."""
-        return self._loader(self._windows("val", "validation"))
+    def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
+        """Return the validation windows in order, then those of each of the other validation texts."""
+        sources = [self.sources["val"], *self.other_val]
+        return [self._loader(self._windows(source, "validation")) for source in sources]
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the test windows in order."""
-        return self._loader(self._windows("test", "test"))
+        return self._loader(self._windows(self.sources["test"], "test"))
 
     def calibration_batches(self) -> list[Tensor]:
         """Return the calibration set: batches of token ids ``[sequences, seqlen]`` (int64), a seeded sample.
@@ -173,8 +180,7 @@ class TextDataModule(LightningDataModule):
             "--data.search_limit, or use --data.documents joined"
         )
 
-    def _windows(self, role: str, split: Split) -> Tensor:
-        source = self.sources[role]
+    def _windows(self, source: str, split: Split) -> Tensor:
         tokens = self._tokenize(read_documents(source, split, self.text_column, self.search_limit), source)
         windows = tokens[: len(tokens) // self.seqlen * self.seqlen].reshape(-1, self.seqlen)
         return windows[: self.max_windows]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -71,7 +72,7 @@ class LitCausalLM(LightningModule):
         self.config = config
         self.trust_remote_code = trust_remote_code
         self.model: Any = None
-        self._mean_loss = MeanMetric()
+        self._mean_losses: list[MeanMetric] = []
         self._batch_start = 0.0
 
     def configure_model(self) -> None:
@@ -119,35 +120,48 @@ class LitCausalLM(LightningModule):
         tokens = batch["input_ids"].numel() * self.trainer.world_size
         self.log("train/tokens_per_second", tokens / (time.perf_counter() - self._batch_start), prog_bar=True)
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Add the batch to the validation loss."""
-        self._add_loss(batch)
+    def on_validation_epoch_start(self) -> None:
+        """Begin the loss of each validation text."""
+        self._begin_losses(len(self.trainer.num_val_batches))
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def on_test_epoch_start(self) -> None:
+        """Begin the test loss."""
+        self._begin_losses(len(self.trainer.num_test_batches))
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add the batch to the loss of its text."""
+        self._add_loss(batch, dataloader_idx)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch to the test loss."""
-        self._add_loss(batch)
+        self._add_loss(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss`` and ``val/perplexity``."""
-        self._log_loss("val")
+        """Log ``val/loss`` and ``val/perplexity``; those of other texts with their names behind."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._log_losses("val", getattr(datamodule, "other_val", ()))
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/loss`` and ``test/perplexity``."""
-        self._log_loss("test")
+        self._log_losses("test", ())
 
-    def _add_loss(self, batch: Mapping[str, Tensor]) -> None:
+    def _begin_losses(self, texts: int) -> None:
+        self._mean_losses = [MeanMetric().to(self.device) for _ in range(texts)]
+
+    def _add_loss(self, batch: Mapping[str, Tensor], text: int) -> None:
         # torchmetrics' own Perplexity takes the log of a softmax, which is -inf for a token that a badly pruned model
         # finds very unlikely; the mean of the cross-entropy is the same figure without that.
         input_ids = batch["input_ids"]
-        self._mean_loss.update(next_token_loss(self(input_ids), input_ids), weight=input_ids[:, 1:].numel())
+        self._mean_losses[text].update(next_token_loss(self(input_ids), input_ids), weight=input_ids[:, 1:].numel())
 
-    def _log_loss(self, stage: str) -> None:
-        loss = self._mean_loss.compute()
-        with torch.inference_mode(False):  # the metric may be used in a training run next
-            self._mean_loss.reset()
-        self.log_dict(
-            {f"{stage}/loss": loss, f"{stage}/perplexity": loss.double().exp()}, prog_bar=True, sync_dist=True
-        )
+    def _log_losses(self, stage: str, others: Sequence[str]) -> None:
+        suffixes = ["", *(f"/{Path(text).stem}" for text in others)]
+        for index, metric in enumerate(self._mean_losses):
+            suffix = suffixes[index] if index < len(suffixes) else f"/{index}"  # whose name nobody has told
+            loss = metric.compute()
+            values = {f"{stage}/loss{suffix}": loss, f"{stage}/perplexity{suffix}": loss.double().exp()}
+            self.log_dict(values, prog_bar=not index, sync_dist=True)
+        self._mean_losses = []
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the learning-rate scheduler, if there is one."""

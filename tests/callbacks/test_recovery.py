@@ -127,13 +127,17 @@ def test_a_checkpoint_holds_adapters_and_no_teacher(dense: str, tmp_path: Path) 
 def test_a_model_that_was_pruned_before_is_recovered_and_keeps_its_report(dense: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     trainer(magnitude(), KeepMasks(), Export(str(first)), max_steps=1).fit(lit(dense), data())
-    trainer(KeepMasks(str(first)), Export(str(second))).fit(lit(str(first), LoRA(2)), data())
+    text = data()
+    text.other_val = ["embedded"]
+    trainer(KeepMasks(str(first)), Export(str(second))).fit(lit(str(first), LoRA(2)), text)
     masks = load_masks(first)
     check_masks_hold(load_model(str(second)), masks)
     assert load_masks(second).keys() == masks.keys()
     report = json.loads((second / "pruning.json").read_text())
     assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
-    assert [step for step, _ in report["validation"]] == [4, 8] and (second / "validation.png").is_file()
+    curves = report["validation"]
+    assert curves["validation text"] == curves["embedded"]  # the same text twice, to see that both are measured
+    assert [step for step, _ in curves["embedded"]] == [4, 8] and (second / "validation.png").is_file()
     third = tmp_path / "third"
     trainer(KeepMasks("zeros"), Export(str(third))).fit(lit(str(first)), data())
     check_masks_hold(load_model(str(third)), masks)
