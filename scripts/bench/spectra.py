@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lit_prune.freed_memory import keep_freed_memory
 from lit_prune.models.access import read_weight
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.io import load_model
@@ -56,7 +57,9 @@ def main() -> None:
     """Print one line per metric."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
-    model = load_model(parser.parse_args().model, torch.float32)
+    options = parser.parse_args()
+    keep_freed_memory()  # as the command line does
+    model = load_model(options.model, torch.float32)
     weights = [read_weight(target.module) for target in find_targets(model, find_blocks(model))]
     metrics: dict[str, tuple[Callable[[Tensor], float], Callable[[Tensor], float]]] = {
         "alpha_peak": (lambda weight: alpha_peak(eigenvalues(weight)).alpha, plain_peak),
