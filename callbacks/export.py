@@ -14,6 +14,7 @@ from lit_prune.callbacks.prune import Prune, find_prune
 from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.errors import InputError
 from lit_prune.models.access import whole_model
+from lit_prune.models.checkpoints import by_layer
 from lit_prune.models.io import REPORT_FILE, check_output, read_json, save_pruned
 from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import PackedMask
@@ -151,7 +152,7 @@ def _masks_and_report(trainer: Trainer) -> tuple[Mapping[str, PackedMask], Pruni
     masks, file = keep_masks.masks, Path(keep_masks.source or "") / REPORT_FILE
     if not file.is_file():
         return masks, None
-    return masks, PruningReport.from_dict(read_json(file), {n.removesuffix(".weight"): m for n, m in masks.items()})
+    return masks, PruningReport.from_dict(read_json(file), by_layer(masks))
 
 
 def _monitoring(trainer: Trainer) -> ModelCheckpoint:

@@ -139,7 +139,7 @@ def drop_smallest(groups: Tensor, count: int) -> Tensor:
     if not count:
         return torch.ones_like(groups, dtype=torch.bool)
     largest_dropped = _kth_smallest(groups, count)
-    keep = groups > largest_dropped
+    keep = (groups <= largest_dropped).logical_not_()  # NaN stays, so that whoever solves next comes across it
     missing = groups.shape[1] - count - keep.sum(1, keepdim=True)
     if missing.any():  # of those that tie with it, the last ones stay
         ties = groups == largest_dropped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -104,6 +105,11 @@ class TextDataModule(LightningDataModule):
                 raise InputError(f"data.{name} is {value}: it must be at least 1")
         if isinstance(other_val, str):
             raise InputError(f"data.other_val is {other_val!r}: it must be a list of text sources, such as [embedded]")
+        names = validation_names(other_val)
+        if len(set(names)) < len(names):
+            raise InputError(
+                f"data.other_val is {list(other_val)}: two texts have one name, under which they are logged"
+            )
         if seqlen < 2:
             raise InputError(
                 f"data.seqlen is {seqlen}: it must be at least 2, so that there is a next token to predict"
@@ -199,6 +205,11 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, tokens: Tensor) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(Windows(tokens), self.batch_size, num_workers=self.num_workers)
+
+
+def validation_names(other_val: Sequence[str]) -> list[str]:
+    """Return the names under which further validation texts are logged: their sources without folder and ending."""
+    return [Path(source).stem for source in other_val]
 
 
 def _random_windows(tokens: Tensor, seqlen: int, generator: torch.Generator, count: int) -> Tensor:

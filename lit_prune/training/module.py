@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lit_prune.models.io import load_model, load_tokenizer
+from lit_prune.training.data import validation_names
 from lit_prune.training.losses import LanguageModelLoss, Loss, Student, next_token_loss
 from lit_prune.training.recovery import Everything, Trainable
 from lit_prune.training.schedules import WarmupCosine
@@ -155,7 +155,7 @@ class LitCausalLM(LightningModule):
         self._mean_losses[text].update(next_token_loss(self(input_ids), input_ids), weight=input_ids[:, 1:].numel())
 
     def _log_losses(self, stage: str, others: Sequence[str]) -> None:
-        suffixes = ["", *(f"/{Path(text).stem}" for text in others)]
+        suffixes = ["", *(f"/{name}" for name in validation_names(others))]
         for index, metric in enumerate(self._mean_losses):
             suffix = suffixes[index] if index < len(suffixes) else f"/{index}"  # whose name nobody has told
             loss = metric.compute()

@@ -21,11 +21,12 @@ import rows
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from methods import PATTERNS
 from rows import Record
 
+from lit_prune.allocators import Measured
 from lit_prune.callbacks import Export, KeepMasks, StopOnDivergence
 from lit_prune.models.io import save_pruned
-from lit_prune.ops import NM, Pattern, Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.pruning.documents import render
 from lit_prune.pruning.progress import peak_memory
@@ -35,13 +36,6 @@ from lit_prune.training.losses import Distillation, LanguageModelLoss, Loss
 from lit_prune.training.recovery import Everything, LoRA, NormsAndBiases, Trainable
 from lit_prune.training.schedules import WarmupCosine
 
-PATTERNS: dict[str, Pattern] = {
-    "70%": Unstructured(0.7),
-    "50%": Unstructured(0.5),
-    "60%": Unstructured(0.6),
-    "80%": Unstructured(0.8),
-    "2:4": NM(2, 4),
-}
 STARTS: dict[str, Reconstruction | None] = {"one-shot": None, "reconstructed": Reconstruction()}
 
 
@@ -73,12 +67,11 @@ EVERYWHERE = ("best",)
 
 
 def names() -> list[str]:
-    """Return what to compare, each after what it begins with."""
-    found = ["dense"]
-    for pattern in PATTERNS:
-        recoveries = [name for name in RECOVERIES if pattern == "70%" or name in EVERYWHERE]
-        found += [f"{pattern} {name}" for name in (*STARTS, *recoveries)]
-    return [*found, "80% full", "80% distilled"]
+    """Return what to compare; what others begin with comes first, so that several jobs find it finished."""
+    starts = [f"{pattern} {start}" for pattern in PATTERNS for start in STARTS]
+    recoveries = [f"70% {name}" for name in RECOVERIES] + ["80% full", "80% distilled"]
+    recoveries += [f"{pattern} {name}" for pattern in PATTERNS if pattern != "70%" for name in EVERYWHERE]
+    return ["dense", *starts, *recoveries]
 
 
 class Budget(Callback):
@@ -128,7 +121,14 @@ def prune_one(pattern: str, way: str, options: argparse.Namespace) -> Record:
     """Prune with the default recipe, save and evaluate."""
     module = LitCausalLM(options.model, dtype="float32")
     module.configure_model()
-    plan = PruningPlan(PATTERNS[pattern], solver=ADMM(), correction=0.3, reconstruction=STARTS[way], output_error=False)
+    plan = PruningPlan(
+        PATTERNS[pattern],
+        allocator=Measured(),
+        solver=ADMM(),
+        correction=0.3,
+        reconstruction=STARTS[way],
+        output_error=False,
+    )
     start = time.perf_counter()
     report = prune(module.model, text(options).calibration_batches(), plan)
     minutes = (time.perf_counter() - start) / 60

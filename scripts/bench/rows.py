@@ -70,6 +70,8 @@ def measure(names: Sequence[str], run: Callable[[str], Record], options: argpars
         append(options.results, {"name": options.only, "seed": options.seed, **run(options.only)})
         sys.exit()
     names = [name for name in names if any(fnmatchcase(name, match) for match in options.match)]
+    if not names:
+        sys.exit(f"no row matches {options.match}: see --list")
     if options.list:
         print("\n".join(names))
         sys.exit()

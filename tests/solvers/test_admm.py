@@ -127,6 +127,14 @@ def test_fewer_tokens_than_inputs_and_dead_inputs_are_no_trouble() -> None:
         assert relative_output_error(weight, solution.weight, LayerStats.from_inputs(inputs).gram) < 0.2
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "row"), NM(2, 4)], ids=repr)
+def test_a_nan_weight_is_an_error_and_empties_no_row(pattern: Pattern) -> None:
+    weight = torch.randn(6, 8)
+    weight[1, 2] = float("nan")
+    with pytest.raises(NumericalError, match="diverged"):
+        ADMM().solve(weight, LayerStats.from_inputs(torch.randn(64, 8)), pattern)
+
+
 def test_nan_inputs_are_an_error() -> None:
     stats = LayerStats.from_inputs(torch.full((4, 4), float("nan")))
     with pytest.raises(NumericalError, match="NaN"):

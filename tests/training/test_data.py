@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -142,3 +143,12 @@ def test_impossible_counts_are_refused(option: str, value: int) -> None:
 def test_a_tokenizer_is_needed() -> None:
     with pytest.raises(InputError, match=r"data\.tokenizer is null"):
         TextDataModule(dataset="embedded").test_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("other_val", "message"),
+    [("embedded", "it must be a list of text sources"), (["a/text.txt", "b/text.txt"], "two texts have one name")],
+)
+def test_other_validation_texts_need_names_of_their_own(other_val: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TextDataModule("random", other_val=other_val)
