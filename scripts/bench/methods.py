@@ -32,7 +32,11 @@ PATTERNS: dict[str, Pattern] = {
     "70%": Unstructured(0.7),
     "80%": Unstructured(0.8),
     "2:4": NM(2, 4),
+    "4:8": NM(4, 8),
 }
+MIXED = "4:8"
+"""The pattern of which allocators make a mixture, as AlphaPruning's paper does; 2:4 is what hardware knows, so it stays
+as it is."""
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"scorer": Magnitude()},
     "Wanda": {"scorer": Wanda()},
@@ -80,13 +84,15 @@ class Row(NamedTuple):
 
 def compared() -> dict[str, Row]:
     """Return all rows by name, what tells most first."""
-    others = [pattern for pattern in PATTERNS if pattern != "70%"]
+    others = [pattern for pattern in PATTERNS if pattern not in ("70%", MIXED)]
     found = [Row("")]
     found += [Row(method, "70%") for method in METHODS]
     found += [Row(method, "70%", allocator) for method in BEST for allocator in ALLOCATORS]
     found += [Row(method, pattern) for pattern in others for method in METHODS]
     found += [Row(method, "70%", "alpha 0.2") for method in METHODS]
-    found += [Row(method, pattern, allocator) for pattern in others for allocator in ALLOCATORS for method in BEST]
+    found += [Row(method, MIXED) for method in BEST]
+    allocated = [pattern for pattern in PATTERNS if pattern not in ("70%", "2:4")]
+    found += [Row(method, pattern, allocator) for pattern in allocated for allocator in ALLOCATORS for method in BEST]
     return {str(row): row for row in found}
 
 

@@ -21,12 +21,13 @@ import rows
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from methods import PATTERNS
+from methods import MIXED, PATTERNS
 from rows import Record
 
-from lit_prune.allocators import Measured
+from lit_prune.allocators import Measured, Uniform
 from lit_prune.callbacks import Export, KeepMasks, StopOnDivergence
-from lit_prune.models.io import save_pruned
+from lit_prune.models.io import read_json, save_pruned
+from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.pruning.documents import render
 from lit_prune.pruning.progress import peak_memory
@@ -68,9 +69,10 @@ EVERYWHERE = ("best",)
 
 def names() -> list[str]:
     """Return what to compare; what others begin with comes first, so that several jobs find it finished."""
-    starts = [f"{pattern} {start}" for pattern in PATTERNS for start in STARTS]
+    patterns = [pattern for pattern in PATTERNS if pattern != MIXED]
+    starts = [f"{pattern} {start}" for start in STARTS for pattern in patterns]
     recoveries = [f"70% {name}" for name in RECOVERIES] + ["80% full", "80% distilled"]
-    recoveries += [f"{pattern} {name}" for pattern in PATTERNS if pattern != "70%" for name in EVERYWHERE]
+    recoveries += [f"{pattern} {name}" for pattern in patterns if pattern != "70%" for name in EVERYWHERE]
     return ["dense", *starts, *recoveries]
 
 
@@ -118,19 +120,21 @@ def run(name: str, options: argparse.Namespace) -> Record:
 
 
 def prune_one(pattern: str, way: str, options: argparse.Namespace) -> Record:
-    """Prune with the default recipe, save and evaluate."""
+    """Prune with the default recipe, save and evaluate; all that begin with a pattern share one allocation."""
+    first = options.work / pattern / "one-shot" / "pruning.json"
+    allocation = None if way == "one-shot" else read_json(first)["allocation"]
     module = LitCausalLM(options.model, dtype="float32")
     module.configure_model()
     plan = PruningPlan(
         PATTERNS[pattern],
-        allocator=Measured(),
+        allocator=Measured() if isinstance(PATTERNS[pattern], Unstructured) else Uniform(),
         solver=ADMM(),
         correction=0.3,
         reconstruction=STARTS[way],
         output_error=False,
     )
     start = time.perf_counter()
-    report = prune(module.model, text(options).calibration_batches(), plan)
+    report = prune(module.model, text(options).calibration_batches(), plan, allocation=allocation)
     minutes = (time.perf_counter() - start) / 60
     folder = options.work / pattern / way
     save_pruned(folder, module.model, module.load_tokenizer(), report.masks, render(report, title=way), True)
