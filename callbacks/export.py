@@ -14,12 +14,11 @@ from lit_prune.callbacks.prune import Prune, find_prune
 from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.errors import InputError
 from lit_prune.models.access import whole_model
-from lit_prune.models.checkpoints import by_layer
-from lit_prune.models.io import REPORT_FILE, check_output, read_json, save_pruned
+from lit_prune.models.io import check_output, save_pruned
 from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import PruningReport
-from lit_prune.pruning.documents import render
+from lit_prune.pruning.documents import read_report, render
 
 
 class Export(Callback):
@@ -149,10 +148,7 @@ def _masks_and_report(trainer: Trainer) -> tuple[Mapping[str, PackedMask], Pruni
         if report is None:
             raise InputError("nothing was pruned in this run, so there is no report to export")
         return report.masks, report
-    masks, file = keep_masks.masks, Path(keep_masks.source or "") / REPORT_FILE
-    if not file.is_file():
-        return masks, None
-    return masks, PruningReport.from_dict(read_json(file), by_layer(masks))
+    return keep_masks.masks, read_report(keep_masks.source or "", keep_masks.masks)
 
 
 def _monitoring(trainer: Trainer) -> ModelCheckpoint:

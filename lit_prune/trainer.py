@@ -20,12 +20,12 @@ from lit_prune.callbacks import Prune
 from lit_prune.callbacks.prune import find_prune
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.checkpoints import by_layer, check_trusted, read_checkpoint
-from lit_prune.models.io import check_output, check_space, save_documents, save_pruned
-from lit_prune.models.peft_format import without_adapters
+from lit_prune.models.io import Format, check_output, check_space, load_masks, save_documents, save_pruned
+from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport
 from lit_prune.pruning.analysis import analyze
-from lit_prune.pruning.documents import render
+from lit_prune.pruning.documents import read_report, render
 from lit_prune.pruning.figures import analysis_figures, as_png
 from lit_prune.pruning.journal import Journal
 from lit_prune.scorers import Magnitude
@@ -105,35 +105,47 @@ class PruningTrainer(Trainer):
         self,
         model: LitCausalLM,
         datamodule: TextDataModule,
-        checkpoint: str,
+        checkpoint: str | None = None,
         output: str = "exported",
+        to: Format = "hf",
+        shard_size: str = "1GB",
         overwrite: bool = False,
         trust: bool = False,
     ) -> None:
-        """Turns a training checkpoint, sharded or not, into a Hugging Face folder; its masks are verified.
+        """Turns a training checkpoint, sharded or not, or a pruned folder into a folder to hand on; masks are verified.
 
         Args:
-            model: The language model that was trained; it says the architecture, the dtype and the tokenizer.
+            model: The language model that was trained, for architecture, dtype and tokenizer; or a pruned folder.
             datamodule: Not read.
-            checkpoint: File, or the folder of a sharded checkpoint (FSDP2, DeepSpeed).
+            checkpoint: File, or the folder of a sharded checkpoint (FSDP2, DeepSpeed); null = the model as it lies in
+                its folder.
             output: Folder to write.
+            to: As transformers saves it (hf), in files of a bounded size (hf-sharded), or kept weights and one bit for
+                each weight (bitmask: smaller, to the same bits; lit_prune.load_model reads it).
+            shard_size: Largest file, for hf-sharded.
             overwrite: Replace the folder where it exists.
             trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
         """
         check_output(output, overwrite)
-        read = read_checkpoint(checkpoint, trust)
+        read = None if checkpoint is None else read_checkpoint(checkpoint, trust)
+        masks = read.masks if read else load_masks(Path(model.pretrained).expanduser())
         model.configure_model()
-        try:
-            model.model.load_state_dict(read.weights)
-        except RuntimeError as error:
-            raise InputError(
-                f"checkpoint is {checkpoint!r}: it is not of the model {model.pretrained!r} ({first_line(error)})"
-            ) from error
-        masks, report = read.masks, read.callbacks.get("Prune", {}).get("report")
-        name = Path(model.pretrained).name
-        documents = render(PruningReport.from_dict(report, by_layer(masks)), title=name) if report else {}
+        if read:
+            try:
+                model.model.load_state_dict(read.weights)
+            except RuntimeError as error:
+                raise InputError(
+                    f"checkpoint is {checkpoint!r}: it is not of the model {model.pretrained!r} ({first_line(error)})"
+                ) from error
+            kept = read.callbacks.get("Prune", {}).get("report")
+            report = PruningReport.from_dict(kept, by_layer(masks)) if kept else None
+        else:
+            report = read_report(model.pretrained, masks)
+        documents = render(report, title=Path(model.pretrained).name) if report else {}
         with without_adapters(model.model) as adapters:
-            folder = save_pruned(output, model.model, model.load_tokenizer(), masks, adapters | documents, overwrite)
+            documents |= adapters or adapter_files(model.pretrained)
+            tokenizer = model.load_tokenizer()
+            folder = save_pruned(output, model.model, tokenizer, masks, documents, overwrite, to, shard_size)
         _show([], folder)
 
     def _check_checkpoint(self, ckpt_path: str | Path | None, trust: bool) -> bool | None:

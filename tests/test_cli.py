@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lit_prune.cli import main
-from lit_prune.models.io import load_masks, load_model, load_tokenizer, save_pruned
+from lit_prune.models.io import load_masks, load_model, load_tokenizer, read_json, save_pruned
 
 MODELS = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 48},
@@ -180,6 +180,28 @@ def test_a_checkpoint_is_resumed_and_exported(tmp_path: Path, capsys: pytest.Cap
     fails_with("holds more than tensors and plain data.*--trust", capsys, *export, evil, *other)
     fails_with("holds more than tensors and plain data.*--trust", capsys, *fit, "4", "--ckpt_path", evil)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_pruned_folder_is_exported_in_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruned, config = tmp_path / "pruned", write_config(tmp_path)
+    assert main(["prune", "-c", config, "--output", str(pruned)]) == 0
+    (pruned / "adapter").mkdir()
+    (pruned / "adapter" / "adapter_config.json").write_text("{}")
+    weights, masks = load_model(str(pruned)).state_dict(), load_masks(pruned)
+    export = ["export", "-c", config, "--model.pretrained", str(pruned), "--model.config", "null"]
+    for to in ("hf", "hf-sharded", "bitmask"):
+        out = tmp_path / to
+        assert main([*export, "--to", to, "--shard_size", "50KB", "--output", str(out)]) == 0
+        again = load_model(str(out)).state_dict()
+        assert list(again) == list(weights) and all(torch.equal(again[name], weights[name]) for name in weights)
+        assert all(torch.equal(mask.bits, masks[name].bits) for name, mask in load_masks(out).items())
+        assert read_json(out / "pruning.json") == read_json(pruned / "pruning.json")
+        assert (out / "report.html").is_file() and (out / "adapter" / "adapter_config.json").read_text() == "{}"
+    assert len(list((tmp_path / "hf-sharded").glob("model-*.safetensors"))) > 1
+    assert [file.name for file in (tmp_path / "bitmask").glob("model*")] == ["model.bitmask.safetensors"]
+    test = ["test", "-c", config, "--model.config", "null", "--model.pretrained"]
+    assert main([*test, str(tmp_path / "bitmask")]) == 0
+    fails_with("masks are asked of 'random'", capsys, "export", "-c", config, "--output", str(tmp_path / "none"))
 
 
 def test_print_config_can_be_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -24,14 +24,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from lit_prune.errors import InputError, first_line
+from lit_prune.models.bitmask import BITMASK_FILE, read_bitmask, save_bitmask
 from lit_prune.ops import PackedMask
 
+Format = Literal["hf", "hf-sharded", "bitmask"]
+"""How a model lies on disk: as transformers saves it, in files of a bounded size, or kept weights and one bit for
+each."""
 MASKS_FILE = "masks.safetensors"
 REPORT_FILE = "pruning.json"
 RANDOM = "random"
@@ -48,7 +53,7 @@ def load_model(
     """Load a causal language model in evaluation mode.
 
     Args:
-        pretrained: hub name, local Hugging Face folder, path of a GGUF file, or ``random``.
+        pretrained: hub name, local Hugging Face folder, ``bitmask`` export, path of a GGUF file, or ``random``.
         dtype: of the weights; None = as stored.
         config: for ``random``: ``model_type`` and any value of that model's config.
         trust_remote_code: whether code that comes with the model may run.
@@ -58,6 +63,8 @@ def load_model(
     """
     if pretrained == RANDOM:
         return AutoModelForCausalLM.from_config(_config_of(config), dtype=dtype or torch.float32).eval()
+    if (Path(pretrained).expanduser() / BITMASK_FILE).is_file():
+        return _load_bitmask(Path(pretrained).expanduser(), dtype, trust_remote_code).eval()
     options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     with _explained(pretrained):
         location, extra = _locate(pretrained)
@@ -66,6 +73,17 @@ def load_model(
         del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
     return model.eval()
+
+
+def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
+    with _explained(str(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        dtype = dtype or config.dtype
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if model.can_generate() and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.load_state_dict(read_bitmask(folder))
+    return model
 
 
 def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -184,8 +202,20 @@ def save_pruned(
     masks: Mapping[str, PackedMask],
     documents: Mapping[str, str | bytes],
     overwrite: bool = False,
+    to: Format = "hf",
+    shard_size: str = "1GB",
 ) -> Path:
-    """Write the Hugging Face model, its masks and ``documents`` (file name to content) as one folder, all or nothing.
+    """Write a model, its masks and ``documents`` (file name to content) as one folder, all or nothing.
+
+    Args:
+        folder: Where.
+        model: Whose pruned weights are exactly zero.
+        tokenizer: Its tokenizer, if any.
+        masks: Keep masks by parameter name.
+        documents: Further files, by name.
+        overwrite: Replace the folder where it exists.
+        to: How the weights are laid down.
+        shard_size: Largest file, for ``hf-sharded``.
 
     Raises:
         InputError: where the folder exists and ``overwrite`` is off, or the disk has no room.
@@ -195,12 +225,25 @@ def save_pruned(
     path = check_output(folder, overwrite)
     check_space(path, model)
     with replacing_folder(path) as temporary:
-        model.save_pretrained(temporary)  # type: ignore[operator]
+        _write_model(temporary, model, masks, to, shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         save_masks(temporary / MASKS_FILE, masks)
         _write_documents(temporary, documents)
     return path
+
+
+def _write_model(folder: Path, model: Any, masks: Mapping[str, PackedMask], to: Format, shard_size: str) -> None:
+    if to == "hf":
+        model.save_pretrained(folder)
+    elif to == "hf-sharded":
+        model.save_pretrained(folder, max_shard_size=shard_size)
+    else:
+        model.config.dtype = model.dtype  # as save_pretrained does it
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        save_bitmask(folder / BITMASK_FILE, model, masks)
 
 
 def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], overwrite: bool = False) -> Path:

@@ -27,6 +27,12 @@ def without_adapters(model: nn.Module) -> Iterator[dict[str, str | bytes]]:
         yield files
 
 
+def adapter_files(folder: str | Path) -> dict[str, str | bytes]:
+    """Return the files of plain adapters that lie beside a saved model, by name below its folder."""
+    files = (Path(folder).expanduser() / FOLDER).glob("*")
+    return {f"{FOLDER}/{file.name}": file.read_bytes() for file in files}
+
+
 def _files(layers: Mapping[str, Adapted]) -> dict[str, str | bytes]:
     if not layers:
         return {}

@@ -1,12 +1,16 @@
-"""The report for people: plots, an HTML page and a model card, rendered from a ``PruningReport``."""
+"""The report on disk: plots, an HTML page and a model card for people, and the data that it is read back from."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
+from lit_prune.models.checkpoints import by_layer
+from lit_prune.models.io import REPORT_FILE, read_json
+from lit_prune.ops import PackedMask
 from lit_prune.pruning.figures import as_png, by_block, kind_of
 from lit_prune.pruning.report import PruningReport
 
@@ -60,11 +64,17 @@ def render(report: PruningReport, title: str) -> dict[str, str | bytes]:
         curve = by_block(report.validation, "perplexity", log=True, over="optimizer step")
         plots["validation.png"] = as_png(curve)
     return {
-        "pruning.json": json.dumps(report.as_dict(), indent=1),
+        REPORT_FILE: json.dumps(report.as_dict(), indent=1),
         "report.html": _html(report, plots),
         "README.md": _card(report, title),
         **plots,
     }
+
+
+def read_report(folder: str | Path, masks: Mapping[str, PackedMask]) -> PruningReport | None:
+    """Return the report of a pruned folder, whose masks by parameter name are known; None where it holds no report."""
+    file = Path(folder).expanduser() / REPORT_FILE
+    return PruningReport.from_dict(read_json(file), by_layer(masks)) if file.is_file() else None
 
 
 def _by_kind(report: PruningReport, attribute: str) -> dict[str, list[tuple[int, float]]]:
