@@ -1,4 +1,4 @@
-"""The command line: ``lit-prune prune | analyze | fit | validate | test | export``."""
+"""The command line: ``lit-prune prune | analyze | fit | validate | test | evaluate | export``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FLAGS = ("--overwrite", "--resume", "--trust")
 
 
 class PruningCLI(LightningCLI):
-    """LightningCLI with the subcommands ``prune``, ``analyze`` and ``export``."""
+    """LightningCLI with the subcommands ``prune``, ``analyze``, ``evaluate`` and ``export``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -29,6 +29,7 @@ class PruningCLI(LightningCLI):
         return {
             "prune": {"model", "datamodule"},
             "analyze": {"model", "datamodule"},
+            "evaluate": {"model", "datamodule"},
             "export": {"model", "datamodule"},
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},

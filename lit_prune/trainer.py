@@ -1,4 +1,4 @@
-"""A Trainer with three more stages: prune, analyze and export."""
+"""A Trainer with four more stages: prune, analyze, evaluate and export."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from lit_prune.callbacks import Prune
 from lit_prune.callbacks.prune import find_prune
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.checkpoints import by_layer, check_trusted, read_checkpoint
-from lit_prune.models.io import Format, check_output, check_space, load_masks, save_documents, save_pruned
+from lit_prune.models.io import (
+    Format,
+    check_output,
+    check_space,
+    load_masks,
+    save_documents,
+    save_pruned,
+    write_json,
+)
 from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport
@@ -28,8 +36,13 @@ from lit_prune.pruning.analysis import analyze
 from lit_prune.pruning.documents import read_report, render
 from lit_prune.pruning.figures import analysis_figures, as_png
 from lit_prune.pruning.journal import Journal
+from lit_prune.pruning.report import scores_table
 from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.training.tasks import Harness, Scores
+
+HARNESS = Harness()
+"""How tasks are run unless told otherwise."""
 
 
 class PruningTrainer(Trainer):
@@ -165,6 +178,8 @@ class PruningTrainer(Trainer):
         output: str = "pruned",
         overwrite: bool = False,
         resume: bool = False,
+        tasks: Sequence[str] = (),
+        harness: Harness = HARNESS,
     ) -> None:
         """Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.
 
@@ -174,11 +189,15 @@ class PruningTrainer(Trainer):
             output: Folder to write.
             overwrite: Replace the folder where it exists.
             resume: Go on with a run that was killed, from its finished blocks.
+            tasks: Tasks of lm-evaluation-harness, to be run before and after; none = the perplexity alone.
+            harness: How they are run.
         """
         if self.world_size > 1:
             raise InputError(f"{self.world_size} processes: one-shot pruning runs in one, so set --trainer.devices 1")
         callback = find_prune(self)
         folder = check_output(output, overwrite)
+        if tasks:
+            harness.check(tasks)
         model.configure_model()
         check_space(folder, model)
         callback.plan.find_targets(model.model)
@@ -186,8 +205,10 @@ class PruningTrainer(Trainer):
             datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
         journal = folder.with_name(f".{folder.name}.journal")
         before = self.test(model, datamodule=datamodule, verbose=False)[0]
+        scores = [self._scores(model, tasks, harness)] if tasks else []
         with callback.at_next_test(journal, resume):
             after = self.test(model, datamodule=datamodule, verbose=False)[0]
+        scores += [self._scores(model, tasks, harness)] if tasks else []
         report = callback.report
         assert report is not None
         report.evaluation = {
@@ -195,11 +216,44 @@ class PruningTrainer(Trainer):
             "perplexity_after": after["test/perplexity"],
             "seqlen": datamodule.seqlen,
             "text": f"test text of {datamodule.sources['test']}",
+            **({"tasks": dict(zip(("before", "after"), scores, strict=True))} if scores else {}),
         }
         documents = render(report, title=Path(model.pretrained).name)
         save_pruned(folder, model.model, model.load_tokenizer(), report.masks, documents, overwrite)
         Journal.remove(journal)
         _show([report.table(), report.summary_table()], folder)
+
+    def evaluate(
+        self,
+        model: LitCausalLM,
+        datamodule: TextDataModule,
+        tasks: Sequence[str],
+        harness: Harness = HARNESS,
+        output: str | None = None,
+    ) -> Scores:
+        """Runs tasks of lm-evaluation-harness on a model; for its perplexity, see validate and test.
+
+        Args:
+            model: The language model.
+            datamodule: Not read.
+            tasks: Names of tasks or groups of tasks, such as [arc_easy, piqa].
+            harness: How they are run.
+            output: JSON file to write the scores to; null = none.
+        """
+        harness.check(tasks)
+        model.configure_model()
+        scores = self._scores(model, tasks, harness)
+        Console().print(scores_table({"score": scores}))
+        if output is not None:
+            write_json(Path(output).expanduser(), scores)
+        return scores
+
+    def _scores(self, model: LitCausalLM, tasks: Sequence[str], harness: Harness) -> Scores:
+        home = model.device
+        try:
+            return harness.evaluate(model.model.to(self.strategy.root_device).eval(), model.load_tokenizer(), tasks)
+        finally:
+            model.to(home)
 
     def analyze(
         self,

@@ -349,3 +349,47 @@ def test_a_killed_run_leaves_nothing_half_written_and_resumes(tmp_path: Path) ->
         assert torch.equal(value, load_model(str(out)).state_dict()[name])
     assert not journal.exists()
     assert sorted(p for p in os.listdir(tmp_path) if "out" in p) == ["out"]
+
+
+def write_task(folder: Path) -> Path:
+    """Write a task of twelve questions with two answers each."""
+    folder.mkdir()
+    questions = [{"question": f"{k} and {k} make", "answers": [str(2 * k), "some"], "right": k % 2} for k in range(12)]
+    (folder / "sums.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "sums.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "answers",
+        "doc_to_target": "right",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "sums.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+def test_tasks_are_run_before_and_after_pruning_and_on_a_saved_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out, scores = write_config(tmp_path), tmp_path / "out", tmp_path / "scores.json"
+    harness = ["--tasks", "[sums]", "--harness.include_path", str(write_task(tmp_path / "tasks"))]
+    assert main(["prune", "-c", config, "--output", str(out), *harness]) == 0
+    assert "sums, acc" in capsys.readouterr().out
+    tasks = read_json(out / "pruning.json")["evaluation"]["tasks"]
+    assert set(tasks) == {"before", "after"} and 0 <= tasks["before"]["sums"]["acc"] <= 1
+    assert "sums, acc" in (out / "README.md").read_text() and "sums, acc" in (out / "report.html").read_text()
+    evaluate = ["evaluate", "-c", config, "--model.config", "null", "--model.pretrained", str(out)]
+    assert main([*evaluate, *harness, "--output", str(scores)]) == 0
+    assert re.search(r"sums +│ acc +│ +[01]\.\d+ ± 0\.\d+", capsys.readouterr().out)
+    assert read_json(scores)["sums"]["acc"] == tasks["after"]["sums"]["acc"]
+    assert (
+        main([*evaluate, *harness, "--harness.limit", "3", "--output", str(scores), "--harness.num_fewshot", "1"]) == 0
+    )
+    assert read_json(scores)["sums"]["acc"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
+    fails_with("tasks are empty", capsys, *evaluate, "--tasks", "[]")
+    fails_with("there is no such folder", capsys, *evaluate, *harness[:2], "--harness.include_path", "nowhere")
+    fails_with("did you mean .*sums", capsys, *evaluate, "--tasks", "[sumz]", *harness[2:])
+    fails_with("harness.limit is 0", capsys, *evaluate, *harness, "--harness.limit", "0")

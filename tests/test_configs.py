@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lit_prune.callbacks.keep_masks import check_strategy
-from lit_prune.cli import build
+from lit_prune.cli import build, main
 from lit_prune.training import LitCausalLM, TextDataModule
 
 FOLDER = Path(__file__).parents[1] / "configs"
 STRATEGIES = sorted((FOLDER / "strategies").glob("*.yaml"))
-CONFIGS = [path for path in sorted(FOLDER.rglob("*.yaml")) if path not in STRATEGIES]
+TASKS = sorted((FOLDER / "tasks").glob("*.yaml"))
+CONFIGS = [path for path in sorted(FOLDER.rglob("*.yaml")) if path not in STRATEGIES + TASKS]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -29,6 +31,20 @@ def test_a_strategy_lies_over_a_run_and_holds_masks(strategy: Path, tmp_path: Pa
     check_strategy(cli.trainer.strategy)
 
 
+@pytest.mark.parametrize("tasks", TASKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "command", [["evaluate"], ["prune", "--config", str(FOLDER / "demo.yaml")]], ids=lambda c: c[0]
+)
+def test_tasks_lie_over_an_evaluation_and_a_pruning(
+    tasks: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--config", str(tasks), "--model.pretrained", "any", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["tasks"] == yaml.safe_load(tasks.read_text())["tasks"]
+
+
 def test_there_are_configs() -> None:
     assert CONFIGS
     assert STRATEGIES
+    assert TASKS

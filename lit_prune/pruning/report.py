@@ -151,6 +151,8 @@ class PruningReport:
             text = f"perplexity, {self.evaluation['text']}, windows of {self.evaluation['seqlen']} tokens"
             before, after = self.evaluation["perplexity_before"], self.evaluation["perplexity_after"]
             lines.append((text, f"{before:.2f} before, {after:.2f} after"))
+        for task, metric, (before, after) in scores_of(self.evaluation.get("tasks", {})):
+            lines.append((f"{task}, {metric}", f"{before} before, {after} after"))
         if self.reconstructions:
             before, after = (
                 fmean(getattr(done, when) for done in self.reconstructions) for when in ("before", "after")
@@ -195,6 +197,29 @@ class PruningReport:
         for what, value in self.summary():
             table.add_row(what, value)
         return table
+
+
+def scores_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Return scores of tasks for a terminal: by column, task and metric, a standard error beside each."""
+    table = Table(title="Tasks")
+    for column in ("task", "metric", *columns):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, metric, values in scores_of(columns):
+        table.add_row(task, metric, *values)
+    return table
+
+
+def scores_of(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[tuple[str, str, list[str]]]:
+    """Return every task and metric with its scores as text, one for each column."""
+    found = []
+    for task, metrics in next(iter(columns.values()), {}).items():
+        for metric in (name for name in metrics if not name.endswith("_stderr")):
+            values = [
+                f"{scores[task][metric]:.4f} ± {scores[task].get(f'{metric}_stderr', float('nan')):.4f}"
+                for scores in columns.values()
+            ]
+            found.append((task, metric, values))
+    return found
 
 
 def _weighted(layers: Iterable[LayerReport], attribute: str) -> float:
