@@ -121,6 +121,7 @@ class Export(Callback):
         masks, report = _masks_and_report(trainer)
         if report is not None:
             report.validation = self.validation
+            report.recipes += [recipe] if (recipe := getattr(trainer, "recipe", None)) else []
         model = pl_module.get_submodule("model")
         with whole_model(model) as whole, without_adapters(whole) as adapters:
             if str(trainer.precision).endswith("-true"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -13,7 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
 from lit_prune.cli_errors import explain
 from lit_prune.freed_memory import keep_freed_memory
-from lit_prune.models.io import disable_model_progress_bars
+from lit_prune.models.io import disable_model_progress_bars, hub_model
+from lit_prune.pruning.report import Recipe
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule
 
@@ -22,6 +25,11 @@ _FLAGS = ("--overwrite", "--resume", "--trust")
 
 class PruningCLI(LightningCLI):
     """LightningCLI with the subcommands ``prune``, ``analyze``, ``evaluate`` and ``export``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Note the arguments, and do as the parent does."""
+        self.arguments: list[str] = list(kwargs["args"])
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -44,6 +52,18 @@ class PruningCLI(LightningCLI):
         # The parent reads hyper-parameters out of the checkpoint before anyone has looked whether it is safe; a
         # LitCausalLM keeps none there.
         pass
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer, and tell the trainer how it was started."""
+        super().instantiate_classes()
+        parser = self._parser(self.subcommand)
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        self.trainer.recipe = Recipe(  # type: ignore[attr-defined]
+            command=shlex.join(["lit-prune", *self.arguments]),
+            config=parser.dump(config, skip_none=False),
+            base_model=hub_model(self.model.pretrained),
+            datasets=self.datamodule.hub_names(training=self.subcommand == "fit"),
+        )
 
     def before_instantiate_classes(self) -> None:
         """Give the data the model's tokenizer where none is named."""

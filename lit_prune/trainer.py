@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import nn
 
 from lit_prune.allocators import AlphaPruning
 from lit_prune.callbacks import Prune
 from lit_prune.callbacks.prune import find_prune
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.checkpoints import by_layer, check_trusted, read_checkpoint
+from lit_prune.models.generate import continuations
 from lit_prune.models.io import (
     Format,
     check_output,
@@ -32,21 +35,25 @@ from lit_prune.models.io import (
 from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport
-from lit_prune.pruning.analysis import analyze
+from lit_prune.pruning.analysis import analyze, spectra_of
 from lit_prune.pruning.documents import read_report, render
 from lit_prune.pruning.figures import analysis_figures, as_png
 from lit_prune.pruning.journal import Journal
-from lit_prune.pruning.report import scores_table
+from lit_prune.pruning.report import Recipe, Sample, scores_table
 from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.tasks import Harness, Scores
 
+PROMPTS = ("The capital of France is", "The most important thing about a good bridge is")
 HARNESS = Harness()
 """How tasks are run unless told otherwise."""
 
 
 class PruningTrainer(Trainer):
     """Lightning's Trainer that can also prune, analyze and export, and that runs no code out of a checkpoint."""
+
+    recipe: Recipe | None = None
+    """How it was started, where the command line did."""
 
     def fit(  # type: ignore[override]
         self,
@@ -180,6 +187,7 @@ class PruningTrainer(Trainer):
         resume: bool = False,
         tasks: Sequence[str] = (),
         harness: Harness = HARNESS,
+        prompts: Sequence[str] = PROMPTS,
     ) -> None:
         """Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.
 
@@ -191,6 +199,7 @@ class PruningTrainer(Trainer):
             resume: Go on with a run that was killed, from its finished blocks.
             tasks: Tasks of lm-evaluation-harness, to be run before and after; none = the perplexity alone.
             harness: How they are run.
+            prompts: Beginnings that the model goes on from, before and after, for the report.
         """
         if self.world_size > 1:
             raise InputError(f"{self.world_size} processes: one-shot pruning runs in one, so set --trainer.devices 1")
@@ -200,15 +209,18 @@ class PruningTrainer(Trainer):
             harness.check(tasks)
         model.configure_model()
         check_space(folder, model)
-        callback.plan.find_targets(model.model)
+        targets = callback.plan.find_targets(model.model)[1]
         if callback.plan.needs_data:
             datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
         journal = folder.with_name(f".{folder.name}.journal")
         before = self.test(model, datamodule=datamodule, verbose=False)[0]
         scores = [self._scores(model, tasks, harness)] if tasks else []
+        texts = [self._continuations(model, prompts)]
+        spectra = spectra_of(targets, callback.plan.allocator)
         with callback.at_next_test(journal, resume):
             after = self.test(model, datamodule=datamodule, verbose=False)[0]
         scores += [self._scores(model, tasks, harness)] if tasks else []
+        texts.append(self._continuations(model, prompts))
         report = callback.report
         assert report is not None
         report.evaluation = {
@@ -218,6 +230,9 @@ class PruningTrainer(Trainer):
             "text": f"test text of {datamodule.sources['test']}",
             **({"tasks": dict(zip(("before", "after"), scores, strict=True))} if scores else {}),
         }
+        report.spectra = spectra
+        report.samples = [Sample(*sample) for sample in zip(prompts, *texts, strict=True)]
+        report.recipes = [self.recipe] if self.recipe else []
         documents = render(report, title=Path(model.pretrained).name)
         save_pruned(folder, model.model, model.load_tokenizer(), report.masks, documents, overwrite)
         Journal.remove(journal)
@@ -249,11 +264,21 @@ class PruningTrainer(Trainer):
         return scores
 
     def _scores(self, model: LitCausalLM, tasks: Sequence[str], harness: Harness) -> Scores:
-        home = model.device
+        with self._at_work(model) as whole:
+            return harness.evaluate(whole, model.load_tokenizer(), tasks)
+
+    def _continuations(self, model: LitCausalLM, prompts: Sequence[str]) -> list[str]:
+        with self._at_work(model) as whole:
+            return continuations(whole, model.load_tokenizer(), prompts)
+
+    @contextmanager
+    def _at_work(self, model: LitCausalLM) -> Iterator[nn.Module]:
+        """Yield the transformers model on the strategy's device, in evaluation mode."""
+        home, training = model.device, model.model.training
         try:
-            return harness.evaluate(model.model.to(self.strategy.root_device).eval(), model.load_tokenizer(), tasks)
+            yield model.model.to(self.strategy.root_device).eval()
         finally:
-            model.to(home)
+            model.model.train(training).to(home)
 
     def analyze(
         self,

@@ -86,6 +86,11 @@ def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bo
     return model
 
 
+def hub_model(pretrained: str) -> str | None:
+    """Return the name of a model on the hub, or None for one that is a file, a folder or random."""
+    return None if pretrained == RANDOM or Path(pretrained).expanduser().exists() else pretrained
+
+
 def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to ``pretrained`` (bytes for ``random``)."""
     if pretrained == RANDOM:

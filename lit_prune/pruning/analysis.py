@@ -11,7 +11,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from lit_prune.allocators import AlphaPruning
+from lit_prune.allocators import AlphaPruning, Measured
+from lit_prune.allocators.base import Allocator
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.access import read_weight
 from lit_prune.models.io import model_fingerprint
@@ -20,6 +21,7 @@ from lit_prune.ops.masks import check_sparsity
 from lit_prune.ops.parallel import in_parallel
 from lit_prune.ops.spectrum import METRICS, PowerLaw, alpha_peak
 from lit_prune.pruning.plan import as_layer
+from lit_prune.pruning.report import Spectrum
 
 _SHOWN = ("alpha_peak", "alpha_mid", "stable_rank", "entropy")
 
@@ -88,6 +90,21 @@ class Analysis:
             ]
             table.add_row(str(block), *(f"{value:.3f}" for value in means), *(f"{share:.2%}" for share in shares))
         return table
+
+
+def spectra_of(targets: Sequence[Target], allocator: Allocator) -> dict[str, Spectrum]:
+    """Return the spectra of the first, middle and last block's first layer, by name; none unless spectra allocate."""
+    prior = allocator.prior if isinstance(allocator, Measured) else allocator
+    if not isinstance(prior, AlphaPruning) or not targets:
+        return {}
+    blocks = sorted({target.block for target in targets})
+    shown = {blocks[0], blocks[len(blocks) // 2], blocks[-1]}
+    found = {}
+    for block in sorted(shown):
+        target = next(target for target in targets if target.block == block)
+        values = prior.spectrum(read_weight(target.module))
+        found[target.name] = Spectrum([float(f"{value:.6g}") for value in values.tolist()], alpha_peak(values))
+    return found
 
 
 def analyze(

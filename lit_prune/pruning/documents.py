@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
+from matplotlib.figure import Figure
 
 from lit_prune.models.checkpoints import by_layer
 from lit_prune.models.io import REPORT_FILE, read_json
 from lit_prune.ops import PackedMask
-from lit_prune.pruning.figures import as_png, by_block, kind_of
+from lit_prune.pruning import pages
+from lit_prune.pruning.figures import (
+    Points,
+    as_png,
+    as_svg,
+    bars,
+    by_block,
+    histogram,
+    kind_of,
+    mask_pictures,
+)
 from lit_prune.pruning.report import PruningReport
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Pruning report</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .15rem .8rem; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }} tr:nth-child(even) {{ background: #f4f5f7 }}
-img {{ max-width: 100% }} pre {{ background: #f4f5f7; padding: 1rem; overflow: auto }}
-</style></head><body><h1>Pruning report</h1>
-{summary}{plots}<h2>Layers</h2>{layers}<h2>Plan</h2><pre>{plan}</pre></body></html>
-"""
-
+PAGE_FILE = "report.html"
 _CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [pruned, sparse]
+{front}
 ---
 
-# {title}
+# {title}, pruned
 
-Pruned with lit-prune. Open it with
+{sparsity} of the weights of its linear layers are zero: {method}. It opens with plain
 `transformers.AutoModelForCausalLM.from_pretrained`; the zeros are in the weights.
 
 | | |
 |---|---|
 {summary}
+
+{plots}
 
 `masks.safetensors` holds the keep masks, one bit per weight. `pruning.json` and `report.html` say what happened to
 every layer. The plan:
@@ -46,27 +49,18 @@ every layer. The plan:
 {plan}
 ```
 """
+_PLOTS = ("sparsity", "output_error", "block_error", "validation")
+"""Figures that are files too, for the model card."""
 
 
 def render(report: PruningReport, title: str) -> dict[str, str | bytes]:
     """Return every document of a pruned model's folder: file name to content."""
-    plots = {"sparsity.png": as_png(by_block(_by_kind(report, "reached"), "sparsity", limits=(0, 1)))}
-    if any(layer.output_error for layer in report.layers):
-        errors = by_block(_by_kind(report, "output_error"), "relative output error", log=True)
-        plots["output_error.png"] = as_png(errors)
-    if report.reconstructions:
-        blocks = {
-            f"{when} reconstruction": [(done.block, getattr(done, when)) for done in report.reconstructions]
-            for when in ("before", "after")
-        }
-        plots["block_error.png"] = as_png(by_block(blocks, "relative error of the block's output", log=True))
-    if report.validation:
-        curve = by_block(report.validation, "perplexity", log=True, over="optimizer step")
-        plots["validation.png"] = as_png(curve)
+    figures = report_figures(report)
+    plots = {f"{name}.png": as_png(figures[name]) for name in _PLOTS if name in figures}
     return {
         REPORT_FILE: json.dumps(report.as_dict(), indent=1),
-        "report.html": _html(report, plots),
-        "README.md": _card(report, title),
+        PAGE_FILE: _page(report, title, {name: as_svg(figure) for name, figure in figures.items()}),
+        "README.md": _card(report, title, list(plots)),
         **plots,
     }
 
@@ -77,19 +71,106 @@ def read_report(folder: str | Path, masks: Mapping[str, PackedMask]) -> PruningR
     return PruningReport.from_dict(read_json(file), by_layer(masks)) if file.is_file() else None
 
 
-def _by_kind(report: PruningReport, attribute: str) -> dict[str, list[tuple[int, float]]]:
-    series: dict[str, list[tuple[int, float]]] = {}
+def report_figures(report: PruningReport) -> dict[str, Figure]:
+    """Return every figure that there is something to show in, by name."""
+    figures = {"sparsity": by_block(_by_kind(report, "reached"), "sparsity", limits=(0, 1))}
+    if any(layer.output_error for layer in report.layers):
+        figures["output_error"] = by_block(_by_kind(report, "output_error"), "relative output error", log=True)
+    if report.reconstructions:
+        blocks: dict[str, Points] = {
+            f"{when} reconstruction": [(done.block, getattr(done, when)) for done in report.reconstructions]
+            for when in ("before", "after")
+        }
+        figures["block_error"] = by_block(blocks, "relative error of the block's output", log=True)
+    if report.validation:
+        figures["validation"] = by_block(report.validation, "perplexity", log=True, over="optimizer step")
+    if report.metrics:
+        series: dict[str, list[tuple[float, float]]] = {}
+        for layer in report.layers:
+            series.setdefault(kind_of(layer.name), []).append((layer.block, report.metrics[layer.name]))
+        figures["metric"] = by_block(series, "the allocator's metric")
+    for name, spectrum in report.spectra.items():
+        figures[f"esd_{name}"] = histogram(name, np.array(spectrum.eigenvalues), spectrum.tail)
+    if report.layers:
+        blocks_of = sorted({layer.block for layer in report.layers})
+        middle = blocks_of[len(blocks_of) // 2]
+        figures["masks"] = mask_pictures({layer.name: layer.mask for layer in report.layers if layer.block == middle})
+    if report.seconds:
+        figures["seconds"] = bars(report.seconds, "seconds")
+    return figures
+
+
+def _by_kind(report: PruningReport, attribute: str) -> dict[str, list[tuple[float, float]]]:
+    series: dict[str, list[tuple[float, float]]] = {}
     for layer in report.layers:
         series.setdefault(kind_of(layer.name), []).append((layer.block, getattr(layer, attribute)))
     return series
 
 
-def _html(report: PruningReport, plots: dict[str, bytes]) -> str:
-    images = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-        for name, data in plots.items()
+def _page(report: PruningReport, title: str, figures: Mapping[str, str]) -> str:
+    """Return the report as a page."""
+    spectra = [svg for name, svg in figures.items() if name.startswith("esd_")]
+    return pages.page(
+        f"{title}, pruned",
+        pages.headline(report.headline()),
+        pages.section("What was asked, what came out", "", pages.facts(report.summary())),
+        pages.section(
+            "What it writes",
+            "The likeliest continuation of the same beginning, by the dense model and by this one.",
+            *(
+                pages.samples(sample.prompt, {"before": sample.before, "after": sample.after})
+                for sample in report.samples
+            ),
+        ),
+        pages.section(
+            "Perplexity while training",
+            "Of each validation text; a curve that rises while another falls tells of over-fitting.",
+            pages.plots(figures.get("validation", "")),
+        ),
+        pages.section(
+            "Sparsity by layer",
+            "The share of each layer's weights that is zero, by block.",
+            pages.plots(figures.get("sparsity", "")),
+        ),
+        pages.section(
+            "Output error by layer",
+            "How far each layer's outputs on the calibration text have moved, as the solver left it: ‖X(W' − W)ᵀ‖² / "
+            "‖XWᵀ‖².",
+            pages.plots(figures.get("output_error", "")),
+        ),
+        pages.section(
+            "Reconstruction",
+            "How far each block's outputs are from the dense block's, before its kept weights were trained and after.",
+            pages.plots(figures.get("block_error", "")),
+        ),
+        pages.section(
+            "What the allocation was made from",
+            "The shape metric of each weight's spectrum: layers with a heavier tail keep more.",
+            pages.plots(figures.get("metric", "")),
+            pages.gallery(spectra),
+        ),
+        pages.section(
+            "Masks",
+            "The layers of the middle block, outputs down, inputs across: full colour where all weights are kept, none "
+            "where none is.",
+            pages.plots(figures.get("masks", "")),
+        ),
+        pages.section("Time by stage", "", pages.plots(figures.get("seconds", ""))),
+        pages.section("Layers", "", pages.folded(f"all {len(report.layers)}", _layers(report))),
+        pages.section(
+            "Do it again",
+            "The command and the whole configuration of this run.",
+            *(pages.preformatted(text) for recipe in report.recipes for text in (recipe.command, recipe.config)),
+        ),
+        pages.section(
+            "Plan, model and data",
+            "",
+            pages.folded("as JSON", pages.preformatted(json.dumps(report.identity, indent=1))),
+        ),
     )
-    header = ("layer", "shape", "asked", "reached", "output error", "seconds")
+
+
+def _layers(report: PruningReport) -> str:
     rows = [
         (
             layer.name,
@@ -101,20 +182,44 @@ def _html(report: PruningReport, plots: dict[str, bytes]) -> str:
         )
         for layer in report.layers
     ]
-    return _PAGE.format(
-        summary=_rows(report.summary()),
-        plots=images,
-        layers=_rows(rows, header),
-        plan=escape(json.dumps(report.identity, indent=1)),
+    return pages.table(rows, ("layer", "shape", "asked", "reached", "output error", "seconds"))
+
+
+def _card(report: PruningReport, title: str, plots: Sequence[str]) -> str:
+    """Return the model card of the Hugging Face hub."""
+    scores = []
+    if "perplexity_after" in report.evaluation:
+        text, seqlen = report.evaluation["text"], report.evaluation["seqlen"]
+        name = f"{text}, windows of {seqlen} tokens"
+        scores.append(_result(text, name, "perplexity", report.evaluation["perplexity_after"]))
+    for task, metrics in report.evaluation.get("tasks", {}).get("after", {}).items():
+        scores += [_result(task, task, name, value) for name, value in metrics.items() if not name.endswith("_stderr")]
+    front = ModelCardData(
+        base_model=next((recipe.base_model for recipe in report.recipes if recipe.base_model), None),
+        datasets=sorted({name for recipe in report.recipes for name in recipe.datasets}) or None,
+        metrics=sorted({score.metric_type for score in scores}) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "lit-prune"],
+        model_name=f"{title}-pruned",
+        eval_results=scores or None,
+    )
+    return _CARD.format(
+        front=front.to_yaml(),
+        title=title,
+        method=report.method,
+        sparsity=f"{report.sparsity:.2%}",
+        summary="\n".join(f"| {what} | {value} |" for what, value in report.summary()),
+        plots="\n\n".join(f"![{plot.removesuffix('.png').replace('_', ' ')}]({plot})" for plot in plots),
+        plan=json.dumps(report.identity["plan"], indent=1),
     )
 
 
-def _rows(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _card(report: PruningReport, title: str) -> str:
-    summary = "\n".join(f"| {what} | {value} |" for what, value in report.summary())
-    return _CARD.format(title=title, summary=summary, plan=json.dumps(report.identity["plan"], indent=1))
+def _result(dataset_type: str, dataset_name: str, metric: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset_type,
+        dataset_name=dataset_name,
+        metric_type=metric,
+        metric_value=value,
+    )

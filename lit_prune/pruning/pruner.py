@@ -71,7 +71,10 @@ def prune(
     with evaluation_mode(model):
         dense = DenseModel(model, blocks, targets, calibration, plan, stages, forward_context)
         gradients = dense.gradients()
-        report.allocation = dict(allocation or plan.allocate(targets, dense.evidence(gradients), dense.metrics()))
+        if allocation is None:
+            evidence, report.metrics = dense.evidence(gradients), dense.metrics()
+            allocation = plan.allocate(targets, evidence, report.metrics)
+        report.allocation = dict(allocation)
         patterns = plan.patterns(targets, report.allocation, sparsity)
         replay = dense.replay() if plan.needs_replay else None
         reference = replay.fork() if replay and plan.needs_reference else None

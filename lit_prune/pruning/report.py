@@ -11,8 +11,12 @@ from typing import Any
 
 from rich.table import Table
 
+from lit_prune.errors import InputError
 from lit_prune.ops import PackedMask
+from lit_prune.ops.spectrum import PowerLaw
 
+_FORMAT = 1
+"""Of ``pruning.json``; docs/pruning.schema.json describes it."""
 _VERSIONED = ("lit-prune", "torch", "transformers")
 
 
@@ -76,6 +80,42 @@ class ReconstructionReport:
     """Names of the norms and biases that were trained beside the pruned weights."""
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """The eigenvalues of a dense weight, and the power law fitted to their tail."""
+
+    eigenvalues: list[float]
+    """Of ``WᵀW``, ascending."""
+    tail: PowerLaw
+    """The fit."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model writes, before it is pruned and after."""
+
+    prompt: str
+    """How both begin."""
+    before: str
+    """How the dense model goes on."""
+    after: str
+    """How the pruned one does."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run was started."""
+
+    command: str
+    """The command line."""
+    config: str
+    """The whole configuration, as YAML."""
+    base_model: str | None = None
+    """Name of the dense model on the hub; None where it came from elsewhere."""
+    datasets: list[str] = field(default_factory=list)
+    """Names on the hub of the sets that calibrated and trained it."""
+
+
 @dataclass
 class PruningReport:
     """What a run did: by layer, by stage, and before and after."""
@@ -92,8 +132,17 @@ class PruningReport:
     """Seconds spent in each stage: ``record``, ``calibrate``, ``solve``, ``reconstruct``, ``propagate``."""
     peak_memory: int | None = None
     """Peak memory of the process (of the GPU where one is used), in bytes."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the allocator measured of every layer's weight, by name; empty where it measures nothing."""
     evaluation: dict[str, Any] = field(default_factory=dict)
-    """``perplexity_before``, ``perplexity_after``, ``seqlen``, ``text``: filled in by whoever evaluates."""
+    """``perplexity_before``, ``perplexity_after``, ``seqlen``, ``text``, and ``tasks``, the scores ``before`` and
+    ``after``: filled in by whoever evaluates."""
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+    """Of a few layers, by name."""
+    samples: list[Sample] = field(default_factory=list)
+    """What the model writes."""
+    recipes: list[Recipe] = field(default_factory=list)
+    """How to do it again: the runs that made the model, in order."""
     validation: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """Perplexity of each validation text in the training that followed: (optimizer step, perplexity)."""
 
@@ -115,6 +164,7 @@ class PruningReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data: the content of ``pruning.json``."""
         return {
+            "format": _FORMAT,
             "sparsity": self.sparsity,
             "evaluation": self.evaluation,
             "validation": {text: [list(point) for point in curve] for text, curve in self.validation.items()},
@@ -122,6 +172,13 @@ class PruningReport:
             "peak_memory": self.peak_memory,
             **self.identity,
             "allocation": self.allocation,
+            "metrics": self.metrics,
+            "spectra": {
+                name: {"eigenvalues": spectrum.eigenvalues, "tail": spectrum.tail._asdict()}
+                for name, spectrum in self.spectra.items()
+            },
+            "samples": [asdict(sample) for sample in self.samples],
+            "recipes": [asdict(recipe) for recipe in self.recipes],
             "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
             "layers": [layer.as_dict() for layer in self.layers],
             "reconstructions": [asdict(done) for done in self.reconstructions],
@@ -129,12 +186,29 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> PruningReport:
-        """Rebuild a report from ``as_dict`` and the masks by layer name."""
+        """Rebuild a report from ``as_dict`` and the masks by layer name.
+
+        Raises:
+            InputError: where another version wrote it, in another format.
+        """
+        if content.get("format") != _FORMAT:
+            writer = content.get("versions", {}).get("lit-prune", "another program")
+            raise InputError(
+                f"a report is in format {content.get('format')!r}, written by lit-prune {writer}: this version, "
+                f"{version('lit-prune')}, reads format {_FORMAT}; prune again, or install that version"
+            )
         return cls(
             identity={name: content[name] for name in ("plan", "model", "data")},
             layers=[LayerReport.from_dict(layer, masks[layer["name"]]) for layer in content["layers"]],
-            reconstructions=[ReconstructionReport(**done) for done in content.get("reconstructions", [])],
+            reconstructions=[ReconstructionReport(**done) for done in content["reconstructions"]],
             allocation=dict(content["allocation"]),
+            metrics=dict(content["metrics"]),
+            spectra={
+                name: Spectrum(spectrum["eigenvalues"], PowerLaw(**spectrum["tail"]))
+                for name, spectrum in content["spectra"].items()
+            },
+            samples=[Sample(**sample) for sample in content["samples"]],
+            recipes=[Recipe(**recipe) for recipe in content["recipes"]],
             seconds=dict(content["seconds"]),
             peak_memory=content["peak_memory"],
             evaluation=dict(content["evaluation"]),
@@ -143,6 +217,25 @@ class PruningReport:
                 for text, curve in content["validation"].items()
             },
         )
+
+    @property
+    def method(self) -> str:
+        """The methods of the plan in a few words, such as ``Wanda + SparseGPT, AlphaPruning``."""
+        plan = self.identity["plan"]
+        named = [plan[part]["class_path"] for part in ("scorer", "solver") if plan[part] is not None]
+        how = [" + ".join(name for name in named if name != "Zero")]
+        how += [plan["allocator"]["class_path"]] if plan["allocator"]["class_path"] != "Uniform" else []
+        how += [f"correction {plan['correction']}"] if plan["correction"] else []
+        return ", ".join([*how, *(["reconstruction"] if self.reconstructions else [])])
+
+    def headline(self) -> dict[str, str]:
+        """Return the few numbers that matter most, by what they are."""
+        found = {"sparsity": f"{self.sparsity:.2%}", "method": self.method}
+        if "perplexity_before" in self.evaluation:
+            before, after = self.evaluation["perplexity_before"], self.evaluation["perplexity_after"]
+            found["perplexity"] = f"{before:,.2f} → {after:,.2f}"
+        found["minutes"] = f"{sum(self.seconds.values()) / 60:.1f}"
+        return found
 
     def summary(self) -> list[tuple[str, str]]:
         """Return the run in a few lines: (what, how much)."""

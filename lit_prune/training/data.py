@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_prune.errors import InputError
 from lit_prune.models.io import load_tokenizer
 from lit_prune.training.resumable import ResumableLoader
-from lit_prune.training.text import Split, read_documents
+from lit_prune.training.text import Split, hub_name, read_documents
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -153,6 +153,11 @@ class TextDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the test windows in order."""
         return self._loader(self._windows(self.sources["test"], "test"))
+
+    def hub_names(self, training: bool) -> list[str]:
+        """Return the names on the hub of the sets that calibrate and, where there is a ``training``, train."""
+        sources = {self.calibration, self.sources["train"]} if training else {self.calibration}
+        return sorted(name for name in map(hub_name, sources) if name)
 
     def calibration_batches(self) -> list[Tensor]:
         """Return the calibration set: batches of token ids ``[sequences, seqlen]`` (int64), a seeded sample.

@@ -38,6 +38,13 @@ _KNOWN = {
 }
 
 
+def hub_name(source: str) -> str | None:
+    """Return the name of a source on the hub, or None for the embedded corpus and files."""
+    if source == EMBEDDED or Path(source).expanduser().is_file():
+        return None
+    return _KNOWN[source].name if source in _KNOWN else source.partition(":")[0]
+
+
 def read_documents(source: str, split: Split, column: str, limit: int) -> list[str]:
     """Return the documents of a source.
 

@@ -1,0 +1,40 @@
+"""Text that a model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def continuations(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int = 40
+) -> list[str]:
+    """Return how the model goes on from each prompt, its likeliest token each time.
+
+    Args:
+        model: a causal language model; its mode is restored.
+        tokenizer: its tokenizer.
+        prompts: beginnings.
+        tokens: how many are written, at most.
+    """
+    training = model.training
+    model.eval()
+    generator: Any = model
+    found = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(generator.device)
+        written = generator.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        found.append(str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
+    model.train(training)
+    return found
