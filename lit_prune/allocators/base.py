@@ -44,6 +44,9 @@ class Allocator(ABC):
     needs: frozenset[str] = frozenset()
     """What must be known of the dense model before the allocation, of ``input_sq_norm``, ``gram``, ``output_error``."""
 
+    observed_sequences: int | None = None
+    """How many calibration sequences, the first ones, ``observe`` is told about; None = all."""
+
     def observe(
         self,
         layers: Sequence[Layer],

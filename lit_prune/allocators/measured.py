@@ -28,7 +28,8 @@ class Measured(Allocator):
     scorer and solver: ``mean_t ||B'(h)_t - B(h)_t||² / ||B(h)_t||²`` over the calibration tokens. It is measured at the
     target and ``spread`` below and above it (at most half of the way to 0 and to 1; with N:M at whole N, one at the
     least), and interpolated in between: its logarithm by a parabola that never falls. No block leaves the range that
-    was tried, and all layers of a block get the same. Costs three solves and five forward passes of every block.
+    was tried, and all layers of a block get the same. Costs three solves of every block, by the solver's draft, and
+    five forward passes over some of the sequences.
 
     Errors of dense blocks do not know what happens to an error on its way through the blocks behind. Another allocator
     can have a say: each sparsity is then ``trust * measured + (1 - trust) * prior``. The method is this project's own.
@@ -43,6 +44,7 @@ class Measured(Allocator):
         spread: float = 0.1,
         prior: Allocator | None = None,
         trust: float = 0.5,
+        sequences: int | None = 8,
         min_sparsity: float = 0.0,
         max_sparsity: float = 0.99,
     ) -> None:
@@ -52,6 +54,7 @@ class Measured(Allocator):
             spread: How far below and above the target blocks are tried.
             prior: Another allocator that has a say; null = none.
             trust: Share of the measured allocation beside a prior, in [0, 1].
+            sequences: Calibration sequences that blocks are tried on; null = all.
             min_sparsity: No layer gets less.
             max_sparsity: No layer gets more.
         """
@@ -59,10 +62,13 @@ class Measured(Allocator):
             raise InputError(f"spread is {spread!r}: it must be in (0, 1), such as 0.1")
         if not 0 <= trust <= 1:
             raise InputError(f"trust is {trust!r}: it must be in [0, 1], such as 0.5")
+        if sequences is not None and sequences < 1:
+            raise InputError(f"sequences is {sequences!r}: it must be 1 or more, or null for all")
         check_bounds(min_sparsity, max_sparsity)
         self.spread = spread
         self.prior = prior
         self.trust = trust
+        self.sequences = self.observed_sequences = sequences
         self.min_sparsity = min_sparsity
         self.max_sparsity = max_sparsity
         self.needs = frozenset({"output_error"}) | (prior.needs if prior else frozenset())

@@ -328,6 +328,11 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in inputs.items()}
 
 
+def count_sequences(batch: Batch) -> int:
+    """Return the number of sequences in a batch."""
+    return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+
+
 def split_batch(batch: Batch, sequences: int) -> list[Batch]:
     """Return a batch as batches of ``sequences`` sequences, or fewer in the last one."""
     if isinstance(batch, Tensor):

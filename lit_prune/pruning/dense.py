@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune.models.access import read_weight, weights_restored, write_weight
 from lit_prune.models.blocks import Block
-from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, resident, split_batch
+from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, count_sequences, resident, split_batch
 from lit_prune.models.gradients import gradient_norms
 from lit_prune.models.io import model_fingerprint, read_json, write_json
 from lit_prune.models.targets import Target
@@ -33,13 +33,13 @@ class DenseModel:
     stages: Stages
     forward_context: ForwardContext
 
-    def replay(self) -> BlockReplay:
-        """Return a replay of the calibration set that stands before the first block."""
+    def replay(self, sequences: int | None = None) -> BlockReplay:
+        """Return a replay of the first sequences (None = all) of the calibration set, before the first block."""
         with self.stages.stage("record"):
             return BlockReplay(
                 self.model,
                 self.blocks,
-                self._batches(),
+                _first(self._batches(), sequences),
                 self.plan.device,
                 self.plan.hidden_device,
                 self.forward_context,
@@ -63,7 +63,7 @@ class DenseModel:
             return {}
         tried = "output_error" in allocator.needs
         needs = allocator.needs - {"output_error"} | (self.plan.method_needs if tried else frozenset())
-        replay, evidence = self.replay(), {}
+        replay, evidence = self.replay(allocator.observed_sequences), {}
         for block in self.blocks:
             mine = [target for target in self.targets if target.block == block.index]
             with self.stages.stage("observe", block.index), resident(block.module, self.plan.device):
@@ -89,10 +89,11 @@ class DenseModel:
         stats: Mapping[str, LayerStats],
         pattern: Pattern,
     ) -> float:
-        """Prune a block's targets as the plan does, and return its output error; the dense weights come back."""
+        """Prune a block's targets as the plan drafts it, and return its output error; the dense weights come back."""
+        draft = replace(self.plan, solver=self.plan.solver.draft())
         with weights_restored([target.module for target in targets]):
             for target in targets:
-                solution = self.plan.solve(target.name, read_weight(target.module), stats[target.name], pattern)
+                solution = draft.solve(target.name, read_weight(target.module), stats[target.name], pattern)
                 write_weight(target.module, solution.weight)
             return replay.output_error(targets[0].block, outputs)
 
@@ -125,3 +126,16 @@ class DenseModel:
                 self.plan.cache,
                 self.forward_context,
             )
+
+
+def _first(batches: Sequence[Batch], sequences: int | None) -> Sequence[Batch]:
+    """Return the first sequences of batches, the last batch cut where it must be."""
+    if sequences is None:
+        return batches
+    found: list[Batch] = []
+    for batch in batches:
+        left = sequences - sum(count_sequences(part) for part in found)
+        if left <= 0:
+            break
+        found.append(split_batch(batch, left)[0])
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import ClassVar, Literal, final
 
 import torch
@@ -16,6 +17,10 @@ from lit_prune.solvers.base import Solution, Solver
 
 _RHO = (0.05, 1.0)
 """Penalty of the first and the last iteration of the continuation."""
+
+
+_DRAFT_ITERATIONS, _DRAFT_POLISH = 6, 2
+"""Effort of a draft, at most."""
 
 
 @final
@@ -126,6 +131,13 @@ class ADMM(Solver):
         if not solved.isfinite().all():
             raise NumericalError(f"ADMM diverged at damping {self.damping:g}: use a larger one")
         return Solution(solved.to(weight.dtype).masked_fill_(~keep, 0.0), keep)
+
+    def draft(self) -> ADMM:
+        """Return one with fewer iterations: which block bears how much pruning shows long before the end."""
+        draft = copy(self)
+        draft.iterations = min(self.iterations, _DRAFT_ITERATIONS)
+        draft.polish = min(self.polish, _DRAFT_POLISH, draft.iterations - 1)
+        return draft
 
     def _splits(self, pattern: Pattern) -> bool:
         """Tell whether rows can be solved apart from each other."""

@@ -32,6 +32,10 @@ class Solver(ABC):
     group: ClassVar[Group] = "matrix"
     """Which weights compete when neither the pattern nor a scorer says so."""
 
+    def draft(self) -> Solver:
+        """Return a solver whose errors rank alike and that may be faster, to try what is thrown away again."""
+        return self
+
     @abstractmethod
     def solve(
         self,

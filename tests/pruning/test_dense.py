@@ -152,6 +152,40 @@ def test_the_output_error_is_that_of_the_pruned_block(
     assert spy.errors[0][0.5] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(("sequences", "same_as"), [(4, [3, 1]), (2, [2]), (9, [3, 3])])
+def test_blocks_are_tried_on_the_first_sequences(
+    sequences: int,
+    same_as: list[int],
+    tiny_model: Callable[..., nn.Module],
+    tokens: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    part = [{"input_ids": batch[:count]} for batch, count in zip(tokens, same_as, strict=False)]
+    for allocator, batches in ((Measured(sequences=sequences), tokens), (Measured(sequences=None), part)):
+        model = tiny_model()
+        with monkeypatch.context() as patch:
+            spy = Spy(patch, model)
+            prune(model, batches, PruningPlan(Unstructured(0.5), Wanda(), allocator))
+        seen.append(spy.errors)
+    assert seen[0] == seen[1]
+
+
+def test_trials_use_the_solver_draft(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = []
+    solve = ADMM.solve
+
+    def counted(solver: ADMM, *arguments: Any) -> Any:
+        solved.append((solver.iterations, solver.polish))
+        return solve(solver, *arguments)
+
+    monkeypatch.setattr(ADMM, "solve", counted)
+    prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), None, Measured(), ADMM()))
+    assert solved == [(6, 2)] * 3 * 21 + [(20, 4)] * 21
+
+
 def test_a_block_that_is_easier_loses_more(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
     model = tiny_model()
     with torch.no_grad():  # what the block in the middle adds to its input hardly matters

@@ -135,6 +135,16 @@ def test_a_nan_weight_is_an_error_and_empties_no_row(pattern: Pattern) -> None:
         ADMM().solve(weight, LayerStats.from_inputs(torch.randn(64, 8)), pattern)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [({}, (6, 2)), ({"iterations": 2}, (2, 1)), ({"polish": 0}, (6, 0))]
+)
+def test_a_draft_makes_less_effort_and_all_else_alike(arguments: dict[str, int], expected: tuple[int, int]) -> None:
+    solver = ADMM(damping=0.02, mask="fixed", **arguments)  # type: ignore[arg-type]
+    draft = solver.draft()
+    assert (draft.iterations, draft.polish) == expected
+    assert {**vars(draft), "iterations": solver.iterations, "polish": solver.polish} == vars(solver)
+
+
 def test_nan_inputs_are_an_error() -> None:
     stats = LayerStats.from_inputs(torch.full((4, 4), float("nan")))
     with pytest.raises(NumericalError, match="NaN"):
