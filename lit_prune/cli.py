@@ -1,4 +1,4 @@
-"""The command line: ``lit-prune prune | analyze | fit | validate | test | evaluate | export``."""
+"""The command line: ``lit-prune prune | analyze | fit | validate | test | evaluate | export | compare``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import shlex
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to
 from lit_prune.cli_errors import explain
 from lit_prune.freed_memory import keep_freed_memory
 from lit_prune.models.io import disable_model_progress_bars, hub_model
+from lit_prune.pruning.comparison import compare
 from lit_prune.pruning.report import Recipe
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule
@@ -94,7 +96,10 @@ def main(args: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     arguments = _with_flags(sys.argv[1:] if args is None else args)
     try:
-        build(arguments)
+        if arguments[:1] == ["compare"]:
+            _compare(arguments[1:])
+        else:
+            build(arguments)
     except Exception as error:
         message = explain(error)
         if message is None or "--debug" in arguments:
@@ -102,6 +107,15 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"lit-prune: error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    """Carry out the one subcommand that needs no model, data or trainer."""
+    parser = ArgumentParser(prog="lit-prune compare", description="Set pruned folders side by side on one page.")
+    parser.add_argument("runs", nargs="+", help="Folders that lit-prune wrote.")
+    parser.add_argument("--output", default="compare.html", help="HTML file to write; an older one is replaced.")
+    options = parser.parse_args(arguments)
+    print(f"wrote {compare(options.runs, options.output)}")
 
 
 def _with_flags(arguments: Sequence[str]) -> list[str]:

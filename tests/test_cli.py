@@ -393,3 +393,27 @@ def test_tasks_are_run_before_and_after_pruning_and_on_a_saved_folder(
     fails_with("there is no such folder", capsys, *evaluate, *harness[:2], "--harness.include_path", "nowhere")
     fails_with("did you mean .*sums", capsys, *evaluate, "--tasks", "[sumz]", *harness[2:])
     fails_with("harness.limit is 0", capsys, *evaluate, *harness, "--harness.limit", "0")
+
+
+def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = []
+    for sparsity, seqlen in ((0.5, "32"), (0.7, "16")):
+        plan = {"pattern": unstructured(sparsity), "scorer": {"class_path": "Wanda"}}
+        runs.append(str(tmp_path / f"at-{sparsity}"))
+        config = write_config(tmp_path, plan=plan)
+        assert main(["prune", "-c", config, "--data.seqlen", seqlen, "--output", runs[-1]]) == 0
+    page = tmp_path / "all.html"
+    assert main(["compare", *runs, "--output", str(page)]) == 0
+    text = page.read_text()
+    assert "at-0.5" in text and "Wanda" in text and text.count("<svg") == 3
+    assert "they do not compare" in text
+    for run in runs:
+        report = read_json(Path(run) / "pruning.json")
+        assert f"{report['evaluation']['perplexity_after']:,.2f}" in text and f"{report['sparsity']:.2%}" in text
+    assert main(["compare", runs[0], runs[0], "--output", str(page)]) == 0
+    assert "they do not compare" not in page.read_text()
+    fails_with("holds no pruning.json", capsys, "compare", str(tmp_path))
+    fails_with("give a file that ends in .html", capsys, "compare", runs[0], "--output", str(tmp_path))
+    report = read_json(Path(runs[0]) / "pruning.json")
+    (Path(runs[0]) / "pruning.json").write_text(json.dumps({**report, "format": 99}))
+    fails_with("format 99, written by lit-prune 0.1.0: this version, 0.1.0, reads format 1", capsys, "compare", runs[0])
