@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from lit_prune.cli import main
+from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_masks, load_model, load_tokenizer, read_json, save_pruned
 
 MODELS = {
@@ -23,6 +24,7 @@ MODELS = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {"n_inner": 48},
     "gpt_neox": {"intermediate_size": 48},
+    "mixtral": {"num_key_value_heads": 2, "intermediate_size": 48, "num_local_experts": 4},
 }
 
 
@@ -64,6 +66,7 @@ def test_prune_gives_the_sparsity_asked_and_opens_anywhere(model_type: str, tmp_
     assert main(["prune", "-c", write_config(tmp_path, model_type), "--output", str(out)]) == 0
     report = json.loads((out / "pruning.json").read_text())
     model = load_model(str(out))
+    take_apart(model)  # masks of experts are by expert
     for name, mask in load_masks(out).items():
         keep = mask.unpack()
         assert (model.get_parameter(name)[~keep] == 0).all()

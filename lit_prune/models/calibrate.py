@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.func import functional_call
 
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.blocks import Block
+from lit_prune.models.experts import Experts
 from lit_prune.ops import LayerStats
 from lit_prune.ops.linalg import relative_token_errors
 
@@ -129,10 +131,13 @@ class BlockReplay:
             NumericalError: where activations are NaN or infinite.
         """
         collector = _Collector(needs)
+        expert_layers = {id(layer) for group in _expert_layers(self._blocks[index].module) for layer in group}
+        # The dense model sends other tokens to an expert, so there is nothing to compare its inputs with.
+        compared = {name: layer for name, layer in layers.items() if id(layer) not in expert_layers}
         for batch in range(len(self._hidden)):
             collector.sequences = len(self._hidden[batch])
             if dense is not None:
-                with _inputs_kept(layers, collector.dense_inputs):
+                with _inputs_kept(compared, collector.dense_inputs):
                     dense._hidden[batch] = dense._output(index, batch).to(dense._hidden_device)
             with collector.watching(layers):
                 self.run(index, batch)
@@ -141,7 +146,24 @@ class BlockReplay:
             if name not in collector.stats:
                 raise InputError(f"{name} was never called on the calibration set: exclude it with plan.exclude")
             collector.stats[name].check_finite(name)
-        return collector.stats
+        return collector.stats | self._pooled(index, layers, collector.stats)
+
+    def _pooled(
+        self, index: int, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
+    ) -> dict[str, LayerStats]:
+        """Return, for experts that saw fewer tokens than they have inputs, the statistics of all experts together."""
+        found: dict[str, LayerStats] = {}
+        for group in _expert_layers(self._blocks[index].module):
+            mine = [name for name, layer in layers.items() if any(layer is other for other in group)]
+            scarce = [name for name in mine if stats[name].tokens < group[0].in_features]
+            if scarce:
+                warnings.warn(
+                    f"{len(scarce)} of {len(mine)} experts saw fewer than {group[0].in_features} calibration tokens, "
+                    f"{scarce[0]} {stats[scarce[0]].tokens}: they are pruned with the statistics of all, pooled",
+                    stacklevel=2,
+                )
+                found |= dict.fromkeys(scarce, LayerStats.pooled([stats[name] for name in mine]))
+        return found
 
     @property
     def hidden(self) -> Sequence[Tensor]:
@@ -274,6 +296,16 @@ class _Collector:
                 stats.update(inputs, self.sequences, self.dense_inputs.get(name))
 
         return hook
+
+
+def _expert_layers(block: nn.Module) -> list[list[nn.Linear]]:
+    """Return the experts' layers that stand at the same place of different experts, a list for each place."""
+    return [
+        list(layers)
+        for module in block.modules()
+        if isinstance(module, Experts)
+        for layers in zip(*(expert.children() for expert in module), strict=True)
+    ]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.bitmask import BITMASK_FILE, read_bitmask, save_bitmask
+from lit_prune.models.experts import apart, together
 from lit_prune.ops import PackedMask
 
 Format = Literal["hf", "hf-sharded", "bitmask"]
@@ -82,7 +83,9 @@ def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bo
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.load_state_dict(read_bitmask(folder))
+    weights = read_bitmask(folder)
+    with apart(model) if not model.state_dict().keys() <= weights.keys() else nullcontext():
+        model.load_state_dict(weights)
     return model
 
 
@@ -226,7 +229,8 @@ def save_pruned(
         InputError: where the folder exists and ``overwrite`` is off, or the disk has no room.
         RuntimeError: where a weight that its mask prunes is not exactly zero.
     """
-    check_masks_hold(model, masks)
+    with apart(model):
+        check_masks_hold(model, masks)
     path = check_output(folder, overwrite)
     check_space(path, model)
     with replacing_folder(path) as temporary:
@@ -239,16 +243,16 @@ def save_pruned(
 
 
 def _write_model(folder: Path, model: Any, masks: Mapping[str, PackedMask], to: Format, shard_size: str) -> None:
-    if to == "hf":
-        model.save_pretrained(folder)
-    elif to == "hf-sharded":
-        model.save_pretrained(folder, max_shard_size=shard_size)
+    if to != "bitmask":
+        with together(model):
+            model.save_pretrained(folder, **({"max_shard_size": shard_size} if to == "hf-sharded" else {}))
     else:
         model.config.dtype = model.dtype  # as save_pretrained does it
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        save_bitmask(folder / BITMASK_FILE, model, masks)
+        with apart(model):
+            save_bitmask(folder / BITMASK_FILE, model, masks)
 
 
 def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], overwrite: bool = False) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -100,6 +100,14 @@ class LayerStats:
             mine, theirs = getattr(self, name), getattr(other, name)
             if theirs is not None:
                 setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
+
+    @classmethod
+    def pooled(cls, parts: Sequence[LayerStats]) -> LayerStats:
+        """Return the statistics of all the inputs of several layers together."""
+        whole = cls(parts[0].needs)
+        for part in parts:
+            whole.merge(part)
+        return whole
 
     def with_gradient(self, norms: Mapping[str, Tensor]) -> LayerStats:
         """Return these statistics with one layer's gradient norms ``[o, i]``; all else is shared, factors included."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
 from lit_prune.models.blocks import Block
 from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, evaluation_mode, resident
+from lit_prune.models.experts import apart
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, Pattern
 from lit_prune.ops.linalg import relative_output_error
@@ -62,13 +63,13 @@ def prune(
         InputError: before any weight has changed, where plan, model and data do not fit.
         NumericalError: where a Gram matrix is singular or an activation is not finite; finished blocks stay pruned.
     """
-    blocks, targets = plan.find_targets(model)
-    calibration = list(batches) if plan.needs_data else []
-    identity = identity_of(plan.describe(), model, calibration)
-    journal = Journal(Path(journal_folder), identity, resume) if journal_folder is not None else None
-    stages = Stages(len(blocks), on_progress)
-    report = PruningReport(identity=identity)
-    with evaluation_mode(model):
+    with apart(model), evaluation_mode(model):
+        blocks, targets = plan.find_targets(model)
+        calibration = list(batches) if plan.needs_data else []
+        identity = identity_of(plan.describe(), model, calibration)
+        journal = Journal(Path(journal_folder), identity, resume) if journal_folder is not None else None
+        stages = Stages(len(blocks), on_progress)
+        report = PruningReport(identity=identity)
         dense = DenseModel(model, blocks, targets, calibration, plan, stages, forward_context)
         gradients = dense.gradients()
         if allocation is None:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_model, load_tokenizer
 from lit_prune.training.data import validation_names
 from lit_prune.training.losses import LanguageModelLoss, Loss, Student, next_token_loss
@@ -82,6 +83,7 @@ class LitCausalLM(LightningModule):
         dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         # Lightning trains modules in the mode in which it finds them.
         self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code).train()
+        take_apart(self.model)
         if self.gradient_checkpointing:
             # transformers is renaming it
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)

@@ -1,0 +1,144 @@
+"""Mixtures of experts: transformers fuses a layer's experts into one tensor each; here they come apart and together.
+
+Apart, every expert is a pair of linear layers with its own inputs, and so with its own statistics, mask and sparsity:
+``model.layers.0.mlp.experts.3.gate_up_proj``. Masks and reports name them so. On disk the model is what transformers
+makes of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+_TRAITS = ("has_gate", "has_bias", "is_transposed")
+"""What transformers says of every module of fused experts that follows its interface."""
+
+
+class Expert(nn.Module):
+    """One expert: up (and gate), activation, down."""
+
+    def __init__(self, fused: Any, index: int) -> None:
+        """Take expert ``index`` out of a fused module, whose memory it shares where the layout allows."""
+        super().__init__()
+        for name in _matrices(fused):
+            weight = getattr(fused, name).data[index]
+            bias = getattr(fused, f"{name}_bias").data[index] if fused.has_bias else None
+            setattr(self, name, _linear(weight.T.contiguous() if fused.is_transposed else weight, bias))
+        # In __dict__, so that the fused module is no part of this one.
+        self.__dict__["activate"] = fused._apply_gate if fused.has_gate else fused.act_fn
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the expert's outputs ``[t, hidden]`` of its tokens ``[t, hidden]``."""
+        up, down = self.children()
+        activate: Any = self.__dict__["activate"]
+        return down(activate(up(hidden)))
+
+
+class Experts(nn.ModuleList):
+    """A layer's experts, apart: called like the fused module that it stands for."""
+
+    def __init__(self, fused: Any) -> None:
+        """Take a fused module apart; what it holds is empty until ``refill``."""
+        super().__init__(Expert(fused, index) for index in range(len(fused.down_proj)))
+        self.__dict__["fused"] = fused
+        for parameter in fused.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts.
+
+        Every expert runs, also without tokens: gradients are zero then and not missing, and processes that share the
+        weights ask for them in the same order.
+
+        Args:
+            hidden_states: ``[t, hidden]``.
+            top_k_index: ``[t, k]``, the experts of each token.
+            top_k_weights: ``[t, k]``, their weights.
+        """
+        result = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self):
+            token, place = torch.where(top_k_index == index)
+            output = expert(hidden_states[token]) * top_k_weights[token, place, None]
+            result.index_add_(0, token, output.to(result.dtype))
+        return result
+
+    @torch.no_grad()
+    def refill(self) -> nn.Module:
+        """Return the fused module with these experts' weights, in the very parameters that it had."""
+        fused: Any = self.fused
+        for name in _matrices(fused):
+            layers = [cast(nn.Linear, expert.get_submodule(name)) for expert in self]
+            weights = [layer.weight.T if fused.is_transposed else layer.weight for layer in layers]
+            getattr(fused, name).data = torch.stack(weights)
+            if fused.has_bias:
+                getattr(fused, f"{name}_bias").data = torch.stack([layer.bias for layer in layers])
+        fused.train(self.training)
+        return cast(nn.Module, fused)
+
+
+def take_apart(model: nn.Module) -> list[str]:
+    """Replace every fused module of experts by ``Experts``, in place; return their names.
+
+    Tensors of experts in any other form are left alone, with a warning.
+    """
+    found = [name for name, module in model.named_modules() if _is_fused(module)]
+    for name in found:
+        model.set_submodule(name, Experts(model.get_submodule(name)))
+    others = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    if others:
+        warnings.warn(
+            f"{others[0]} and {len(others) - 1} more hold experts in a form that is not known here: they are neither "
+            "pruned nor counted",
+            stacklevel=2,
+        )
+    return found
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Take fused experts apart, and put those together again afterwards."""
+    found = take_apart(model)
+    try:
+        yield
+    finally:
+        _put_together(model, found)
+
+
+@contextmanager
+def together(model: nn.Module) -> Iterator[None]:
+    """Put experts together that were taken apart, and take them apart again afterwards."""
+    found = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    _put_together(model, found)
+    try:
+        yield
+    finally:
+        for name in found:
+            model.set_submodule(name, Experts(model.get_submodule(name)))
+
+
+def _put_together(model: nn.Module, names: list[str]) -> None:
+    for name in names:
+        model.set_submodule(name, cast(Experts, model.get_submodule(name)).refill())
+
+
+def _is_fused(module: nn.Module) -> bool:
+    known = all(hasattr(module, trait) for trait in _TRAITS) and hasattr(module, "down_proj")
+    return known and not getattr(module, "has_post_expert_norm", False)
+
+
+def _matrices(fused: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if fused.has_gate else "up_proj"), "down_proj"
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
