@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune.models.experts import Experts, take_apart
 from lit_prune.models.lora import copy_adapters
 from lit_prune.ops import PackedMask
 from lit_prune.ops.masks import keep_only
@@ -168,6 +169,8 @@ def whole_model(model: nn.Module) -> Iterator[nn.Module]:
     values = {name: read_whole(parameter) for name, parameter in model.named_parameters()}
     first = next(iter(values.values()))
     copy.to(device=first.device, dtype=first.dtype)
+    if any(isinstance(module, Experts) for module in model.modules()):
+        take_apart(copy)
     copy_adapters(model, copy)
     for name, parameter in copy.named_parameters():
         parameter.data.copy_(values.pop(name))
