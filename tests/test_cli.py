@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -16,7 +17,9 @@ import yaml
 from lit_prune.cli import main
 from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_masks, load_model, load_tokenizer, read_json, save_pruned
+from lit_prune.trainer import PROMPTS
 
+SCHEMA = Path(__file__).parents[1] / "docs" / "pruning.schema.json"
 MODELS = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 48},
     "qwen2": {"num_key_value_heads": 2, "intermediate_size": 48, "tie_word_embeddings": True},
@@ -205,6 +208,32 @@ def test_a_pruned_folder_is_exported_in_every_format(tmp_path: Path, capsys: pyt
     test = ["test", "-c", config, "--model.config", "null", "--model.pretrained"]
     assert main([*test, str(tmp_path / "bitmask")]) == 0
     fails_with("masks are asked of 'random'", capsys, "export", "-c", config, "--output", str(tmp_path / "none"))
+
+
+def check_report(folder: Path) -> None:
+    """Raise where a folder's pruning.json is not what its schema says."""
+    jsonschema.validate(read_json(folder / "pruning.json"), read_json(SCHEMA))
+
+
+def test_every_part_of_a_report_is_in_the_schema(tmp_path: Path) -> None:
+    plan = {
+        **WANDA,
+        "allocator": {"class_path": "AlphaPruning"},
+        "reconstruction": {"class_path": "Reconstruction", "init_args": {"steps": 2}},
+    }
+    config, out = write_config(tmp_path, plan=plan), tmp_path / "out"
+    tasks = ["--tasks", "[sums]", "--harness.include_path", str(write_task(tmp_path / "tasks"))]
+    assert main(["prune", "-c", config, "--output", str(out), *tasks]) == 0
+    check_report(out)
+    report = read_json(out / "pruning.json")
+    assert len(report["metrics"]) == len(report["layers"]) and len(report["spectra"]) == 2
+    assert [sample["prompt"] for sample in report["samples"]] == list(PROMPTS)
+    assert report["recipes"][0]["command"].startswith(f"lit-prune prune -c {config}")
+    assert yaml.safe_load(report["recipes"][0]["config"])["data"]["seqlen"] == 32
+    page = (out / "report.html").read_text()
+    for part in ("What it writes", "Masks", "eigenvalue of W", "Do it again", "Reconstruction", "Time by stage"):
+        assert part in page, part
+    assert "http" not in page.replace("http://www.w3.org/", "").partition("Do it again")[0]  # it opens without a network
 
 
 def test_print_config_can_be_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
