@@ -18,7 +18,7 @@ from lit_prune.models.access import share_pruned, whole_model
 from lit_prune.models.lora import adapted_layers
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
-from lit_prune.pruning.progress import ProgressBar
+from lit_prune.pruning.progress import progress
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ class Prune(Callback):
         batches = _calibration(trainer) if request.plan.needs_data else []
         model = pl_module.get_submodule("model")
         # Evaluation runs in inference mode, whose tensors could take no part in training later.
-        with torch.inference_mode(False), ProgressBar(trainer.is_global_zero) as show, whole_model(model) as whole:
+        shown = trainer.is_global_zero and not getattr(trainer, "quiet", False)
+        with torch.inference_mode(False), progress(shown) as show, whole_model(model) as whole:
             self.report = prune(
                 whole,
                 batches,

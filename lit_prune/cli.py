@@ -47,8 +47,9 @@ class PruningCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--debug``."""
+        """Add ``--debug`` and ``--quiet``."""
         parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+        parser.add_argument("--quiet", action="store_true", help="Show no progress and no tables, only errors.")
 
     def _parse_ckpt_path(self) -> None:
         # The parent reads hyper-parameters out of the checkpoint before anyone has looked whether it is safe; a
@@ -60,6 +61,7 @@ class PruningCLI(LightningCLI):
         super().instantiate_classes()
         parser = self._parser(self.subcommand)
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        self.trainer.quiet = config.quiet  # type: ignore[attr-defined]
         self.trainer.recipe = Recipe(  # type: ignore[attr-defined]
             command=shlex.join(["lit-prune", *self.arguments]),
             config=parser.dump(config, skip_none=False),
@@ -68,10 +70,12 @@ class PruningCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Give the data the model's tokenizer where none is named."""
+        """Give the data the model's tokenizer where none is named; be quiet where that is asked for."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
+        if config.quiet:
+            config.trainer.enable_progress_bar = config.trainer.enable_model_summary = False
 
 
 def build(arguments: list[str], run: bool = True) -> PruningCLI:

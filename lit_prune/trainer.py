@@ -54,6 +54,8 @@ class PruningTrainer(Trainer):
 
     recipe: Recipe | None = None
     """How it was started, where the command line did."""
+    quiet: bool = False
+    """Whether it shows no progress and no tables."""
 
     def fit(  # type: ignore[override]
         self,
@@ -166,7 +168,7 @@ class PruningTrainer(Trainer):
             documents |= adapters or adapter_files(model.pretrained)
             tokenizer = model.load_tokenizer()
             folder = save_pruned(output, model.model, tokenizer, masks, documents, overwrite, to, shard_size)
-        _show([], folder)
+        self._show([], folder)
 
     def _check_checkpoint(self, ckpt_path: str | Path | None, trust: bool) -> bool | None:
         """Refuse a checkpoint that would run code; return Lightning's ``weights_only``."""
@@ -236,7 +238,7 @@ class PruningTrainer(Trainer):
         documents = render(report, title=Path(model.pretrained).name)
         save_pruned(folder, model.model, model.load_tokenizer(), report.masks, documents, overwrite)
         Journal.remove(journal)
-        _show([report.table(), report.summary_table()], folder)
+        self._show([report.table(), report.summary_table()], folder)
 
     def evaluate(
         self,
@@ -258,7 +260,7 @@ class PruningTrainer(Trainer):
         harness.check(tasks)
         model.configure_model()
         scores = self._scores(model, tasks, harness)
-        Console().print(scores_table({"score": scores}))
+        Console(quiet=self.quiet).print(scores_table({"score": scores}))
         if output is not None:
             write_json(Path(output).expanduser(), scores)
         return scores
@@ -309,7 +311,7 @@ class PruningTrainer(Trainer):
         allocator = plan.allocator if isinstance(plan.allocator, AlphaPruning) else AlphaPruning()
         targets = plan.find_targets(model.model)[1]
         shown = histograms or [target.name for target in targets if target.block == targets[0].block]
-        with Progress() as bar:
+        with Progress(disable=self.quiet) as bar:
             task = bar.add_task("analyzing", total=len(targets))
             advance = partial(bar.update, task)
             analysis = analyze(model.model, targets, allocator, sparsities, shown, lambda done: advance(completed=done))
@@ -321,11 +323,10 @@ class PruningTrainer(Trainer):
             if isinstance(logger, TensorBoardLogger):
                 for name, figure in figures.items():
                     logger.experiment.add_figure(f"analysis/{name}", figure)
-        _show([analysis.table()], folder)
+        self._show([analysis.table()], folder)
 
-
-def _show(tables: Sequence[Table], folder: Path) -> None:
-    console = Console()
-    console.print(*tables)
-    for file in sorted(folder.iterdir()):
-        console.print(f"wrote {file}", soft_wrap=True, highlight=False)
+    def _show(self, tables: Sequence[Table], folder: Path) -> None:
+        console = Console(quiet=self.quiet)
+        console.print(*tables)
+        for file in sorted(folder.iterdir()):
+            console.print(f"wrote {file}", soft_wrap=True, highlight=False)

@@ -233,7 +233,9 @@ def test_every_part_of_a_report_is_in_the_schema(tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     for part in ("What it writes", "Masks", "eigenvalue of W", "Do it again", "Reconstruction", "Time by stage"):
         assert part in page, part
-    assert "http" not in page.replace("http://www.w3.org/", "").partition("Do it again")[0]  # it opens without a network
+    assert (
+        "http" not in page.replace("http://www.w3.org/", "").partition("Do it again")[0]
+    )  # it opens without a network
 
 
 def test_print_config_can_be_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,3 +451,12 @@ def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFix
     report = read_json(Path(runs[0]) / "pruning.json")
     (Path(runs[0]) / "pruning.json").write_text(json.dumps({**report, "format": 99}))
     fails_with("format 99, written by lit-prune 0.1.0: this version, 0.1.0, reads format 1", capsys, "compare", runs[0])
+
+
+def test_quiet_shows_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prune", "-c", write_config(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    shown = capfd.readouterr().out
+    assert "block 2/2: " in shown and "\x1b" not in shown and "wrote" in shown
+    assert main([*arguments, "--overwrite", "--quiet"]) == 0
+    assert capfd.readouterr().out == ""

@@ -1,16 +1,17 @@
-"""Where a run is and how long it has taken: stages, seconds, memory, and the bar that shows them."""
+"""Where a run is and how long it has taken: stages, seconds, memory, and the bar or the lines that show them."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
@@ -56,8 +57,64 @@ class Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def progress(shown: bool = True) -> AbstractContextManager[OnProgress]:
+    """Show where a run is: on a terminal as a bar, in a file as lines.
+
+    >>> with progress() as show:  # doctest: +SKIP
+    ...     prune(model, batches, plan, on_progress=show)
+
+    Args:
+        shown: whether there is anything to see at all.
+    """
+    return ProgressBar(shown) if Console().is_terminal or not shown else ProgressLines()
+
+
+class ProgressLines:
+    """A plain line for every block that is finished: the seconds of its stages, the rate and the time left."""
+
+    def __init__(self) -> None:
+        """Prepare; the clock starts with the first stage."""
+        self._last: Position | None = None
+        self._since = 0.0
+        self._spent: dict[str, float] = {}
+
+    def __enter__(self) -> OnProgress:
+        """Return the function that is told of every stage."""
+        return self._show
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write the last line."""
+        self._end_stage()
+        if error is None:
+            self._end_block()
+
+    def _show(self, position: Position) -> None:
+        self._end_stage()
+        if self._last is not None and self._last.block != position.block:
+            self._end_block()
+        self._last = position
+
+    def _end_stage(self) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self._spent[self._last.stage] = self._spent.get(self._last.stage, 0.0) + now - self._since
+        self._since = now
+
+    def _end_block(self) -> None:
+        if self._last is None:
+            return
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self._spent.items())
+        rate = 60 / max(sum(self._spent.values()), 1e-3)
+        left = "" if self._last.seconds_left is None else f"; {_clock(self._last.seconds_left)} left"
+        line = f"block {self._last.block + 1}/{self._last.blocks}: {stages}; {rate:.1f} blocks a minute{left}"
+        print(line, flush=True)
+        self._spent = {}
+
+
 class ProgressBar:
-    """A line that shows block i of n, the stage and the time left: ``with ProgressBar() as show: prune(..., show)``."""
+    """A bar for a terminal: block i of n, the stage and the time left."""
 
     def __init__(self, shown: bool = True) -> None:
         """Prepare the bar; it appears on entering, unless it is not to be ``shown``."""

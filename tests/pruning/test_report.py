@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport, prune
 from lit_prune.pruning.documents import render
-from lit_prune.pruning.progress import Position, ProgressBar
+from lit_prune.pruning.progress import Position, ProgressBar, ProgressLines, progress
 from lit_prune.scorers import Magnitude, Wanda
 
 
@@ -60,3 +60,21 @@ def test_the_bar_shows_block_stage_and_time(capsys: pytest.CaptureFixture[str]) 
         show(Position(0, 3, "calibrate", None))
         show(Position(2, 3, "solve", 65.0))
     assert "block 3/3 done" in capsys.readouterr().out
+
+
+def test_in_a_file_every_block_has_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+    display = progress()
+    assert isinstance(display, ProgressLines)  # what pytest captures is no terminal
+    with display as show:
+        for block, stage, left in (
+            (0, "calibrate", None),
+            (0, "solve", None),
+            (1, "calibrate", 65.0),
+            (1, "solve", 60.0),
+        ):
+            show(Position(block, 2, stage, left))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("block 1/2: calibrate 0.0 s, solve 0.0 s; ") and lines[0].endswith("blocks a minute")
+    assert lines[1].startswith("block 2/2: calibrate 0.0 s, ") and lines[1].endswith("blocks a minute; 0:01:00 left")
+    assert isinstance(progress(shown=False), ProgressBar)
