@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lit_prune.callbacks.log_pruning import log_outcome, log_pruning
 from lit_prune.errors import InputError
 from lit_prune.models.access import share_pruned, whole_model
 from lit_prune.models.lora import adapted_layers
@@ -148,7 +149,7 @@ class Prune(Callback):
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, request: _Request) -> None:
         batches = _calibration(trainer) if request.plan.needs_data else []
-        model = pl_module.get_submodule("model")
+        model, before = pl_module.get_submodule("model"), self.report
         # Evaluation runs in inference mode, whose tensors could take no part in training later.
         shown = trainer.is_global_zero and not getattr(trainer, "quiet", False)
         with torch.inference_mode(False), progress(shown) as show, whole_model(model) as whole:
@@ -164,8 +165,23 @@ class Prune(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PruningListener):
                     callback.on_pruned(trainer, pl_module, self.report)
-        for logger in trainer.loggers:
-            logger.log_metrics({"prune/sparsity": self.report.sparsity}, step=trainer.global_step)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                log_pruning(logger, self.report, before, trainer.global_step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the plan beside the figures that the training ended with."""
+        self._log_outcome(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the plan beside the figures of a test that pruned."""
+        if self._request is not None:
+            self._log_outcome(trainer)
+
+    def _log_outcome(self, trainer: Trainer) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "perplexity" in name}
+        for logger in trainer.loggers if trainer.is_global_zero and self.report else []:
+            log_outcome(logger, self.report, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step of the latest pruning, what it did, and the packed masks."""

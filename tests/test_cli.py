@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_prune.cli import main
 from lit_prune.models.experts import take_apart
@@ -460,3 +461,24 @@ def test_quiet_shows_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert "block 2/2: " in shown and "\x1b" not in shown and "wrote" in shown
     assert main([*arguments, "--overwrite", "--quiet"]) == 0
     assert capfd.readouterr().out == ""
+
+
+def test_tensorboard_shows_sparsity_mask_changes_figures_and_parameters(tmp_path: Path) -> None:
+    config = yaml.safe_load(Path(write_config(tmp_path)).read_text())
+    (prune,) = config["trainer"]["callbacks"]
+    prune["init_args"]["schedule"] = {"class_path": "Step", "init_args": {"every": 1, "times": 2}}
+    config["trainer"] |= {"max_steps": 2, "log_every_n_steps": 1, "val_check_interval": 1, "limit_val_batches": 1}
+    config["trainer"]["callbacks"].append({"class_path": "KeepMasks"})
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "-c", str(tmp_path / "fit.yaml")]) == 0
+    (file,) = (tmp_path / "logs").rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file.parent), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    logged = {"prune/sparsity", "prune_block/sparsity_00", "prune_block/sparsity_01", "prune/mask_change"}
+    assert logged | {"train/loss", "train/tokens_per_second", "val/perplexity"} <= set(tags["scalars"])
+    assert [event.value for event in events.Scalars("prune/sparsity")] == pytest.approx([0.25, 0.5], abs=0.01)
+    (change,) = events.Scalars("prune/mask_change")
+    assert 0.2 < change.value < 0.35  # a quarter more goes
+    assert {"prune/sparsity", "prune/masks", "prune/output_error"} <= set(tags["images"])
+    assert "_hparams_/session_start_info" in events.summary_metadata

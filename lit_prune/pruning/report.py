@@ -161,6 +161,12 @@ class PruningReport:
         """Fraction of all targeted weights that was removed."""
         return _weighted(self.layers, "reached")
 
+    def mask_change(self, before: PruningReport) -> float:
+        """Return the fraction of all weights that are kept now and were not before, or the other way round."""
+        masks = before.masks
+        changed = sum(int((mask.unpack() != masks[name].unpack()).sum()) for name, mask in self.masks.items())
+        return changed / sum(layer.numel for layer in self.layers)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data: the content of ``pruning.json``."""
         return {

@@ -1,0 +1,48 @@
+"""What a pruning did, for TensorBoard and other loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from lit_prune.pruning import PruningReport
+from lit_prune.pruning.documents import report_figures
+
+
+def log_pruning(logger: Logger, report: PruningReport, before: PruningReport | None, step: int) -> None:
+    """Log the sparsity reached, overall and by block, the change of the masks since the last pruning, and figures.
+
+    Args:
+        logger: any; figures are for TensorBoard alone.
+        report: of this pruning.
+        before: of the last one; None = there was none.
+        step: the optimizer step.
+    """
+    numbers = {"prune/sparsity": report.sparsity}
+    for block, layers in report.blocks():
+        weights = sum(layer.numel for layer in layers)
+        numbers[f"prune_block/sparsity_{block:02d}"] = sum(layer.reached * layer.numel for layer in layers) / weights
+    if before is not None:
+        numbers["prune/mask_change"] = report.mask_change(before)
+    logger.log_metrics(numbers, step=step)
+    if isinstance(logger, TensorBoardLogger):
+        for name, figure in report_figures(report).items():
+            logger.experiment.add_figure(f"prune/{name}", figure, global_step=step)
+
+
+def log_outcome(logger: Logger, report: PruningReport, metrics: Mapping[str, float]) -> None:
+    """Log the plan as hyper-parameters, beside the final metrics."""
+    parameters = dict(_flat(report.identity["plan"]))
+    if isinstance(logger, TensorBoardLogger):
+        logger.log_hyperparams(parameters, {"prune/final_sparsity": report.sparsity, **metrics})
+    else:
+        logger.log_hyperparams(parameters)
+
+
+def _flat(values: Any, path: str = "plan") -> list[tuple[str, Any]]:
+    """Return the leaves of nested mappings by their dotted paths."""
+    if not isinstance(values, Mapping):
+        return [(path, values if isinstance(values, (int, float, str, bool)) else str(values))]
+    return [leaf for key, value in values.items() for leaf in _flat(value, f"{path}.{key}")]
