@@ -88,7 +88,7 @@ class Analysis:
                 sum(sparsity[layer.name] * n for layer, n in zip(mine, numel, strict=True)) / sum(numel)
                 for sparsity in self.allocations.values()
             ]
-            table.add_row(str(block), *(f"{value:.3f}" for value in means), *(f"{share:.2%}" for share in shares))
+            table.add_row(str(block), *(f"{value:.3f}" for value in means), *(f"{share:.1%}" for share in shares))
         return table
 
 
