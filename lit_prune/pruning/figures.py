@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from lit_prune.ops import PackedMask
 from lit_prune.ops.spectrum import PowerLaw
@@ -85,6 +86,9 @@ def scatter(points: Mapping[str, tuple[float, float]], across: str, up: str, log
     axes = figure.add_subplot(xlabel=across, ylabel=up, yscale="log", xscale="log" if log else "linear")
     for name, (x, y) in points.items():
         axes.plot([x], [y], "o", label=name)
+    for axis in (axes.yaxis, axes.xaxis) if log else (axes.yaxis,):  # 60 and not 6 x 10^1
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.grid(alpha=0.3, color=_INK, which="both")
     axes.legend(ncols=2, fontsize="small")
     return figure
