@@ -1,4 +1,4 @@
-"""The command line: ``lit-prune prune | analyze | fit | validate | test | evaluate | export | compare``."""
+"""The command line: ``lit-prune prune | analyze | fit | validate | test | evaluate | speed | export | compare``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FLAGS = ("--overwrite", "--resume", "--trust")
 
 
 class PruningCLI(LightningCLI):
-    """LightningCLI with the subcommands ``prune``, ``analyze``, ``evaluate`` and ``export``."""
+    """LightningCLI with the subcommands ``prune``, ``analyze``, ``evaluate``, ``speed`` and ``export``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Note the arguments, and do as the parent does."""
@@ -40,6 +40,7 @@ class PruningCLI(LightningCLI):
             "prune": {"model", "datamodule"},
             "analyze": {"model", "datamodule"},
             "evaluate": {"model", "datamodule"},
+            "speed": {"model", "datamodule"},
             "export": {"model", "datamodule"},
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},

@@ -1,10 +1,11 @@
-"""A Trainer with four more stages: prune, analyze, evaluate and export."""
+"""A Trainer with more stages: prune, analyze, evaluate, speed and export."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,14 @@ from lit_prune.models.io import (
     write_json,
 )
 from lit_prune.models.peft_format import adapter_files, without_adapters
+from lit_prune.models.sparse import Speed, measure_speed
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport
 from lit_prune.pruning.analysis import analyze, spectra_of
 from lit_prune.pruning.documents import read_report, render
 from lit_prune.pruning.figures import analysis_figures, as_png
 from lit_prune.pruning.journal import Journal
-from lit_prune.pruning.report import Recipe, Sample, scores_table
+from lit_prune.pruning.report import Recipe, Sample, scores_table, speed_table
 from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.tasks import Harness, Scores
@@ -264,6 +266,30 @@ class PruningTrainer(Trainer):
         if output is not None:
             write_json(Path(output).expanduser(), scores)
         return scores
+
+    def speed(
+        self,
+        model: LitCausalLM,
+        datamodule: TextDataModule,
+        tokens: Sequence[int] = (1, 16, 256),
+        output: str | None = None,
+    ) -> list[Speed]:
+        """Times one layer of each shape, with its zeros multiplied and in a sparse form of torch, on this machine.
+
+        Args:
+            model: A pruned folder, in the dtype that it will run in.
+            datamodule: Not read.
+            tokens: Rows of the input: 1 is generation one token at a time, hundreds are a prompt.
+            output: JSON file to write the figures to; null = none.
+        """
+        masks = load_masks(Path(model.pretrained).expanduser())
+        model.configure_model()
+        with self._at_work(model) as whole:
+            found = measure_speed(whole, masks, tokens)
+        Console(quiet=self.quiet).print(speed_table(found))
+        if output is not None:
+            write_json(Path(output).expanduser(), [asdict(figure) for figure in found])
+        return found
 
     def _scores(self, model: LitCausalLM, tasks: Sequence[str], harness: Harness) -> Scores:
         with self._at_work(model) as whole:

@@ -482,3 +482,13 @@ def test_tensorboard_shows_sparsity_mask_changes_figures_and_parameters(tmp_path
     assert 0.2 < change.value < 0.35  # a quarter more goes
     assert {"prune/sparsity", "prune/masks", "prune/output_error"} <= set(tags["images"])
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_speed_times_a_pruned_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, pruned, figures = write_config(tmp_path), tmp_path / "out", tmp_path / "speed.json"
+    assert main(["prune", "-c", config, "--output", str(pruned)]) == 0
+    speed = ["speed", "-c", config, "--model.config", "null", "--tokens", "[1]"]
+    assert main([*speed, "--model.pretrained", str(pruned), "--output", str(figures)]) == 0
+    assert "dense ms" in capsys.readouterr().out
+    assert {figure["form"] for figure in read_json(figures)} == {"CSR"} and len(read_json(figures)) == 4
+    fails_with("masks are asked of", capsys, *speed, "--model.pretrained", str(tmp_path))

@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from lit_prune.errors import InputError
+from lit_prune.models.sparse import Speed
 from lit_prune.ops import PackedMask
 from lit_prune.ops.spectrum import PowerLaw
 
@@ -305,6 +306,25 @@ def scores_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Ta
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for task, metric, values in scores_of(columns):
         table.add_row(task, metric, *values)
+    return table
+
+
+def speed_table(figures: Iterable[Speed]) -> Table:
+    """Return the times of layers for a terminal."""
+    table = Table(title="One layer of each shape")
+    for column in ("layer", "outputs x inputs", "zeros", "tokens", "form", "dense ms", "sparse ms", ""):
+        table.add_column(column, justify="left" if column in ("layer", "form", "") else "right")
+    for figure in figures:
+        table.add_row(
+            figure.layer.rsplit(".", 1)[-1],
+            f"{figure.shape[0]} x {figure.shape[1]}",
+            f"{figure.sparsity:.0%}",
+            str(figure.tokens),
+            figure.form,
+            f"{1e3 * figure.dense:.3f}",
+            f"{1e3 * figure.sparse:.3f}",
+            figure.verdict,
+        )
     return table
 
 
