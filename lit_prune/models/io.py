@@ -42,6 +42,9 @@ MASKS_FILE = "masks.safetensors"
 REPORT_FILE = "pruning.json"
 RANDOM = "random"
 """The ``pretrained`` that builds a model from a config, with random weights and a byte-level tokenizer."""
+_MODEL_REMEDY = (
+    "give a local folder, a .gguf file, or the name of a causal language model on a hub that this machine can reach"
+)
 _FORMAT = "lit-prune keep masks, one bit per weight, least significant bit first, row by row"
 
 
@@ -98,7 +101,7 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrain
     """Load the tokenizer that belongs to ``pretrained`` (bytes for ``random``)."""
     if pretrained == RANDOM:
         return _byte_tokenizer()
-    with _explained(pretrained):
+    with _explained(pretrained, "copy the files of its tokenizer into the folder, or name another data.tokenizer"):
         location, extra = _locate(pretrained)
         return AutoTokenizer.from_pretrained(location, **extra, trust_remote_code=trust_remote_code)
 
@@ -143,8 +146,8 @@ def _locate(pretrained: str) -> tuple[str, dict[str, str]]:
 
 
 @contextmanager
-def _explained(pretrained: str) -> Iterator[None]:
-    """Turn what transformers raises for a model that it cannot load into one line."""
+def _explained(pretrained: str, remedy: str = _MODEL_REMEDY) -> Iterator[None]:
+    """Turn what transformers raises for a model that it cannot load into one line, which ends with what to do."""
     try:
         with quiet_hub():
             yield
@@ -154,8 +157,7 @@ def _explained(pretrained: str) -> Iterator[None]:
         raise InputError(f"model.pretrained is {pretrained!r}: {first_line(error)}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
-            f"model.pretrained is {pretrained!r}: it cannot be loaded ({first_line(error)}); give a local folder, a "
-            ".gguf file, or the name of a causal language model on a hub that this machine can reach"
+            f"model.pretrained is {pretrained!r}: it cannot be loaded ({first_line(error)}); {remedy}"
         ) from error
 
 

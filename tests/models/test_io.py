@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config
 
 from lit_prune.errors import InputError
 from lit_prune.models import io
@@ -114,6 +114,20 @@ def test_a_kill_while_saving_leaves_the_old_folder_or_none(tmp_path: Path, exist
     (tmp_path / "writing").unlink()
     assert os.listdir(tmp_path) == ["out"]
     assert (out / "config.json").read_text() == "new"
+
+
+def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> None:
+    tiny_model().save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(
+        InputError, match=r"cannot be loaded .*; copy the files of its tokenizer .* another data\.tokenizer"
+    ):
+        io.load_tokenizer(str(tmp_path))
+
+
+def test_an_encoder_and_decoder_is_no_causal_language_model(tmp_path: Path) -> None:
+    T5Config(vocab_size=300, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"T5Config.*; give .* the name of a causal language model"):
+        io.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
