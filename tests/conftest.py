@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, on small
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 from torch import Tensor, nn
 
@@ -76,3 +77,30 @@ def golden_stats(golden: dict[str, Tensor]) -> LayerStats:
 def golden_errors() -> dict[str, float]:
     """The reference implementations' relative output errors on the golden layer."""
     return json.loads((DATA / "summary.json").read_text())["relative_output_error"]
+
+
+@pytest.fixture(scope="session")
+def write_task() -> Callable[[Path], Path]:
+    """Make a folder with a task ``sums`` for lm-evaluation-harness: twelve questions with two answers each."""
+
+    def write(folder: Path) -> Path:
+        folder.mkdir()
+        questions = [
+            {"question": f"{k} and {k} make", "answers": [str(2 * k), "some"], "right": k % 2} for k in range(12)
+        ]
+        (folder / "sums.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
+        task = {
+            "task": "sums",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / "sums.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "answers",
+            "doc_to_target": "right",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+        (folder / "sums.yaml").write_text(yaml.safe_dump(task))
+        return folder
+
+    return write

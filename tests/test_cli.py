@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -216,7 +217,7 @@ def check_report(folder: Path) -> None:
     jsonschema.validate(read_json(folder / "pruning.json"), read_json(SCHEMA))
 
 
-def test_every_part_of_a_report_is_in_the_schema(tmp_path: Path) -> None:
+def test_every_part_of_a_report_is_in_the_schema(tmp_path: Path, write_task: Callable[[Path], Path]) -> None:
     plan = {
         **WANDA,
         "allocator": {"class_path": "AlphaPruning"},
@@ -386,28 +387,8 @@ def test_a_killed_run_leaves_nothing_half_written_and_resumes(tmp_path: Path) ->
     assert sorted(p for p in os.listdir(tmp_path) if "out" in p) == ["out"]
 
 
-def write_task(folder: Path) -> Path:
-    """Write a task of twelve questions with two answers each."""
-    folder.mkdir()
-    questions = [{"question": f"{k} and {k} make", "answers": [str(2 * k), "some"], "right": k % 2} for k in range(12)]
-    (folder / "sums.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
-    task = {
-        "task": "sums",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "sums.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "answers",
-        "doc_to_target": "right",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / "sums.yaml").write_text(yaml.safe_dump(task))
-    return folder
-
-
 def test_tasks_are_run_before_and_after_pruning_and_on_a_saved_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], write_task: Callable[[Path], Path]
 ) -> None:
     config, out, scores = write_config(tmp_path), tmp_path / "out", tmp_path / "scores.json"
     harness = ["--tasks", "[sums]", "--harness.include_path", str(write_task(tmp_path / "tasks"))]

@@ -2,14 +2,18 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lit_prune.cli import build, main
+from lit_prune.models.io import load_model, load_tokenizer, save_pruned
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,14 +30,22 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
-COMMANDS = sorted(
-    {
-        line
-        for _, text in blocks("bash")
-        for line in text.replace("\\\n", " ").splitlines()
-        if line.startswith("lit-prune ") and "--help" not in line
-    }
-)
+def commands(page: str) -> list[str]:
+    """Return the ``lit-prune`` commands of a page, in order."""
+    lines = [line for where, text in blocks("bash") if where == page for line in text.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("lit-prune ") and "configs/strategies" not in line]
+
+
+WITH_COMMANDS = [page for page in dict.fromkeys(page for page, _ in blocks("bash")) if commands(page)]
+SMALL = ["--data.dataset", "embedded", "--data.sequences", "2", "--data.seqlen", "32", "--data.max_windows", "2"]
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SHORTER = {
+    r"max_steps: \d+": "max_steps: 2",
+    r"val_check_interval: \d+": "val_check_interval: 1",
+    r"end: 300, every: 50": "end: 2, every: 1",
+    r"(seqlen|sequences): \d+": r"\1: 16",
+}
+"""What makes the runs of ``configs/`` last seconds."""
 
 
 @pytest.mark.timeout(300)
@@ -47,24 +59,61 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert not re.search(r'(src|href)="https?://[^"]*\.(js|css|woff2?)"', file.read_text()), file
 
 
-def test_there_are_commands_and_pages() -> None:
-    assert len(COMMANDS) > 10 and len(PAGES) > 15
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, write_task: Callable[[Path], Path]) -> Path:
+    """Return a folder with all that the pages' commands ask for: configs, a model, pruned ones, a checkpoint, tasks."""
+    place = tmp_path_factory.mktemp("workplace")
+    shutil.copytree(ROOT / "configs", place / "configs")
+    for config in (place / "configs").rglob("*.yaml"):
+        text = config.read_text()
+        for pattern, shorter in SHORTER.items():
+            text = re.sub(pattern, shorter, text)
+        config.write_text(text)
+    model = load_model("random", config={"model_type": "llama", **TINY})
+    save_pruned(place / "out" / "smollm2-135m", model, load_tokenizer("random"), {}, {})
+    (place / "README.md").write_text("Some text.\n" * 20)
+    write_task(place / "tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for pruned in ("sparse-model", "other-model", "out/demo"):
+            assert main(["prune", "-c", "configs/demo.yaml", *SMALL, "--output", pruned]) == 0
+        assert main(["fit", "-c", "configs/gradual.yaml", *SMALL, "--trainer.callbacks+=ModelCheckpoint"]) == 0
+        (checkpoint,) = Path("lightning_logs").rglob("*.ckpt")
+        shutil.copy(checkpoint, "lightning_logs/last.ckpt")
+        shutil.rmtree("out/gradual")
+    return place
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_is_understood(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_the_commands_of_a_page_work(
+    page: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(ROOT)
-    (tmp_path / "my.yaml").write_text(blocks("yaml")[0][1])
-    arguments = shlex.split(command.replace("my.yaml", str(tmp_path / "my.yaml")), comments=True)[1:]
-    if arguments[0] == "compare":
-        assert main(arguments) == 2  # there are no such runs here, and that is all that is wrong
-        assert "holds no pruning.json" in capsys.readouterr().err
-        return
-    with pytest.raises(SystemExit, match="0"):
-        main([*arguments, "--print_config"])
-    assert yaml.safe_load(capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+    recipes = [text for where, text in blocks("yaml") if where == page and "pretrained:" in text]
+    if recipes:
+        whole = next(text for text in recipes if "callbacks" in text)
+        (tmp_path / "my.yaml").write_text(whole.replace("HuggingFaceTB/SmolLM2-135M", "out/smollm2-135m"))
+    for command in commands(page):
+        arguments = shlex.split(command, comments=True)[1:]
+        output = next((after for option, after in pairwise(arguments) if option == "--output"), None)
+        if output and Path(output).is_dir() and "--model.pretrained" not in arguments[1:] and arguments[0] != "compare":
+            shutil.rmtree(output)  # made for the commands that read it; this one writes it
+        assert main([*arguments, *_smaller(arguments)]) == 0, command
+        assert output is None or Path(output).exists()
+
+
+def _smaller(arguments: list[str]) -> list[str]:
+    """Return options that make a command last seconds, and need no network."""
+    options = SMALL if arguments[0] in ("prune", "fit", "test") else []
+    if "--tasks" in arguments or "configs/tasks/zero_shot.yaml" in arguments:
+        options = [*options, "--tasks", "[sums]", "--harness.include_path", "tasks"]
+    return options
+
+
+def test_there_are_commands_and_pages() -> None:
+    assert sum(len(commands(page)) for page in WITH_COMMANDS) > 20 and len(PAGES) > 15
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda value: value[:30] if "/" in value else "")
