@@ -33,7 +33,7 @@ def test_zero_3_distils_and_exports_the_best_model(tmp_path: Path, tiny_model: C
     save_pruned(tmp_path / "dense", tiny_model("llama"), load_tokenizer("random"), {}, {})
     config = yaml.safe_load((ROOT / "configs" / "smollm2" / "recover_distill_zero3.yaml").read_text())
     config["model"]["pretrained"] = config["model"]["loss"]["init_args"]["teacher"] = str(tmp_path / "dense")
-    config["data"] |= {"seqlen": 16, "sequences": 4, "max_windows": 40}
+    config["data"] |= {"dataset": "embedded", "seqlen": 16, "sequences": 4, "max_windows": 40}
     config["trainer"] |= {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 2}
     config["trainer"] |= {"logger": False, "default_root_dir": str(tmp_path)}
     config["trainer"]["callbacks"][-1]["init_args"]["output"] = str(tmp_path / "out")
