@@ -22,6 +22,16 @@ from lit_prune.pruning.report import Recipe
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule
 
+_SUBCOMMANDS = {
+    "prune": {"model", "datamodule"},
+    "analyze": {"model", "datamodule"},
+    "evaluate": {"model", "datamodule"},
+    "speed": {"model", "datamodule"},
+    "export": {"model", "datamodule"},
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+    "validate": {"model", "dataloaders", "datamodule"},
+    "test": {"model", "dataloaders", "datamodule"},
+}
 _FLAGS = ("--overwrite", "--resume", "--trust")
 
 
@@ -33,19 +43,13 @@ class PruningCLI(LightningCLI):
         self.arguments: list[str] = list(kwargs["args"])
         super().__init__(*args, **kwargs)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the subcommands, and the arguments that are no options."""
-        return {
-            "prune": {"model", "datamodule"},
-            "analyze": {"model", "datamodule"},
-            "evaluate": {"model", "datamodule"},
-            "speed": {"model", "datamodule"},
-            "export": {"model", "datamodule"},
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
-            "test": {"model", "dataloaders", "datamodule"},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the subcommands, and the arguments that are no options; the one that is asked for, if it is known.
+
+        It takes half a second to make the parser of each.
+        """
+        asked = self.arguments[0] if self.arguments else ""
+        return {asked: _SUBCOMMANDS[asked]} if asked in _SUBCOMMANDS else _SUBCOMMANDS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--debug`` and ``--quiet``."""
