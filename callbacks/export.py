@@ -18,7 +18,7 @@ from lit_prune.models.io import check_output, save_pruned
 from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import PruningReport
-from lit_prune.pruning.documents import read_report, render
+from lit_prune.pruning.documents import check_report, read_report, render
 
 
 class Export(Callback):
@@ -62,8 +62,11 @@ class Export(Callback):
         if stage != "fit":
             return
         check_output(self.output, self.overwrite)
-        if find_keep_masks(trainer) is None or _prunes(trainer):
+        keep_masks = find_keep_masks(trainer)
+        if keep_masks is None or _prunes(trainer):
             find_prune(trainer)
+        elif keep_masks.source is not None:
+            check_report(keep_masks.source)
         if self.best:
             _monitoring(trainer)
 

@@ -36,7 +36,10 @@ def log_outcome(logger: Logger, report: PruningReport, metrics: Mapping[str, flo
     """Log the plan as hyper-parameters, beside the final metrics."""
     parameters = dict(_flat(report.identity["plan"]))
     if isinstance(logger, TensorBoardLogger):
-        logger.log_hyperparams(parameters, {"prune/final_sparsity": report.sparsity, **metrics})
+        final = {
+            f"final/{name}": value for name, value in metrics.items()
+        }  # a curve's own name would add a point to it
+        logger.log_hyperparams(parameters, {"final/sparsity": report.sparsity, **final})
     else:
         logger.log_hyperparams(parameters)
 

@@ -161,6 +161,8 @@ class Prune(Callback):
                 **vars(request),
             )
             share_pruned(model, whole, self.report.changed, self.report.masks)
+        if before and not self.report.metrics:
+            self.report.metrics = before.metrics  # of the allocation that this pruning took over
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PruningListener):

@@ -54,7 +54,7 @@ class PruningCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--debug`` and ``--quiet``."""
         parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
-        parser.add_argument("--quiet", action="store_true", help="Show no progress and no tables, only errors.")
+        parser.add_argument("--quiet", action="store_true", help="Show no progress and no tables.")
 
     def _parse_ckpt_path(self) -> None:
         # The parent reads hyper-parameters out of the checkpoint before anyone has looked whether it is safe; a
@@ -94,7 +94,10 @@ def build(arguments: list[str], run: bool = True) -> PruningCLI:
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"exit_on_error": False},
+        parser_kwargs={
+            "exit_on_error": False,
+            "epilog": "lit-prune compare RUN RUN ... sets pruned folders side by side.",
+        },
         args=arguments,
         run=run,
     )
@@ -123,6 +126,7 @@ def _compare(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="lit-prune compare", description="Set pruned folders side by side on one page.")
     parser.add_argument("runs", nargs="+", help="Folders that lit-prune wrote.")
     parser.add_argument("--output", default="compare.html", help="HTML file to write; an older one is replaced.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     options = parser.parse_args(arguments)
     print(f"wrote {compare(options.runs, options.output)}")
 

@@ -152,7 +152,7 @@ class PruningTrainer(Trainer):
         """
         check_output(output, overwrite)
         read = None if checkpoint is None else read_checkpoint(checkpoint, trust)
-        masks = read.masks if read else load_masks(Path(model.pretrained).expanduser())
+        masks = read.masks if read else load_masks(model.pretrained)
         model.configure_model()
         if read:
             try:
@@ -165,9 +165,9 @@ class PruningTrainer(Trainer):
             report = PruningReport.from_dict(kept, by_layer(masks)) if kept else None
         else:
             report = read_report(model.pretrained, masks)
-        documents = render(report, title=Path(model.pretrained).name) if report else {}
+        documents = render(report, title=Path(model.pretrained).name, to=to) if report else {}
         with without_adapters(model.model) as adapters:
-            documents |= adapters or adapter_files(model.pretrained)
+            documents |= adapters if read else adapter_files(model.pretrained)
             tokenizer = model.load_tokenizer()
             folder = save_pruned(output, model.model, tokenizer, masks, documents, overwrite, to, shard_size)
         self._show([], folder)
@@ -216,6 +216,7 @@ class PruningTrainer(Trainer):
         targets = callback.plan.find_targets(model.model)[1]
         if callback.plan.needs_data:
             datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
+        tokenizer = model.load_tokenizer()
         journal = folder.with_name(f".{folder.name}.journal")
         before = self.test(model, datamodule=datamodule, verbose=False)[0]
         scores = [self._scores(model, tasks, harness)] if tasks else []
@@ -238,7 +239,7 @@ class PruningTrainer(Trainer):
         report.samples = [Sample(*sample) for sample in zip(prompts, *texts, strict=True)]
         report.recipes = [self.recipe] if self.recipe else []
         documents = render(report, title=Path(model.pretrained).name)
-        save_pruned(folder, model.model, model.load_tokenizer(), report.masks, documents, overwrite)
+        save_pruned(folder, model.model, tokenizer, report.masks, documents, overwrite)
         Journal.remove(journal)
         self._show([report.table(), report.summary_table()], folder)
 
@@ -282,7 +283,7 @@ class PruningTrainer(Trainer):
             tokens: Rows of the input: 1 is generation one token at a time, hundreds are a prompt.
             output: JSON file to write the figures to; null = none.
         """
-        masks = load_masks(Path(model.pretrained).expanduser())
+        masks = load_masks(model.pretrained)
         model.configure_model()
         with self._at_work(model) as whole:
             found = measure_speed(whole, masks, tokens)

@@ -54,7 +54,7 @@ class Measured(Allocator):
             spread: How far below and above the target blocks are tried.
             prior: Another allocator that has a say; null = none.
             trust: Share of the measured allocation beside a prior, in [0, 1].
-            sequences: Calibration sequences that blocks are tried on; null = all.
+            sequences: Calibration sequences that blocks, and a prior that observes, are tried on; null = all.
             min_sparsity: No layer gets less.
             max_sparsity: No layer gets more.
         """

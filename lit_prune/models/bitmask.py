@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,22 +56,40 @@ def read_bitmask(path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: where there is no such file, or it holds something else.
     """
-    file = Path(path)
-    file = file / BITMASK_FILE if file.is_dir() else file
+    with opened(path, BITMASK_FILE, _FORMAT, "a bitmask model is") as (handle, metadata):
+        shapes, tied = json.loads(metadata["shapes"]), json.loads(metadata["tied"])
+        parts = {f"{name}.{part}" for name in shapes for part in ("kept", "mask")}
+        found = {name: handle.get_tensor(name) for name in handle.keys() if name not in parts}  # noqa: SIM118
+        for name, shape in shapes.items():
+            kept = handle.get_tensor(f"{name}.kept")
+            keep = PackedMask(handle.get_tensor(f"{name}.mask"), tuple(shape)).unpack()
+            found[name] = kept.new_zeros(shape).masked_scatter_(keep, kept)
+    return found | {name: found[owner] for name, owner in tied.items()}
+
+
+@contextmanager
+def opened(path: str | Path, name: str, mark: str, what: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Open a safetensors file whose ``format`` is ``mark``; yield its handle and its metadata.
+
+    Args:
+        path: the file, or a folder that holds it under ``name``.
+        name: its usual name.
+        mark: what its metadata must say.
+        what: is asked of it, for errors.
+
+    Raises:
+        InputError: where there is no such file, or it holds something else.
+    """
+    file = Path(path).expanduser()
+    file = file / name if file.is_dir() else file
+    asked = f"{what} asked of {str(path)!r}"
     if not file.is_file():
-        raise InputError(f"a bitmask model is asked of {str(path)!r}: there is no such file")
+        raise InputError(f"{asked}: there is no such file; name a folder that lit-prune wrote, or its {name}")
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise InputError(f"a bitmask model is asked of {str(path)!r}: the file holds none")
-            shapes, tied = json.loads(metadata["shapes"]), json.loads(metadata["tied"])
-            parts = {f"{name}.{part}" for name in shapes for part in ("kept", "mask")}
-            found = {name: handle.get_tensor(name) for name in handle.keys() if name not in parts}  # noqa: SIM118
-            for name, shape in shapes.items():
-                kept = handle.get_tensor(f"{name}.kept")
-                keep = PackedMask(handle.get_tensor(f"{name}.mask"), tuple(shape)).unpack()
-                found[name] = kept.new_zeros(shape).masked_scatter_(keep, kept)
+            if metadata.get("format") != mark:
+                raise InputError(f"{asked}: the file holds none")
+            yield handle, metadata
     except SafetensorError as error:
-        raise InputError(f"a bitmask model is asked of {str(path)!r}: not a safetensors file ({error})") from error
-    return found | {name: found[owner] for name, owner in tied.items()}
+        raise InputError(f"{asked}: not a safetensors file ({error})") from error

@@ -151,14 +151,21 @@ class BlockReplay:
     def _pooled(
         self, index: int, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
     ) -> dict[str, LayerStats]:
-        """Return, for experts that saw fewer tokens than they have inputs, the statistics of all experts together."""
+        """Return, for experts that saw too few tokens, the statistics of all experts together.
+
+        That is fewer than a Gram matrix has rows. The inputs of an expert's last layer are its own hidden units, which
+        have nothing in common with another's: they are pooled only where there are none at all.
+        """
         found: dict[str, LayerStats] = {}
         for group in _expert_layers(self._blocks[index].module):
             mine = [name for name, layer in layers.items() if any(layer is other for other in group)]
-            scarce = [name for name in mine if stats[name].tokens < group[0].in_features]
+            least = (
+                group[0].in_features if mine and mine[0].endswith("up_proj") and "gram" in stats[mine[0]].needs else 1
+            )
+            scarce = [name for name in mine if stats[name].tokens < least]
             if scarce:
                 warnings.warn(
-                    f"{len(scarce)} of {len(mine)} experts saw fewer than {group[0].in_features} calibration tokens, "
+                    f"{len(scarce)} of {len(mine)} experts saw fewer than {least} calibration tokens, "
                     f"{scarce[0]} {stats[scarce[0]].tokens}: they are pruned with the statistics of all, pooled",
                     stacklevel=2,
                 )

@@ -45,8 +45,13 @@ class Experts(nn.ModuleList):
     def __init__(self, fused: Any) -> None:
         """Take a fused module apart; what it holds is empty until ``refill``."""
         super().__init__(Expert(fused, index) for index in range(len(fused.down_proj)))
+        self.train(fused.training)
         self.__dict__["fused"] = fused
-        for parameter in fused.parameters():
+        self.empty_fused()
+
+    def empty_fused(self) -> None:
+        """Let the fused module hold nothing; what shares its memory keeps it."""
+        for parameter in self.__dict__["fused"].parameters():
             parameter.data = parameter.data.new_empty(0)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -69,12 +74,17 @@ class Experts(nn.ModuleList):
 
     @torch.no_grad()
     def refill(self) -> nn.Module:
-        """Return the fused module with these experts' weights, in the very parameters that it had."""
-        fused: Any = self.fused
+        """Return the fused module with these experts' weights, in the very parameters that it had.
+
+        From here on the experts share its memory, so that there are no two copies.
+        """
+        fused: Any = self.__dict__["fused"]
         for name in _matrices(fused):
             layers = [cast(nn.Linear, expert.get_submodule(name)) for expert in self]
-            weights = [layer.weight.T if fused.is_transposed else layer.weight for layer in layers]
-            getattr(fused, name).data = torch.stack(weights)
+            weights = torch.stack([layer.weight.T if fused.is_transposed else layer.weight for layer in layers])
+            getattr(fused, name).data = weights
+            for layer, weight in zip(layers, weights, strict=True):
+                layer.weight.data = weight.T if fused.is_transposed else weight
             if fused.has_bias:
                 getattr(fused, f"{name}_bias").data = torch.stack([layer.bias for layer in layers])
         fused.train(self.training)
@@ -111,14 +121,20 @@ def apart(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def together(model: nn.Module) -> Iterator[None]:
-    """Put experts together that were taken apart, and take them apart again afterwards."""
-    found = [name for name, module in model.named_modules() if isinstance(module, Experts)]
-    _put_together(model, found)
+    """Put experts together that were taken apart; the very same experts come back afterwards, parameters and hooks."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    _put_together(model, list(found))
     try:
         yield
     finally:
-        for name in found:
-            model.set_submodule(name, Experts(model.get_submodule(name)))
+        for name, experts in found.items():
+            experts.empty_fused()
+            model.set_submodule(name, experts)
+
+
+def has_fused_experts(model: nn.Module) -> bool:
+    """Tell whether a model has experts that ``take_apart`` would take apart."""
+    return any(_is_fused(module) for module in model.modules())
 
 
 def _put_together(model: nn.Module, names: list[str]) -> None:

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from lit_prune.errors import InputError, first_line
-from lit_prune.models.bitmask import BITMASK_FILE, read_bitmask, save_bitmask
+from lit_prune.models.bitmask import BITMASK_FILE, opened, read_bitmask, save_bitmask
 from lit_prune.models.experts import apart, together
 from lit_prune.ops import PackedMask
 
@@ -82,13 +82,16 @@ def load_model(
 def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
     with _explained(str(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        as_stored = dtype is None
         dtype = dtype or config.dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     weights = read_bitmask(folder)
     with apart(model) if not model.state_dict().keys() <= weights.keys() else nullcontext():
-        model.load_state_dict(weights)
+        # In the dtypes of the file, which may differ from tensor to tensor.
+        model.load_state_dict(weights, assign=as_stored)
+    model.tie_weights()
     return model
 
 
@@ -101,7 +104,7 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrain
     """Load the tokenizer that belongs to ``pretrained`` (bytes for ``random``)."""
     if pretrained == RANDOM:
         return _byte_tokenizer()
-    with _explained(pretrained, "copy the files of its tokenizer into the folder, or name another data.tokenizer"):
+    with _explained(pretrained, "copy the files of its tokenizer into the folder"):
         location, extra = _locate(pretrained)
         return AutoTokenizer.from_pretrained(location, **extra, trust_remote_code=trust_remote_code)
 
@@ -342,19 +345,9 @@ def save_masks(path: Path, masks: Mapping[str, PackedMask]) -> None:
 
 def load_masks(path: str | Path) -> dict[str, PackedMask]:
     """Read keep masks by parameter name; a pruned folder may be given for its ``masks.safetensors``."""
-    file = Path(path)
-    file = file / MASKS_FILE if file.is_dir() else file
-    if not file.is_file():
-        raise InputError(f"masks are asked of {str(path)!r}: there is no such file")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise InputError(f"masks are asked of {str(path)!r}: the file holds no keep masks")
-            shapes = json.loads(metadata["shapes"])
-            return {name: PackedMask(handle.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
-    except SafetensorError as error:
-        raise InputError(f"masks are asked of {str(path)!r}: not a safetensors file ({error})") from error
+    with opened(path, MASKS_FILE, _FORMAT, "masks are") as (handle, metadata):
+        shapes = json.loads(metadata["shapes"])
+        return {name: PackedMask(handle.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

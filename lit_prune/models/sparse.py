@@ -12,6 +12,7 @@ from torch.sparse import to_sparse_semi_structured
 from torch.utils.benchmark import Timer
 
 from lit_prune.errors import InputError
+from lit_prune.models.experts import apart, has_fused_experts
 from lit_prune.ops import PackedMask
 
 SEMI_STRUCTURED = "2:4 semi-structured"
@@ -60,6 +61,8 @@ def use_semi_structured(model: nn.Module, masks: Mapping[str, PackedMask]) -> li
     Raises:
         InputError: where the device or the dtype cannot do that, or no mask is 2:4.
     """
+    if has_fused_experts(model):
+        raise InputError("the model's experts are fused: call lit_prune.models.experts.take_apart(model) first")
     layers = {
         name.removesuffix(".weight"): layer
         for name, mask in masks.items()
@@ -96,7 +99,20 @@ def measure_speed(
         masks: keep masks by parameter name.
         tokens: rows of the input: 1 is generation one token at a time, hundreds are a prompt.
         seconds: time to spend on each figure, at least.
+
+    Raises:
+        InputError: where no linear layer has a mask, or torch cannot multiply sparse rows in the model's dtype.
     """
+    with apart(model):
+        found = _time_layers(model, masks, tokens, seconds)
+    if not found:
+        raise InputError("no linear layer has a mask here, so there is nothing to time")
+    return found
+
+
+def _time_layers(
+    model: nn.Module, masks: Mapping[str, PackedMask], tokens: Sequence[int], seconds: float
+) -> list[Speed]:
     found, shapes = [], set()
     for name, mask in masks.items():
         layer = model.get_submodule(name.rpartition(".")[0])
@@ -122,6 +138,10 @@ def _sparse(weight: Tensor, mask: PackedMask) -> tuple[str, Callable[[Tensor], T
     if is_two_of_four(mask) and _has_semi_structured(weight):
         packed = to_sparse_semi_structured(weight)
         return SEMI_STRUCTURED, lambda x: linear(x, packed)
+    if not weight.is_cuda and weight.dtype != torch.float32:
+        raise InputError(
+            f"the model is in {weight.dtype} on {weight.device}: torch multiplies sparse rows in float32 there"
+        )
     rows = weight.to_sparse_csr()
     return CSR, lambda x: (rows @ x.T).T
 

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.figure import Figure
 
 from lit_prune.models.checkpoints import by_layer
-from lit_prune.models.io import REPORT_FILE, read_json
+from lit_prune.models.io import REPORT_FILE, Format, read_json
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import pages
 from lit_prune.pruning.figures import (
@@ -24,7 +24,7 @@ from lit_prune.pruning.figures import (
     kind_of,
     mask_pictures,
 )
-from lit_prune.pruning.report import PruningReport
+from lit_prune.pruning.report import PruningReport, check_format
 
 PAGE_FILE = "report.html"
 _CARD = """---
@@ -33,8 +33,8 @@ _CARD = """---
 
 # {title}, pruned
 
-{sparsity} of the weights of its linear layers are zero: {method}. It opens with plain
-`transformers.AutoModelForCausalLM.from_pretrained`; the zeros are in the weights.
+{sparsity} of the targeted weights are zero: {method}. It opens with
+{opens}.
 
 | | |
 |---|---|
@@ -53,14 +53,14 @@ _PLOTS = ("sparsity", "output_error", "block_error", "validation")
 """Figures that are files too, for the model card."""
 
 
-def render(report: PruningReport, title: str) -> dict[str, str | bytes]:
-    """Return every document of a pruned model's folder: file name to content."""
+def render(report: PruningReport, title: str, to: Format = "hf") -> dict[str, str | bytes]:
+    """Return every document of a pruned model's folder, whose weights lie there in the form ``to``: name to content."""
     figures = report_figures(report)
     plots = {f"{name}.png": as_png(figures[name]) for name in _PLOTS if name in figures}
     return {
         REPORT_FILE: json.dumps(report.as_dict(), indent=1),
         PAGE_FILE: _page(report, title, {name: as_svg(figure) for name, figure in figures.items()}),
-        "README.md": _card(report, title, list(plots)),
+        "README.md": _card(report, title, list(plots), to),
         **plots,
     }
 
@@ -69,6 +69,13 @@ def read_report(folder: str | Path, masks: Mapping[str, PackedMask]) -> PruningR
     """Return the report of a pruned folder, whose masks by parameter name are known; None where it holds no report."""
     file = Path(folder).expanduser() / REPORT_FILE
     return PruningReport.from_dict(read_json(file), by_layer(masks)) if file.is_file() else None
+
+
+def check_report(folder: str | Path) -> None:
+    """Raise ``InputError`` where a pruned folder holds a report that this version cannot read."""
+    file = Path(folder).expanduser() / REPORT_FILE
+    if file.is_file():
+        check_format(read_json(file))
 
 
 def report_figures(report: PruningReport) -> dict[str, Figure]:
@@ -151,8 +158,8 @@ def _page(report: PruningReport, title: str, figures: Mapping[str, str]) -> str:
         ),
         pages.section(
             "Masks",
-            "The layers of the middle block, outputs down, inputs across: full colour where all weights are kept, none "
-            "where none is.",
+            "The layers of the middle block, as they are stored: full colour where all weights are kept, none where "
+            "none is.",
             pages.plots(figures.get("masks", "")),
         ),
         pages.section("Time by stage", "", pages.plots(figures.get("seconds", ""))),
@@ -185,7 +192,7 @@ def _layers(report: PruningReport) -> str:
     return pages.table(rows, ("layer", "shape", "asked", "reached", "output error", "seconds"))
 
 
-def _card(report: PruningReport, title: str, plots: Sequence[str]) -> str:
+def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format) -> str:
     """Return the model card of the Hugging Face hub."""
     scores = []
     if "perplexity_after" in report.evaluation:
@@ -207,6 +214,9 @@ def _card(report: PruningReport, title: str, plots: Sequence[str]) -> str:
     return _CARD.format(
         front=front.to_yaml(),
         title=title,
+        opens="`lit_prune.load_model`, which puts the zeros back to the bit"
+        if to == "bitmask"
+        else "plain `transformers.AutoModelForCausalLM.from_pretrained`; the zeros are in the weights",
         method=report.method,
         sparsity=f"{report.sparsity:.2%}",
         summary="\n".join(f"| {what} | {value} |" for what, value in report.summary()),

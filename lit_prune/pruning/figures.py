@@ -147,7 +147,7 @@ def mask_pictures(masks: Mapping[str, PackedMask], most: int = 8) -> Figure:
 
 def density(mask: PackedMask) -> np.ndarray:
     """Return the share of kept weights in each cell of a grid of 128 x 128 cells at most, ``[rows, columns]``."""
-    keep = mask.unpack().numpy()
+    keep = mask.unpack().cpu().numpy()
     keep = keep.reshape(-1, keep.shape[-1])
     return np.array([[cell.mean() for cell in _cells(band, 1)] for band in _cells(keep, 0)])
 

@@ -164,8 +164,8 @@ class PruningReport:
 
     def mask_change(self, before: PruningReport) -> float:
         """Return the fraction of all weights that are kept now and were not before, or the other way round."""
-        masks = before.masks
-        changed = sum(int((mask.unpack() != masks[name].unpack()).sum()) for name, mask in self.masks.items())
+        earlier = {name: mask.to("cpu").unpack() for name, mask in before.masks.items()}
+        changed = sum(int((mask.to("cpu").unpack() != earlier[name]).sum()) for name, mask in self.masks.items())
         return changed / sum(layer.numel for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
@@ -198,12 +198,7 @@ class PruningReport:
         Raises:
             InputError: where another version wrote it, in another format.
         """
-        if content.get("format") != _FORMAT:
-            writer = content.get("versions", {}).get("lit-prune", "another program")
-            raise InputError(
-                f"a report is in format {content.get('format')!r}, written by lit-prune {writer}: this version, "
-                f"{version('lit-prune')}, reads format {_FORMAT}; prune again, or install that version"
-            )
+        check_format(content)
         return cls(
             identity={name: content[name] for name in ("plan", "model", "data")},
             layers=[LayerReport.from_dict(layer, masks[layer["name"]]) for layer in content["layers"]],
@@ -297,6 +292,16 @@ class PruningReport:
         for what, value in self.summary():
             table.add_row(what, value)
         return table
+
+
+def check_format(content: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` where another version wrote a report, in another format."""
+    if content.get("format") != _FORMAT:
+        writer = content.get("versions", {}).get("lit-prune", "another program")
+        raise InputError(
+            f"a report is in format {content.get('format')!r}, written by lit-prune {writer}: this version, "
+            f"{version('lit-prune')}, reads format {_FORMAT}; prune again, or install that version"
+        )
 
 
 def scores_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:

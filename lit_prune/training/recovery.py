@@ -118,6 +118,12 @@ class LoRA(Trainable):
     def prepare(self, model: nn.Module) -> None:
         """Freeze the model and add the adapters; a pattern that matches no layer is an ``InputError``."""
         targets = find_targets(model, find_blocks(model), self.include, self.exclude, owner="LoRA")
+        experts = [target.name for target in targets if not self.masked and ".experts." in target.name]
+        if experts:
+            raise InputError(
+                f"LoRA.masked is false and {experts[0]} is an expert, whose adapters PEFT cannot put on: add "
+                "'*.experts.*' to LoRA.exclude, or make it masked"
+            )
         if self.norms_and_biases:
             _train_vectors_only(model)
         else:

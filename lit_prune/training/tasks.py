@@ -108,12 +108,19 @@ def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return what is a score of a task's values, by its name without the filter (``acc,none`` is ``acc``)."""
-    return {
-        name.removesuffix(",none"): float(value)
-        for name, value in values.items()
-        if "," in name and isinstance(value, (int, float))
-    }
+    """Return what is a score of a task's values, by name.
+
+    >>> _scores({"acc,none": 0.5, "acc_stderr,none": 0.1, "em_stderr,strict": 0.2, "alias": "x"})
+    {'acc': 0.5, 'acc_stderr': 0.1, 'em,strict_stderr': 0.2}
+    """
+    found = {}
+    for name, value in values.items():
+        metric, comma, kind = name.partition(",")
+        if comma and isinstance(value, (int, float)):
+            error = "_stderr" if metric.endswith("_stderr") else ""
+            of_kind = "" if kind == "none" else f",{kind}"
+            found[f"{metric.removesuffix('_stderr')}{of_kind}{error}"] = float(value)
+    return found
 
 
 @contextmanager

@@ -56,9 +56,14 @@ def test_experts_come_apart_and_together_without_a_trace(model_type: str) -> Non
     with apart(model):
         assert sum(isinstance(module, Experts) for module in model.modules()) == 2
         assert torch.equal(logits(model), before)
+        kept = [module for module in model.modules() if isinstance(module, Experts)]
+        parts = list(model.parameters())
         with together(model):
             assert list(model.state_dict()) == names and torch.equal(logits(model), before)
-        assert torch.equal(logits(copy.deepcopy(model)), before)
+        assert kept == [module for module in model.modules() if isinstance(module, Experts)]
+        assert all(a is b for a, b in zip(model.parameters(), parts, strict=True))
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(logits(model), before) and torch.equal(logits(copy.deepcopy(model)), before)
     assert list(model.state_dict()) == names
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))  # an optimizer still knows them
@@ -138,6 +143,21 @@ def test_experts_that_saw_too_few_tokens_share_the_statistics_of_all(monkeypatch
     ):
         report = prune(model, TOKENS, PruningPlan(Unstructured(0.5), Wanda()))
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_whose_statistics_an_expert_is_pruned_with() -> None:
+    model = mixture()
+    take_apart(model)
+    experts = model.model.layers[0].mlp.experts
+    layers = {
+        f"{index}.{name}": layer for index, expert in enumerate(experts) for name, layer in expert.named_children()
+    }
+    few = [TOKENS[0][:1, :12]]  # 24 tokens for 4 experts: fewer than the 16 inputs for some, of 24 inputs for all
+    with pytest.warns(UserWarning, match="pooled"):
+        stats = BlockReplay(model, find_blocks(model), few).collect(0, layers, frozenset({"gram"}))
+    tokens = {name: found.tokens for name, found in stats.items()}
+    assert 24 in [tokens[f"{index}.gate_up_proj"] for index in range(4)]  # those of all experts together
+    assert sum(tokens[f"{index}.down_proj"] for index in range(4)) == 24  # hidden units of its own for each
 
 
 def _without_last(

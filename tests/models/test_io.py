@@ -118,9 +118,7 @@ def test_a_kill_while_saving_leaves_the_old_folder_or_none(tmp_path: Path, exist
 
 def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> None:
     tiny_model().save_pretrained(tmp_path)  # type: ignore[operator]
-    with pytest.raises(
-        InputError, match=r"cannot be loaded .*; copy the files of its tokenizer .* another data\.tokenizer"
-    ):
+    with pytest.raises(InputError, match=r"cannot be loaded .*; copy the files of its tokenizer"):
         io.load_tokenizer(str(tmp_path))
 
 
@@ -162,7 +160,7 @@ def test_masks_are_asked_of_the_right_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such file"):
         io.load_masks(tmp_path)
     io.save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
-    with pytest.raises(InputError, match="holds no keep masks"):
+    with pytest.raises(InputError, match="holds none"):
         io.load_masks(tmp_path / "other.safetensors")
     (tmp_path / "text").write_text("not safetensors at all")
     with pytest.raises(InputError, match="not a safetensors file"):

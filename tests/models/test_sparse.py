@@ -42,6 +42,15 @@ def test_one_layer_of_each_shape_is_timed(tiny_model: Callable[..., nn.Module]) 
     )
 
 
+def test_sparse_rows_in_half_precision_are_refused_on_cpus(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model().bfloat16()
+    report = prune(model, [], PruningPlan(Unstructured(0.5), Magnitude(), output_error=False))
+    with pytest.raises(InputError, match=r"the model is in torch\.bfloat16 on cpu: torch multiplies .* float32"):
+        measure_speed(model, report.masks, tokens=(1,), seconds=0.001)
+    with pytest.raises(InputError, match="nothing to time"):
+        measure_speed(tiny_model("gpt2"), {}, tokens=(1,))
+
+
 def test_no_gain_is_called_that() -> None:
     figure = Speed("q_proj", (4, 4), 0.5, 1, "CSR", dense=1e-3, sparse=2e-3)
     assert figure.verdict == "no gain (0.50)"
