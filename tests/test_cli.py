@@ -463,9 +463,9 @@ def test_tensorboard_shows_sparsity_mask_changes_figures_and_parameters(tmp_path
     assert 0.2 < change.value < 0.35  # a quarter more goes
     assert {"prune/sparsity", "prune/masks", "prune/output_error"} <= set(tags["images"])
     assert "_hparams_/session_start_info" in events.summary_metadata
-    assert [event.step for event in events.Scalars("val/perplexity")] == [1, 2] and "final/val/perplexity" in tags[
-        "scalars"
-    ]
+    steps = [event.step for event in events.Scalars("val/perplexity")]
+    assert steps == [0, 1]  # after the first step and after the second, as Lightning counts
+    assert "final/val/perplexity" in tags["scalars"]
 
 
 def test_speed_times_a_pruned_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
