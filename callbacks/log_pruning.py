@@ -21,9 +21,7 @@ def log_pruning(logger: Logger, report: PruningReport, before: PruningReport | N
         step: the optimizer step.
     """
     numbers = {"prune/sparsity": report.sparsity}
-    for block, layers in report.blocks():
-        weights = sum(layer.numel for layer in layers)
-        numbers[f"prune_block/sparsity_{block:02d}"] = sum(layer.reached * layer.numel for layer in layers) / weights
+    numbers |= {f"prune_block/sparsity_{block:02d}": value for block, value in report.sparsity_by_block().items()}
     if before is not None:
         numbers["prune/mask_change"] = report.mask_change(before)
     logger.log_metrics(numbers, step=step)
@@ -36,9 +34,8 @@ def log_outcome(logger: Logger, report: PruningReport, metrics: Mapping[str, flo
     """Log the plan as hyper-parameters, beside the final metrics."""
     parameters = dict(_flat(report.identity["plan"]))
     if isinstance(logger, TensorBoardLogger):
-        final = {
-            f"final/{name}": value for name, value in metrics.items()
-        }  # a curve's own name would add a point to it
+        # Under the name of a curve it would be one more point of that curve.
+        final = {f"final/{name}": value for name, value in metrics.items()}
         logger.log_hyperparams(parameters, {"final/sparsity": report.sparsity, **final})
     else:
         logger.log_hyperparams(parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from lit_prune.pruning.figures import (
     kind_of,
     mask_pictures,
 )
-from lit_prune.pruning.report import PruningReport, check_format
+from lit_prune.pruning.report import LayerReport, PruningReport, check_format
 
 PAGE_FILE = "report.html"
 _CARD = """---
@@ -80,9 +80,10 @@ def check_report(folder: str | Path) -> None:
 
 def report_figures(report: PruningReport) -> dict[str, Figure]:
     """Return every figure that there is something to show in, by name."""
-    figures = {"sparsity": by_block(_by_kind(report, "reached"), "sparsity", limits=(0, 1))}
+    figures = {"sparsity": by_block(_by_kind(report, lambda layer: layer.reached), "sparsity", limits=(0, 1))}
     if any(layer.output_error for layer in report.layers):
-        figures["output_error"] = by_block(_by_kind(report, "output_error"), "relative output error", log=True)
+        errors = _by_kind(report, lambda layer: layer.output_error or 0.0)
+        figures["output_error"] = by_block(errors, "relative output error", log=True)
     if report.reconstructions:
         blocks: dict[str, Points] = {
             f"{when} reconstruction": [(done.block, getattr(done, when)) for done in report.reconstructions]
@@ -92,10 +93,8 @@ def report_figures(report: PruningReport) -> dict[str, Figure]:
     if report.validation:
         figures["validation"] = by_block(report.validation, "perplexity", log=True, over="optimizer step")
     if report.metrics:
-        series: dict[str, list[tuple[float, float]]] = {}
-        for layer in report.layers:
-            series.setdefault(kind_of(layer.name), []).append((layer.block, report.metrics[layer.name]))
-        figures["metric"] = by_block(series, "the allocator's metric")
+        metrics = _by_kind(report, lambda layer: report.metrics[layer.name])
+        figures["metric"] = by_block(metrics, "the allocator's metric")
     for name, spectrum in report.spectra.items():
         figures[f"esd_{name}"] = histogram(name, np.array(spectrum.eigenvalues), spectrum.tail)
     if report.layers:
@@ -107,10 +106,10 @@ def report_figures(report: PruningReport) -> dict[str, Figure]:
     return figures
 
 
-def _by_kind(report: PruningReport, attribute: str) -> dict[str, list[tuple[float, float]]]:
+def _by_kind(report: PruningReport, value: Callable[[LayerReport], float]) -> dict[str, list[tuple[float, float]]]:
     series: dict[str, list[tuple[float, float]]] = {}
     for layer in report.layers:
-        series.setdefault(kind_of(layer.name), []).append((layer.block, getattr(layer, attribute)))
+        series.setdefault(kind_of(layer.name), []).append((layer.block, value(layer)))
     return series
 
 

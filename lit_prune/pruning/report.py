@@ -162,6 +162,10 @@ class PruningReport:
         """Fraction of all targeted weights that was removed."""
         return _weighted(self.layers, "reached")
 
+    def sparsity_by_block(self) -> dict[int, float]:
+        """Return the fraction of each block's targeted weights that was removed, by the block's index."""
+        return {block: _weighted(layers, "reached") for block, layers in self.blocks()}
+
     def mask_change(self, before: PruningReport) -> float:
         """Return the fraction of all weights that are kept now and were not before, or the other way round."""
         earlier = {name: mask.to("cpu").unpack() for name, mask in before.masks.items()}
