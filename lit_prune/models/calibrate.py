@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.blocks import Block
-from lit_prune.models.experts import Experts
+from lit_prune.models.collect import Collector, expert_layers, inputs_kept
 from lit_prune.ops import LayerStats
 from lit_prune.ops.linalg import relative_token_errors
 
@@ -130,14 +130,14 @@ class BlockReplay:
             InputError: where a layer is never called, so nothing is known about its inputs.
             NumericalError: where activations are NaN or infinite.
         """
-        collector = _Collector(needs)
-        expert_layers = {id(layer) for group in _expert_layers(self._blocks[index].module) for layer in group}
+        collector = Collector(needs)
+        of_experts = {id(layer) for group in expert_layers(self._blocks[index].module) for layer in group}
         # The dense model sends other tokens to an expert, so there is nothing to compare its inputs with.
-        compared = {name: layer for name, layer in layers.items() if id(layer) not in expert_layers}
+        compared = {name: layer for name, layer in layers.items() if id(layer) not in of_experts}
         for batch in range(len(self._hidden)):
             collector.sequences = len(self._hidden[batch])
             if dense is not None:
-                with _inputs_kept(compared, collector.dense_inputs):
+                with inputs_kept(compared, collector.dense_inputs):
                     dense._hidden[batch] = dense._output(index, batch).to(dense._hidden_device)
             with collector.watching(layers):
                 self.run(index, batch)
@@ -157,7 +157,7 @@ class BlockReplay:
         have nothing in common with another's: they are pooled only where there are none at all.
         """
         found: dict[str, LayerStats] = {}
-        for group in _expert_layers(self._blocks[index].module):
+        for group in expert_layers(self._blocks[index].module):
             mine = [name for name, layer in layers.items() if any(layer is other for other in group)]
             least = (
                 group[0].in_features if mine and mine[0].endswith("up_proj") and "gram" in stats[mine[0]].needs else 1
@@ -259,78 +259,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _Collector:
-    """Forward pre-hooks that add each layer's inputs to its statistics, once per distinct input tensor."""
-
-    def __init__(self, needs: frozenset[str]) -> None:
-        self.stats: dict[str, LayerStats] = {}
-        self.sequences = 0
-        self.dense_inputs: dict[str, Tensor] = {}
-        """This batch's inputs of every layer in the dense model, where they are wanted."""
-        self._needs = needs
-        self._owners: dict[str, str] = {}  # layer -> the layer whose hook feeds the shared statistics
-        self._seen: list[tuple[Tensor, str]] = []  # this batch's inputs, alive so that identity means identity
-
-    @contextmanager
-    def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in layers.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def end_of_batch(self) -> None:
-        self._seen.clear()
-        self.dense_inputs.clear()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0]
-            owner = next((seen_by for tensor, seen_by in self._seen if tensor is inputs), name)
-            if owner != name and self._owners.setdefault(name, owner) == owner:
-                self.stats[name] = self.stats[owner]
-                return
-            if self._owners.setdefault(name, name) != name:
-                raise NumericalError(
-                    f"{name} shared its input with {self._owners[name]} on one batch but not on another"
-                )
-            self._seen.append((inputs, name))
-            with torch.autocast(inputs.device.type, enabled=False):  # statistics are summed in float32 all the same
-                stats = self.stats.setdefault(name, LayerStats(self._needs))
-                stats.update(inputs, self.sequences, self.dense_inputs.get(name))
-
-        return hook
-
-
-def _expert_layers(block: nn.Module) -> list[list[nn.Linear]]:
-    """Return the experts' layers that stand at the same place of different experts, a list for each place."""
-    return [
-        list(layers)
-        for module in block.modules()
-        if isinstance(module, Experts)
-        for layers in zip(*(expert.children() for expert in module), strict=True)
-    ]
-
-
-@contextmanager
-def _inputs_kept(layers: Mapping[str, nn.Module], inputs: dict[str, Tensor]) -> Iterator[None]:
-    """Keep what each layer is called with in ``inputs``."""
-
-    def keeper(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[name] = args[0]
-
-        return keep
-
-    handles = [module.register_forward_pre_hook(keeper(name)) for name, module in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Pool:

@@ -1,0 +1,89 @@
+"""Hooks that collect the statistics of layers' inputs while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import NumericalError
+from lit_prune.models.experts import Experts
+from lit_prune.ops import LayerStats
+
+
+class Collector:
+    """Forward pre-hooks that add each layer's inputs to its statistics, once per distinct input tensor."""
+
+    def __init__(self, needs: frozenset[str]) -> None:
+        """Collect what ``needs`` names."""
+        self.stats: dict[str, LayerStats] = {}
+        self.sequences = 0
+        self.dense_inputs: dict[str, Tensor] = {}
+        """This batch's inputs of every layer in the dense model, where they are wanted."""
+        self._needs = needs
+        self._owners: dict[str, str] = {}  # layer -> the layer whose hook feeds the shared statistics
+        self._seen: list[tuple[Tensor, str]] = []  # this batch's inputs, alive so that identity means identity
+
+    @contextmanager
+    def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Add the inputs of every call of these layers, by name, while the context lasts."""
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end_of_batch(self) -> None:
+        """Let the batch's inputs go."""
+        self._seen.clear()
+        self.dense_inputs.clear()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs = args[0]
+            owner = next((seen_by for tensor, seen_by in self._seen if tensor is inputs), name)
+            if owner != name and self._owners.setdefault(name, owner) == owner:
+                self.stats[name] = self.stats[owner]
+                return
+            if self._owners.setdefault(name, name) != name:
+                raise NumericalError(
+                    f"{name} shared its input with {self._owners[name]} on one batch but not on another"
+                )
+            self._seen.append((inputs, name))
+            with torch.autocast(inputs.device.type, enabled=False):  # statistics are summed in float32 all the same
+                stats = self.stats.setdefault(name, LayerStats(self._needs))
+                stats.update(inputs, self.sequences, self.dense_inputs.get(name))
+
+        return hook
+
+
+def expert_layers(block: nn.Module) -> list[list[nn.Linear]]:
+    """Return the experts' layers that stand at the same place of different experts, a list for each place."""
+    return [
+        list(layers)
+        for module in block.modules()
+        if isinstance(module, Experts)
+        for layers in zip(*(expert.children() for expert in module), strict=True)
+    ]
+
+
+@contextmanager
+def inputs_kept(layers: Mapping[str, nn.Module], inputs: dict[str, Tensor]) -> Iterator[None]:
+    """Keep what each layer is called with in ``inputs``."""
+
+    def keeper(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name] = args[0]
+
+        return keep
+
+    handles = [module.register_forward_pre_hook(keeper(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
