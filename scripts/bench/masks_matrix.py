@@ -34,7 +34,8 @@ from torch.optim import Optimizer
 from lit_prune.callbacks import Export, KeepMasks, Prune
 from lit_prune.callbacks.keep_masks import find_keep_masks
 from lit_prune.models.access import shares
-from lit_prune.models.io import load_masks, load_tensors
+from lit_prune.models.files import load_tensors
+from lit_prune.models.io import load_masks
 from lit_prune.ops import PackedMask, Unstructured
 from lit_prune.pruning import PruningPlan, Step
 from lit_prune.scorers import Wanda

@@ -27,7 +27,8 @@ from rows import Record
 
 from lit_prune.allocators import Measured, Uniform
 from lit_prune.callbacks import Export, KeepMasks, StopOnDivergence
-from lit_prune.models.io import read_json, save_pruned
+from lit_prune.models.files import read_json
+from lit_prune.models.io import save_pruned
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.pruning.documents import render
@@ -82,8 +83,8 @@ def names() -> list[str]:
 class Budget(Callback):
     """Sets the number of steps so that training, without validation, takes so many minutes of two cores."""
 
-    LOOK = 4
-    """Steps that are timed, after one to warm up."""
+    WARM_UP, LOOK = 2, 10
+    """Steps before those that are timed, and how many these are."""
 
     def __init__(self, minutes: float) -> None:
         """Keep the budget."""
@@ -98,12 +99,12 @@ class Budget(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop the clock; set the steps when enough of them have been timed."""
         self.spent += time.process_time() - self._start
-        if trainer.global_step == 1:
-            self._first = self.spent
-        elif trainer.global_step == 1 + self.LOOK:
-            possible = int((self.seconds - self._first) / (self.spent - self._first) * self.LOOK)
+        if trainer.global_step == self.WARM_UP:
+            self._before = self.spent
+        elif trainer.global_step == self.WARM_UP + self.LOOK:
+            possible = self.WARM_UP + (self.seconds - self._before) / (self.spent - self._before) * self.LOOK
             every = int(trainer.val_check_interval)
-            steps = max(possible // every, 1) * every  # so that the last weights are validated
+            steps = max(round(possible / every), 1) * every  # so that the last weights are validated
             trainer.fit_loop.epoch_loop.max_steps = steps
             for config in trainer.lr_scheduler_configs:
                 assert isinstance(config.scheduler, WarmupCosine)
@@ -233,7 +234,7 @@ def main() -> None:
     parser = rows.parser(__doc__, "out/bench/recovery.jsonl")
     parser.add_argument("--train", type=Path, required=True, help=".txt file to calibrate and train on")
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--val-every", type=int, default=50, help="steps between validations")
+    parser.add_argument("--val-every", type=int, default=25, help="steps between validations")
     parser.add_argument("--hurry", type=float, default=1.0, help="divide the minutes by this, to try the script")
     parser.add_argument("--work", type=Path, default=Path("out/bench/recovery"), help="folder for pruned models")
     options = parser.parse_args()

@@ -63,10 +63,20 @@ def show(text: str, document: Path | None) -> None:
     document.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def measure(names: Sequence[str], run: Callable[[str], Record], options: argparse.Namespace) -> list[Record]:
-    """Run the missing rows, each in a process of its own, and return all; ``--only`` and ``--list`` end here."""
+def measure(
+    names: Sequence[str], run: Callable[[str], Record], options: argparse.Namespace, keep_freed: bool = True
+) -> list[Record]:
+    """Run the missing rows, each in a process of its own, and return all; ``--only`` and ``--list`` end here.
+
+    Args:
+        names: of all rows.
+        run: returns what is measured of one.
+        options: of the command line.
+        keep_freed: whether the rows' processes keep freed memory, as the command line does.
+    """
     if options.only:
-        keep_freed_memory()
+        if keep_freed:
+            keep_freed_memory()
         append(options.results, {"name": options.only, "seed": options.seed, **run(options.only)})
         sys.exit()
     names = [name for name in names if any(fnmatchcase(name, match) for match in options.match)]

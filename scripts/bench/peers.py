@@ -1,0 +1,94 @@
+"""Prune the same model, with the same sequences, here and with llm-compressor: seconds, peak memory, perplexity.
+
+llm-compressor lives in a virtual environment of its own, where ``pip install llmcompressor==0.14.0`` has put it. Every
+row runs in a process of its own; the calibration tokens are written once, for all. Seconds are those of pruning alone.
+The pruned models are evaluated here, on the same windows.
+
+    python scripts/bench/peers.py --peer venv-peer/bin/python --calibration valid.txt --test test.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import rows
+import torch
+from lightning.pytorch import Trainer
+from rows import Record
+
+from lit_prune.training import LitCausalLM, TextDataModule
+
+METHODS = ("Wanda", "SparseGPT")
+OURS, OURS_HALF, THEIRS = "lit-prune", "lit-prune, bf16 forwards", "llm-compressor"
+WORKER = Path(__file__).with_name("peer_worker.py")
+
+
+def names() -> list[str]:
+    """Return what to compare."""
+    return [f"{method}: {who}" for method in METHODS for who in (OURS, OURS_HALF, THEIRS)]
+
+
+def run(name: str, options: argparse.Namespace) -> Record:
+    """Prune in a process of its own, and evaluate here."""
+    method, _, who = name.partition(": ")
+    folder = options.work / name.replace(": ", "-").replace(", ", "-").replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = folder / "tokens.json"
+    data = TextDataModule(
+        options.model, calibration=options.calibration, sequences=options.sequences, seqlen=options.seqlen
+    )
+    tokens.write_text(json.dumps(torch.cat(data.calibration_batches()).tolist()))
+    python = options.peer if who == THEIRS else Path(sys.executable)
+    arguments = ["--model", options.model, "--method", method, "--tokens", str(tokens), "--output", str(folder / "out")]
+    if who == OURS_HALF:
+        arguments.append("--half")
+    command = [str(python), str(WORKER), "theirs" if who == THEIRS else "ours", *arguments]
+    subprocess.run(command, check=True)
+    return {**json.loads((folder / "out" / "figures.json").read_text()), **evaluate(folder / "out", options)}
+
+
+def evaluate(folder: Path, options: argparse.Namespace) -> Record:
+    """Return the perplexity on the test text, and the sparsity of the linear layers."""
+    module = LitCausalLM(str(folder), dtype="float32")
+    module.configure_model()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    data = TextDataModule(options.model, test=options.test, seqlen=options.seqlen, max_windows=options.max_windows)
+    perplexity = trainer.test(module, data, verbose=False)[0]["test/perplexity"]
+    layers = [p for name, p in module.model.named_parameters() if "proj" in name and p.dim() == 2]
+    zeros = sum(int((p == 0).sum()) for p in layers) / sum(p.numel() for p in layers)
+    return {"perplexity": perplexity, "sparsity": zeros}
+
+
+def table(records: list[Record]) -> str:
+    """Return the records as a Markdown table."""
+    lines = [
+        "| method | by | seconds | times as fast | peak memory GB | sparsity | perplexity |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    theirs = {r["name"].partition(": ")[0]: r["seconds"] for r in records if r["name"].endswith(THEIRS)}
+    for record in records:
+        method, _, who = record["name"].partition(": ")
+        faster = f"**{theirs[method] / record['seconds']:.2f}**" if method in theirs and who != THEIRS else ""
+        memory, sparsity = f"{record['peak_memory'] / 1e9:.2f}", f"{record['sparsity']:.4f}"
+        cells = (method, who, f"{record['seconds']:.1f}", faster, memory, sparsity, f"{record['perplexity']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = rows.parser(__doc__, "out/bench/peers.jsonl")
+    parser.add_argument("--peer", type=Path, required=True, help="Python that has llm-compressor")
+    parser.add_argument("--calibration", default="wikitext2", help="text source of the calibration set")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--work", type=Path, default=Path("out/bench/peers"), help="folder for pruned models")
+    options = parser.parse_args()
+    rows.show(table(rows.measure(names(), lambda name: run(name, options), options)), options.write)
+
+
+if __name__ == "__main__":
+    main()
