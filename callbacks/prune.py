@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lit_prune.callbacks.log_pruning import log_outcome, log_pruning
 from lit_prune.errors import InputError
-from lit_prune.models.access import share_pruned, whole_model
 from lit_prune.models.lora import adapted_layers
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
+from lit_prune.pruning.preflight import preflight
 from lit_prune.pruning.progress import progress
 
 
@@ -150,17 +150,20 @@ class Prune(Callback):
     def _prune(self, trainer: Trainer, pl_module: LightningModule, request: _Request) -> None:
         batches = _calibration(trainer) if request.plan.needs_data else []
         model, before = pl_module.get_submodule("model"), self.report
-        # Evaluation runs in inference mode, whose tensors could take no part in training later.
         shown = trainer.is_global_zero and not getattr(trainer, "quiet", False)
-        with torch.inference_mode(False), progress(shown) as show, whole_model(model) as whole:
+        context = trainer.precision_plugin.forward_context
+        expected = preflight(model, batches, request.plan, context) if not request.resume else None
+        if expected and shown:
+            print(f"pruning takes {expected}", flush=True)
+        # Evaluation runs in inference mode, whose tensors could take no part in training later.
+        with torch.inference_mode(False), progress(shown) as show:
             self.report = prune(
-                whole,
+                model,
                 batches,
                 on_progress=show,
-                forward_context=trainer.precision_plugin.forward_context,
+                forward_context=context,
                 **vars(request),
             )
-            share_pruned(model, whole, self.report.changed, self.report.masks)
         if before and not self.report.metrics:
             self.report.metrics = before.metrics  # of the allocation that this pruning took over
         if trainer.state.fn == TrainerFn.FITTING:

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
 from lit_prune.cli_errors import explain
 from lit_prune.freed_memory import keep_freed_memory
+from lit_prune.interruption import Interrupted
 from lit_prune.models.io import disable_model_progress_bars, hub_model
 from lit_prune.pruning.comparison import compare
 from lit_prune.pruning.report import Recipe
@@ -32,7 +33,10 @@ _SUBCOMMANDS = {
     "validate": {"model", "dataloaders", "datamodule"},
     "test": {"model", "dataloaders", "datamodule"},
 }
-_FLAGS = ("--overwrite", "--resume", "--trust")
+_FLAGS = {"--overwrite": "true", "--trust": "true", "--resume": "auto"}
+"""What options that want a value mean without one."""
+
+_VALUES = ("true", "false", "auto", "never")
 
 
 class PruningCLI(LightningCLI):
@@ -118,6 +122,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"lit-prune: error: {message}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"lit-prune: {stop}", file=sys.stderr)
+        return 128 + stop.number
     return 0
 
 
@@ -132,10 +139,10 @@ def _compare(arguments: Sequence[str]) -> None:
 
 
 def _with_flags(arguments: Sequence[str]) -> list[str]:
-    """Let ``--overwrite`` alone mean ``--overwrite=true``; jsonargparse wants a value for every bool."""
+    """Let ``--overwrite`` alone mean ``--overwrite=true``, and ``--resume`` alone ``--resume=auto``."""
     following = [*arguments[1:], ""]
     return [
-        f"{argument}=true" if argument in _FLAGS and value not in ("true", "false") else argument
+        f"{argument}={_FLAGS[argument]}" if argument in _FLAGS and value not in _VALUES else argument
         for argument, value in zip(arguments, following, strict=True)
     ]
 

@@ -7,6 +7,10 @@ class InputError(ValueError):
     """A value that cannot work. The message names it, says where it came from and what would be right."""
 
 
+class DiskError(InputError):
+    """A file that cannot be written, for want of space or permission."""
+
+
 class NumericalError(ArithmeticError):
     """Arithmetic that broke down (a singular Gram matrix, NaN activations). The message holds the numbers."""
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,18 +21,13 @@ from torch import nn
 from lit_prune.allocators import AlphaPruning
 from lit_prune.callbacks import Prune
 from lit_prune.callbacks.prune import find_prune
-from lit_prune.errors import InputError, first_line
+from lit_prune.errors import DiskError, InputError, first_line
+from lit_prune.interruption import Interrupted, stopping_on_signals
 from lit_prune.models.checkpoints import by_layer, check_trusted, read_checkpoint
+from lit_prune.models.files import write_json
 from lit_prune.models.generate import continuations
-from lit_prune.models.io import (
-    Format,
-    check_output,
-    check_space,
-    load_masks,
-    save_documents,
-    save_pruned,
-    write_json,
-)
+from lit_prune.models.io import Format, check_output, check_space, load_masks, save_documents, save_pruned
+from lit_prune.models.lazy import disk_of
 from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.models.sparse import Speed, measure_speed
 from lit_prune.ops import Unstructured
@@ -47,6 +42,7 @@ from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.tasks import Harness, Scores
 
 PROMPTS = ("The capital of France is", "The most important thing about a good bridge is")
+Resume = Literal["auto", "never"]
 HARNESS = Harness()
 """How tasks are run unless told otherwise."""
 
@@ -188,7 +184,7 @@ class PruningTrainer(Trainer):
         datamodule: TextDataModule,
         output: str = "pruned",
         overwrite: bool = False,
-        resume: bool = False,
+        resume: Resume = "never",
         tasks: Sequence[str] = (),
         harness: Harness = HARNESS,
         prompts: Sequence[str] = PROMPTS,
@@ -200,13 +196,17 @@ class PruningTrainer(Trainer):
             datamodule: Its calibration and test text.
             output: Folder to write.
             overwrite: Replace the folder where it exists.
-            resume: Go on with a run that was killed, from its finished blocks.
+            resume: Go on with a run that was stopped, from its finished blocks, where there is one (auto), or begin
+                anew (never).
             tasks: Tasks of lm-evaluation-harness, to be run before and after; none = the perplexity alone.
             harness: How they are run.
             prompts: Beginnings that the model goes on from, before and after, for the report.
         """
-        if self.world_size > 1:
-            raise InputError(f"{self.world_size} processes: one-shot pruning runs in one, so set --trainer.devices 1")
+        if isinstance(self.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
+            raise InputError(
+                f"trainer.strategy is {type(self.strategy).__name__}: to prune once, use ddp, where every process "
+                "holds the model whole, or ddp and model.lazy; or prune in lit-prune fit, with the schedule OneShot"
+            )
         callback = find_prune(self)
         folder = check_output(output, overwrite)
         if tasks:
@@ -218,11 +218,12 @@ class PruningTrainer(Trainer):
             datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
         tokenizer = model.load_tokenizer()
         journal = folder.with_name(f".{folder.name}.journal")
+        prompts = () if model.lazy else prompts  # which would read the whole model for every token
         before = self.test(model, datamodule=datamodule, verbose=False)[0]
         scores = [self._scores(model, tasks, harness)] if tasks else []
         texts = [self._continuations(model, prompts)]
-        spectra = spectra_of(targets, callback.plan.allocator)
-        with callback.at_next_test(journal, resume):
+        spectra = spectra_of(model.model, targets, callback.plan.allocator)
+        with _resumable(journal), callback.at_next_test(journal, resume == "auto"):
             after = self.test(model, datamodule=datamodule, verbose=False)[0]
         scores += [self._scores(model, tasks, harness)] if tasks else []
         texts.append(self._continuations(model, prompts))
@@ -239,9 +240,14 @@ class PruningTrainer(Trainer):
         report.samples = [Sample(*sample) for sample in zip(prompts, *texts, strict=True)]
         report.recipes = [self.recipe] if self.recipe else []
         documents = render(report, title=Path(model.pretrained).name)
-        save_pruned(folder, model.model, tokenizer, report.masks, documents, overwrite)
-        Journal.remove(journal)
-        self._show([report.table(), report.summary_table()], folder)
+        if self.is_global_zero:
+            with _resumable(journal):
+                save_pruned(folder, model.model, tokenizer, report.masks, documents, overwrite)
+            Journal.remove(journal)
+            if disk := disk_of(model.model):
+                disk.forget()
+            self._show([report.table(), report.summary_table()], folder)
+        self.strategy.barrier("pruned")
 
     def evaluate(
         self,
@@ -357,3 +363,16 @@ class PruningTrainer(Trainer):
         console.print(*tables)
         for file in sorted(folder.iterdir()):
             console.print(f"wrote {file}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _resumable(journal: Path) -> Iterator[None]:
+    """Say how to go on where a signal or the disk stops a run that has a journal."""
+    advice = f"; finished blocks are kept in {str(journal)!r}: go on with the same command and --resume auto"
+    try:
+        with stopping_on_signals():
+            yield
+    except DiskError as error:
+        raise DiskError(f"{error}{advice}") from error
+    except Interrupted as stop:
+        raise Interrupted(stop.number, advice) from None

@@ -1,12 +1,9 @@
 """The command line as a person uses it."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_prune.cli import main
 from lit_prune.models.experts import take_apart
-from lit_prune.models.io import load_masks, load_model, load_tokenizer, read_json, save_pruned
+from lit_prune.models.files import read_json
+from lit_prune.models.io import load_masks, load_model, load_tokenizer, save_pruned
 from lit_prune.trainer import PROMPTS
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "pruning.schema.json"
@@ -364,27 +362,6 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     config = write_config(tmp_path, plan={**WANDA, "pattern": unstructured(1.5)})
     with pytest.raises(Exception, match=r"sparsity is 1\.5"):
         main(["prune", "--debug", "-c", config])
-
-
-def test_a_killed_run_leaves_nothing_half_written_and_resumes(tmp_path: Path) -> None:
-    config, out = write_config(tmp_path), tmp_path / "out"
-    Path(config).write_text(Path(config).read_text().replace("num_hidden_layers: 2", "num_hidden_layers: 12"))
-    command = [sys.executable, "-m", "lit_prune", "prune", "-c", config, "--output", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal = tmp_path / ".out.journal"
-    while not (journal / "block_0001.json").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    assert main([*command[3:], "--resume"]) == 0
-    straight = tmp_path / "straight"
-    assert main(["prune", "-c", config, "--output", str(straight)]) == 0
-    for name, value in load_model(str(straight)).state_dict().items():
-        assert torch.equal(value, load_model(str(out)).state_dict()[name])
-    assert not journal.exists()
-    assert sorted(p for p in os.listdir(tmp_path) if "out" in p) == ["out"]
 
 
 def test_tasks_are_run_before_and_after_pruning_and_on_a_saved_folder(

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "errors": 0,
     "freed_memory": 0,
+    "interruption": 0,
     "introspection": 0,
     "ops": 1,
     "scorers": 1,

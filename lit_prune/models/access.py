@@ -7,7 +7,7 @@ knows where; the rest of the project sees whole matrices, and ``Share``s to whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_prune.models.experts import Experts, take_apart
 from lit_prune.models.lora import copy_adapters
-from lit_prune.ops import PackedMask
 from lit_prune.ops.masks import keep_only
 
 PRUNABLE = (nn.Linear, Conv1D)
@@ -175,28 +174,6 @@ def whole_model(model: nn.Module) -> Iterator[nn.Module]:
     for name, parameter in copy.named_parameters():
         parameter.data.copy_(values.pop(name))
     yield copy.train(model.training)
-
-
-@torch.no_grad()
-def share_pruned(model: nn.Module, whole: nn.Module, changed: Iterable[str], masks: Mapping[str, PackedMask]) -> None:
-    """Bring parameters home from what ``whole_model`` yielded; every process gets the first one's, bit for bit.
-
-    Args:
-        model: where they live.
-        whole: where they were changed.
-        changed: the names of all that were.
-        masks: the keep masks of those that were pruned, which every process gets from the first one too.
-    """
-    several = distributed.is_initialized() and distributed.get_world_size() > 1
-    for name in changed:
-        value = whole.get_parameter(name).data
-        if several:
-            distributed.broadcast(value, 0)
-        if whole is not model:
-            write_whole(model.get_parameter(name), value)
-    for mask in masks.values():
-        if several:
-            distributed.broadcast(mask.bits, 0)
 
 
 def _in_place(place: str, values: Tensor, cut: Callable[[Tensor], Tensor]) -> Share:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,28 +13,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_prune.errors import InputError, NumericalError
+from lit_prune.models.batches import Batch, count_sequences, model_inputs
 from lit_prune.models.blocks import Block
+from lit_prune.models.calls import Call, Recorder
 from lit_prune.models.collect import Collector, expert_layers, inputs_kept
-from lit_prune.ops import LayerStats
+from lit_prune.models.homes import Home, home_of
+from lit_prune.ops import LayerStats, processes
 from lit_prune.ops.linalg import relative_token_errors
-
-Batch = Tensor | Mapping[str, Tensor]
-"""Token ids ``[sequences, t]``, or the model's keyword arguments with ``input_ids`` among them."""
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Makes a context manager to run the model in, such as autocast."""
-
-
-class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    """Stops the model's forward pass once the last block has been called."""
-
-
-@dataclass
-class _Call:
-    """How the model called a block, apart from the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class BlockReplay:
@@ -54,58 +41,47 @@ class BlockReplay:
         batches: Sequence[Batch],
         device: torch.device | str | None = None,
         hidden_device: torch.device | str | None = None,
+        hidden_dtype: torch.dtype | None = None,
         forward_context: ForwardContext = nullcontext,
+        home: Home | None = None,
     ) -> None:
         """Record how the model calls its blocks, and the inputs of the first one.
 
         Args:
             model: in evaluation mode.
             blocks: its decoder blocks.
-            batches: calibration batches.
+            batches: calibration batches; this process's, where there are several. One may be empty.
             device: where blocks run; None = where the model is.
             hidden_device: where hidden states wait; None = where blocks run.
+            hidden_dtype: of hidden states that wait; None = as the blocks put them out.
             forward_context: entered around every forward pass, such as autocast.
+            home: of the blocks; None = the model itself.
         """
         if not batches:
             raise InputError("there are no calibration batches: this method needs data")
-        home = next(model.parameters()).device
         self._blocks = blocks
-        self._device = torch.device(device) if device is not None else home
+        around = next(model.parameters()).device
+        self._device = torch.device(device) if device is not None else around
         self._hidden_device = torch.device(hidden_device) if hidden_device is not None else self._device
+        self._hidden_dtype = hidden_dtype
+        self._dtype: torch.dtype | None = None
         self._forward_context = forward_context
-        self._calls: list[list[_Call]] = [[] for _ in blocks]
+        self._calls: list[list[Call]] = [[] for _ in blocks]
         self._hidden: list[Tensor] = []
-        inputs = [model_inputs(batch, home) for batch in batches]
+        recorder = Recorder(model, blocks, home or home_of(model))
         with forward_context():
-            outputs = _probe_outputs(model, blocks, inputs[0])
-            for batch in inputs:
-                self._record(model, batch, outputs)
+            for batch in batches:
+                self._record(recorder, model_inputs(batch, around))
 
-    def _record(self, model: nn.Module, inputs: dict[str, Tensor], outputs: list[Any]) -> None:
-        recorded: list[_Call] = []
-        first_hidden: list[Tensor] = []
-
-        def stub(block: Block) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, call = _split_hidden(block, args, kwargs)
-                recorded.append(call)
-                first_hidden.append(hidden)
-                if len(recorded) == len(self._blocks):
-                    raise _Reached
-                return _with_hidden(outputs[block.index], hidden)
-
-            return forward
-
-        with forwards_replaced(self._blocks, stub), suppress(_Reached):
-            model(**inputs, use_cache=False)
-        if len(recorded) != len(self._blocks):
-            raise InputError(
-                f"the model called {len(recorded)} of its {len(self._blocks)} blocks: it cannot be replayed"
-            )
-        pool = _Pool([calls[-1] for calls in self._calls if calls])
+    def _record(self, recorder: Recorder, inputs: dict[str, Tensor]) -> None:
+        if count_sequences(inputs):
+            hidden, recorded = recorder.record(inputs)
+            self._dtype = hidden.dtype
+        else:  # all of it went to other processes
+            hidden, recorded = torch.zeros(0, 0, 0), [Call() for _ in self._blocks]
         for calls, call in zip(self._calls, recorded, strict=True):
-            calls.append(_Call(pool.intern(call.args), pool.intern(call.kwargs)))
-        self._hidden.append(first_hidden[0].to(self._hidden_device))
+            calls.append(call)
+        self._hidden.append(self._waiting(hidden))
 
     @torch.no_grad()
     def collect(
@@ -114,8 +90,9 @@ class BlockReplay:
         layers: Mapping[str, nn.Module],
         needs: frozenset[str],
         dense: BlockReplay | None = None,
+        advance: bool = False,
     ) -> dict[str, LayerStats]:
-        """Run block ``index`` once and return the input statistics of its ``layers``.
+        """Run block ``index`` once and return the input statistics of its ``layers``, from all processes.
 
         Layers that are called with the very same tensor share one ``LayerStats``.
 
@@ -125,6 +102,7 @@ class BlockReplay:
             needs: what to collect.
             dense: stands before the same block with the dense model's hidden states, for ``drift``; it is moved past
                 the block.
+            advance: move on past the block, as it is now, in the same pass.
 
         Raises:
             InputError: where a layer is never called, so nothing is known about its inputs.
@@ -138,15 +116,30 @@ class BlockReplay:
             collector.sequences = len(self._hidden[batch])
             if dense is not None:
                 with inputs_kept(compared, collector.dense_inputs):
-                    dense._hidden[batch] = dense._output(index, batch).to(dense._hidden_device)
+                    dense._hidden[batch] = dense._waiting(dense.run(index, batch))
+            with collector.watching(layers):
+                output = self.run(index, batch)
+            if advance:
+                self._hidden[batch] = self._waiting(output)
+            collector.end_of_batch()
+        stats = collector.from_all_processes(layers, compared if dense is not None else {})
+        for name in layers:
+            if name not in stats:
+                raise InputError(f"{name} was never called on the calibration set: exclude it with plan.exclude")
+            stats[name].check_finite(name)
+        for moved in [replay for replay in (dense, self if advance else None) if replay is not None]:
+            moved._check_finite(index)
+        return stats | self._pooled(index, layers, stats)
+
+    @torch.no_grad()
+    def sharing(self, index: int, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+        """Return the names of block ``index``'s layers by the input that they share, from one pass over it."""
+        collector = Collector(frozenset())
+        for batch in range(len(self._hidden)):
             with collector.watching(layers):
                 self.run(index, batch)
             collector.end_of_batch()
-        for name in layers:
-            if name not in collector.stats:
-                raise InputError(f"{name} was never called on the calibration set: exclude it with plan.exclude")
-            collector.stats[name].check_finite(name)
-        return collector.stats | self._pooled(index, layers, collector.stats)
+        return collector.sharing()
 
     def _pooled(
         self, index: int, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
@@ -186,7 +179,7 @@ class BlockReplay:
     @torch.no_grad()
     def outputs(self, index: int) -> list[Tensor]:
         """Return the outputs ``[sequences, t, hidden]`` of block ``index`` on every batch."""
-        return [self._output(index, batch).to(self._hidden_device) for batch in range(len(self._hidden))]
+        return [self._waiting(self.run(index, batch)) for batch in range(len(self._hidden))]
 
     @torch.no_grad()
     def output_error(
@@ -199,27 +192,31 @@ class BlockReplay:
             outputs: such as those of its dense weights, a tensor ``[sequences, t, hidden]`` for every batch.
             parameters: as for ``run``.
         """
-        total, tokens = 0.0, 0
+        total = torch.zeros(2, dtype=torch.float64)  # the sum of the errors, and how many there are
         for batch, dense in enumerate(outputs):
             errors = relative_token_errors(self.run(index, batch, parameters), dense.to(self._device))
-            total += errors.sum(dtype=torch.float64).item()
-            tokens += errors.numel()
-        return total / tokens
+            total += torch.tensor([errors.sum(dtype=torch.float64).item(), errors.numel()])
+        error, tokens = processes.add_up(total).tolist()
+        return error / tokens
 
     @torch.no_grad()
     def advance(self, index: int, outputs: Sequence[Tensor] | None = None) -> None:
         """Replace the hidden states by the outputs of block ``index``, which may be known already."""
         for batch in range(len(self._hidden)):
-            output = self._output(index, batch) if outputs is None else outputs[batch]
-            self._hidden[batch] = output.to(self._hidden_device)
+            self._hidden[batch] = self._waiting(self.run(index, batch) if outputs is None else outputs[batch])
+        self._check_finite(index)
         self._calls[index] = []  # its masks and embeddings are not needed again
 
-    def _output(self, index: int, batch: int) -> Tensor:
-        output = self.run(index, batch)
-        if not output.isfinite().all():
-            name = self._blocks[index].name
-            raise NumericalError(f"the output of {name} holds NaN or Inf on calibration batch {batch}")
-        return output
+    def _check_finite(self, index: int) -> None:
+        """Raise ``NumericalError`` in every process where a block's outputs are not finite in any of them."""
+        bad = [batch for batch, hidden in enumerate(self._hidden) if not hidden.isfinite().all()]
+        for found in processes.gathered(bad):
+            if found:
+                name = self._blocks[index].name
+                raise NumericalError(f"the output of {name} holds NaN or Inf on calibration batch {found[0]}")
+
+    def _waiting(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self._hidden_device, self._hidden_dtype)
 
     def run(self, index: int, batch: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the output ``[sequences, t, hidden]`` of block ``index`` on one batch.
@@ -229,23 +226,15 @@ class BlockReplay:
             batch: index of the batch.
             parameters: take the place of the block's own of these names; gradients flow to them where enabled.
         """
-        call = self._calls[index][batch]
-        hidden = self._hidden[batch].to(self._device)
-        args, kwargs = _move(call.args, self._device), _move(call.kwargs, self._device)
+        hidden = self._hidden[batch].to(self._device, self._dtype)
+        if not len(hidden):
+            return hidden
+        call = self._calls[index][batch].to(self._device)
         with self._forward_context():
-            output = functional_call(self._blocks[index].module, dict(parameters or {}), (hidden, *args), kwargs)
+            output = functional_call(
+                self._blocks[index].module, dict(parameters or {}), (hidden, *call.args), call.kwargs
+            )
         return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def resident(module: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """Hold a module on ``device`` (None = where it is), and return it to its home afterwards."""
-    home = next(module.parameters()).device
-    module.to(device or home)
-    try:
-        yield
-    finally:
-        module.to(home)
 
 
 @contextmanager
@@ -259,118 +248,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _Pool:
-    """Replaces tensors by equal ones that are held already, so that a mask is kept once and not once per batch."""
-
-    def __init__(self, held: Sequence[_Call]) -> None:
-        self._held: list[Tensor] = []
-        for call in held:
-            self._add(call.args)
-            self._add(call.kwargs)
-        self._known: dict[int, Tensor] = {}
-
-    def _add(self, value: Any) -> None:
-        for tensor in _tensors(value):
-            if not any(tensor is other for other in self._held):
-                self._held.append(tensor)
-
-    def intern(self, value: Any) -> Any:
-        return _map_tensors(value, self._equal)
-
-    def _equal(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._known:
-            same = (t for t in self._held if t.shape == tensor.shape and t.dtype == tensor.dtype)
-            self._known[id(tensor)] = next((t for t in same if torch.equal(t, tensor)), tensor)
-        return self._known[id(tensor)]
-
-
-def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """Return a batch as the model's keyword arguments on ``device``; raise ``InputError`` where it is padded."""
-    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-    mask = inputs.get("attention_mask")
-    if mask is not None and not bool(mask.all()):
-        raise InputError("a calibration batch is padded (attention_mask has zeros): cut whole sequences instead")
-    return {name: value.to(device) for name, value in inputs.items()}
-
-
-def count_sequences(batch: Batch) -> int:
-    """Return the number of sequences in a batch."""
-    return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
-
-
-def split_batch(batch: Batch, sequences: int) -> list[Batch]:
-    """Return a batch as batches of ``sequences`` sequences, or fewer in the last one."""
-    if isinstance(batch, Tensor):
-        return list(batch.split(sequences))
-    parts = {name: value.split(sequences) for name, value in batch.items()}
-    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-
-
-def _probe_outputs(model: nn.Module, blocks: Sequence[Block], inputs: dict[str, Tensor]) -> list[Any]:
-    """Run a few tokens through the whole model to learn what each block returns (a tensor, or a tuple around it)."""
-    outputs: list[Any] = [None] * len(blocks)
-
-    def remember(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[index] = output
-
-        return hook
-
-    handles = [block.module.register_forward_hook(remember(block.index)) for block in blocks]
-    try:
-        model(**{name: value[:1, :8] for name, value in inputs.items()}, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
-def _split_hidden(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
-    if args:
-        return args[0], _Call(args[1:], kwargs)
-    if "hidden_states" not in kwargs:
-        raise InputError(f"{block.name} is called without hidden states: {sorted(kwargs)}")
-    return kwargs["hidden_states"], _Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-@contextmanager
-def forwards_replaced(blocks: Sequence[Block], stub: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
-    """Let each block run ``stub(block)`` in place of its own forward."""
-    for block in blocks:
-        block.module.forward = stub(block)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.module.forward
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map_tensors(item, function) for item in value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, function) for key, item in value.items()}
-    return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def add(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _map_tensors(value, add)
-    return found
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    return _map_tensors(value, lambda tensor: tensor.to(device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import NumericalError
+from lit_prune.models.access import read_weight
 from lit_prune.models.experts import Experts
-from lit_prune.ops import LayerStats
+from lit_prune.ops import LayerStats, processes
+from lit_prune.ops.precision import working
 
 
 class Collector:
@@ -41,6 +43,28 @@ class Collector:
         """Let the batch's inputs go."""
         self._seen.clear()
         self.dense_inputs.clear()
+
+    def from_all_processes(self, layers: Mapping[str, nn.Module], compared: Container[str]) -> dict[str, LayerStats]:
+        """Return the statistics of every layer, by name, that was called in any process, added up over all.
+
+        Args:
+            layers: all that were watched.
+            compared: the names of those that had ``dense_inputs``.
+        """
+        owners = {name: owner for found in reversed(processes.gathered(self._owners)) for name, owner in found.items()}
+        if processes.count() > 1:
+            for owner in [name for name in layers if owners.get(name) == name]:
+                weight = working(read_weight(layers[owner]))
+                mine = self.stats.setdefault(owner, LayerStats(self._needs))
+                mine.add_processes(weight.new_zeros(weight.shape[1]), owner in compared)
+        return {name: self.stats[owner] for name, owner in owners.items()}
+
+    def sharing(self) -> list[list[str]]:
+        """Return the names of layers by the input that they share."""
+        groups: dict[str, list[str]] = {}
+        for name, owner in self._owners.items():
+            groups.setdefault(owner, []).append(name)
+        return list(groups.values())
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

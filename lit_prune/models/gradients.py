@@ -15,10 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_prune.errors import NumericalError
 from lit_prune.models.access import to_parameter_layout
+from lit_prune.models.batches import Batch, model_inputs, split_batch
 from lit_prune.models.blocks import Block, find_blocks
-from lit_prune.models.calibrate import Batch, ForwardContext, evaluation_mode, forwards_replaced, model_inputs
-from lit_prune.models.io import data_fingerprint, load_tensors, model_fingerprint, save_tensors
+from lit_prune.models.calibrate import ForwardContext, evaluation_mode
+from lit_prune.models.calls import forwards_replaced
+from lit_prune.models.files import load_tensors, save_tensors
+from lit_prune.models.homes import Home, home_of
 from lit_prune.models.targets import Target
+from lit_prune.ops import processes
 from lit_prune.ops.stats import GradientNorm
 
 
@@ -27,12 +31,14 @@ def gradient_norms(
     batches: Sequence[Batch],
     targets: Sequence[Target],
     norm: GradientNorm,
-    cache: str | Path | None = None,
+    cache: Path | None = None,
     forward_context: ForwardContext = nullcontext,
+    home: Home | None = None,
 ) -> dict[str, Tensor]:
     """Return the norm over sequences of each target's gradient, ``[o, i]`` float32 in CPU memory, by layer name.
 
-    Every sequence is a sample: its loss is the mean cross-entropy of its tokens. Each weight's gradient is added to its
+    Every sequence is a sample: its loss is the mean cross-entropy of its tokens. Several processes share the sequences
+    out, and each gets the norms over all of them. Each weight's gradient is added to its
     norm and dropped as soon as the backward pass has made it, so the gradients are never held as a whole; the
     activations of a block are recomputed when the backward pass comes to it.
 
@@ -41,58 +47,75 @@ def gradient_norms(
         batches: calibration batches.
         targets: the layers whose gradients are wanted.
         norm: ``l1`` for ``Σ |g|``, ``l2`` for ``sqrt(Σ g²)``.
-        cache: folder where the result is kept under the fingerprints of model and data; None = nowhere.
+        cache: file that keeps the result, or has it already; None = nowhere.
         forward_context: entered around the forward pass, such as autocast.
+        home: of the blocks; None = the model itself.
 
     Raises:
         NumericalError: where a gradient is NaN or infinite; it names layer and sequence.
     """
-    if cache is not None:
-        path = Path(cache) / f"gradients-{norm}-{model_fingerprint(model)}-{data_fingerprint(batches)}.safetensors"
-        if path.is_file() and {t.name for t in targets} <= (found := load_tensors(path)).keys():
-            return {target.name: found[target.name] for target in targets}
+    known = processes.from_first(lambda: load_tensors(cache) if cache is not None and cache.is_file() else {})
+    if {target.name for target in targets} <= known.keys():
+        return {target.name: known[target.name] for target in targets}
+    home = home or home_of(model)
     sums = {target.name: torch.zeros(target.module.get_parameter("weight").shape) for target in targets}
-    home = next(model.parameters()).device
+    device = next(model.parameters()).device
     with (
         evaluation_mode(model),
         _only_targets_train(model, targets),
-        forwards_replaced(find_blocks(model), _recomputed),
+        forwards_replaced(find_blocks(model), partial(_recomputed, home)),
         torch.enable_grad(),
     ):
-        for index, inputs in enumerate(_sequences(batches, home)):
-            with _adding_gradients(targets, sums, norm, index):
+        for index, sequence, mine in _own_sequences(batches):
+            inputs = model_inputs(sequence, device)
+            with _adding_gradients(targets, sums if mine else None, norm, index):
                 with forward_context():
                     logits = model(**inputs, use_cache=False).logits
                 labels = inputs["input_ids"][:, 1:].flatten()
                 cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels).backward()
+    home.let_go()
+    for total in sums.values():
+        processes.add_up(total)
     norms = {
         target.name: to_parameter_layout(target.module, sums[target.name].sqrt() if norm == "l2" else sums[target.name])
         for target in targets
     }
-    if cache is not None:
-        save_tensors(path, norms)
+    if cache is not None and processes.rank() == 0:
+        save_tensors(cache, norms)
     return norms
 
 
-def _sequences(batches: Sequence[Batch], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    for batch in batches:
-        inputs = model_inputs(batch, device)
-        for row in range(len(inputs["input_ids"])):
-            yield {name: value[row : row + 1] for name, value in inputs.items()}
+def _own_sequences(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]]:
+    """Yield this process's sequences: the index among all, the sequence, and whether it is this process's at all.
+
+    Every process gets as many, because they may have to gather weights together; the last one is there for that alone
+    where the sequences do not come out even.
+    """
+    sequences = [sequence for batch in batches for sequence in split_batch(batch, 1)]
+    for first in range(0, len(sequences), processes.count()):
+        index = first + processes.rank()
+        mine = index < len(sequences)
+        yield index, sequences[index if mine else -1], mine
 
 
 @contextmanager
 def _adding_gradients(
-    targets: Sequence[Target], sums: dict[str, Tensor], norm: GradientNorm, sequence: int
+    targets: Sequence[Target], sums: dict[str, Tensor] | None, norm: GradientNorm, sequence: int
 ) -> Iterator[None]:
+    """Add every target's gradient to its sum (None = drop it), and raise in all processes where one is not finite."""
+    bad: list[NumericalError] = []
+
     def adder(name: str) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
             size = parameter.grad.float().square() if norm == "l2" else parameter.grad.float().abs()
             parameter.grad = None
             if not size.isfinite().all():
-                raise NumericalError(f"the gradient of {name} holds NaN or Inf on calibration sequence {sequence}")
-            sums[name] += size.cpu()
+                bad.append(
+                    NumericalError(f"the gradient of {name} holds NaN or Inf on calibration sequence {sequence}")
+                )
+            if sums is not None:
+                sums[name] += size.cpu()
 
         return add
 
@@ -105,6 +128,7 @@ def _adding_gradients(
     finally:
         for handle in handles:
             handle.remove()
+    processes.everywhere(processes.gathered(bad[0] if bad else None))
 
 
 @contextmanager
@@ -123,6 +147,12 @@ def _only_targets_train(model: nn.Module, targets: Sequence[Target]) -> Iterator
             parameter.grad = gradient
 
 
-def _recomputed(block: Block) -> Callable[..., Any]:
-    """Return the block's forward with its activations recomputed in the backward pass."""
-    return partial(checkpoint, block.module.forward, use_reentrant=False)
+def _recomputed(home: Home, block: Block) -> Callable[..., Any]:
+    """Return the block's forward with its activations recomputed in the backward pass, and its weights fetched."""
+    original = block.module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        home.hold(block)
+        return original(*args, **kwargs)
+
+    return partial(checkpoint, forward, use_reentrant=False)

@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -32,7 +32,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.bitmask import BITMASK_FILE, opened, read_bitmask, save_bitmask
+from lit_prune.models.blocks import find_blocks
 from lit_prune.models.experts import apart, together
+from lit_prune.models.files import replacing_folder, write_atomically
+from lit_prune.models.homes import Home, home_of
+from lit_prune.models.lazy import disk_of, open_lazily, save_lazily
 from lit_prune.ops import PackedMask
 
 Format = Literal["hf", "hf-sharded", "bitmask"]
@@ -53,6 +57,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    lazy: str | Path | None = None,
 ) -> nn.Module:
     """Load a causal language model in evaluation mode.
 
@@ -61,10 +66,15 @@ def load_model(
         dtype: of the weights; None = as stored.
         config: for ``random``: ``model_type`` and any value of that model's config.
         trust_remote_code: whether code that comes with the model may run.
+        lazy: folder for blocks that have changed: the model stays on disk then, in safetensors files, and each block is
+            read when it is worked on; None = the model is loaded whole.
 
     Raises:
         InputError: where there is no such model, or the hub cannot be reached.
     """
+    if lazy is not None:
+        with _explained(pretrained):
+            return open_lazily(pretrained, lazy, dtype, trust_remote_code)
     if pretrained == RANDOM:
         return AutoModelForCausalLM.from_config(_config_of(config), dtype=dtype or torch.float32).eval()
     if (Path(pretrained).expanduser() / BITMASK_FILE).is_file():
@@ -234,6 +244,8 @@ def save_pruned(
         InputError: where the folder exists and ``overwrite`` is off, or the disk has no room.
         RuntimeError: where a weight that its mask prunes is not exactly zero.
     """
+    if to == "bitmask" and disk_of(model):
+        raise InputError("to is 'bitmask': a model that was opened lazily is written as hf-sharded, a file per block")
     with apart(model):
         check_masks_hold(model, masks)
     path = check_output(folder, overwrite)
@@ -248,7 +260,9 @@ def save_pruned(
 
 
 def _write_model(folder: Path, model: Any, masks: Mapping[str, PackedMask], to: Format, shard_size: str) -> None:
-    if to != "bitmask":
+    if disk := disk_of(model):
+        save_lazily(folder, model, disk)
+    elif to != "bitmask":
         with together(model):
             model.save_pretrained(folder, **({"max_shard_size": shard_size} if to == "hf-sharded" else {}))
     else:
@@ -276,63 +290,20 @@ def _write_documents(folder: Path, documents: Mapping[str, str | bytes]) -> None
 
 def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
     """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero."""
-    for name, mask in masks.items():
-        parameter = model.get_parameter(name).detach()
-        revived = int(parameter[~mask.unpack().to(parameter.device)].count_nonzero())
-        if revived:
-            raise RuntimeError(
-                f"{name}: {revived} pruned weights are not zero, so this model is not as sparse as its masks"
-            )
+    home = home_of(model)
+    for block in find_blocks(model):
+        with home.resident(block):
+            for name, parameter in block.module.named_parameters(prefix=block.name):
+                if name in masks:
+                    _check_mask_holds(name, parameter.detach(), masks[name])
 
 
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` that takes its place in the end; a killed run leaves the old or none."""
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.writing-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            _flush(file)
-    if path.exists():
-        old = path.with_name(f".{path.name}.writing-{os.getpid()}-old")
-        path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(path)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary sibling, flush it, and rename it to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    write(temporary)
-    _flush(temporary)
-    temporary.replace(path)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb+") as handle:
-        os.fsync(handle.fileno())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+def _check_mask_holds(name: str, parameter: Tensor, mask: PackedMask) -> None:
+    revived = int(parameter[~mask.unpack().to(parameter.device)].count_nonzero())
+    if revived:
+        raise RuntimeError(
+            f"{name}: {revived} pruned weights are not zero, so this model is not as sparse as its masks"
+        )
 
 
 def save_masks(path: Path, masks: Mapping[str, PackedMask]) -> None:
@@ -350,27 +321,28 @@ def load_masks(path: str | Path) -> dict[str, PackedMask]:
         return {name: PackedMask(handle.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, atomically."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+def model_fingerprint(model: nn.Module, home: Home | None = None) -> str:
+    """Return a digest of every parameter's name, shape, dtype and up to 4,096 of its values, evenly spread.
 
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read tensors by name."""
-    with safe_open(path, framework="pt") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Return a digest of every parameter's name, shape, dtype and up to 4,096 of its values, evenly spread."""
+    Args:
+        model: the model.
+        home: of its blocks; None = the model itself, or as it says.
+    """
+    home, samples = home or home_of(model), {}
+    for block in find_blocks(model):
+        with home.resident(block):
+            for name, parameter in block.module.named_parameters(prefix=block.name):
+                samples[name] = _sample(parameter)
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].double().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(samples.get(name) or _sample(parameter))
     return digest.hexdigest()[:16]
+
+
+def _sample(parameter: Tensor) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 4096)].double().cpu().numpy().tobytes()
 
 
 def data_fingerprint(batches: Sequence[Tensor | Mapping[str, Tensor]]) -> str:

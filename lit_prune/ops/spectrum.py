@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import NumericalError
+from lit_prune.ops.linalg import add_upper_gram
 
 _BINS = 100
 _CHUNK = 1 << 22
 """Candidates times eigenvalues that are looked at together."""
-_BAND = 128
-"""Rows of a Gram matrix that are formed together; 64 and 192 took longer, at 576 and at 1536 rows."""
 
 
 class PowerLaw(NamedTuple):
@@ -44,7 +43,8 @@ def eigenvalues(weight: Tensor) -> Tensor:
         NumericalError: where the weight is zero, or not finite.
     """
     matrix = weight.detach().double()
-    gram = _upper_gram(matrix if len(matrix) <= matrix.shape[1] else matrix.T)
+    rows = matrix.T if len(matrix) <= matrix.shape[1] else matrix
+    gram = add_upper_gram(rows.new_zeros(rows.shape[1], rows.shape[1]), rows)
     if not gram.diagonal().isfinite().all():  # the diagonal bounds all the others
         raise NumericalError(f"the weight [{weight.shape[0]}, {weight.shape[1]}] holds NaN or Inf")
     values = torch.linalg.eigvalsh(gram, UPLO="U").cpu()  # LAPACK takes longer over the lower half
@@ -52,17 +52,6 @@ def eigenvalues(weight: Tensor) -> Tensor:
     if not len(values):
         raise NumericalError(f"the weight [{weight.shape[0]}, {weight.shape[1]}] is all zero: it has no spectrum")
     return values
-
-
-def _upper_gram(rows: Tensor) -> Tensor:
-    """Return ``rows rowsᵀ`` from the diagonal up, by bands of rows; what lies left of a band's first row is zero.
-
-    ``eigvalsh`` reads no more than that, and it is little more than half of the work.
-    """
-    gram = rows.new_zeros(len(rows), len(rows))
-    for start in range(0, len(rows), _BAND):
-        gram[start : start + _BAND, start:] = rows[start : start + _BAND] @ rows[start:].T
-    return gram
 
 
 def windowed_eigenvalues(weight: Tensor, fraction: float = 0.5) -> Tensor:

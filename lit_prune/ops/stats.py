@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError, NumericalError
-from lit_prune.ops import linalg
+from lit_prune.ops import linalg, processes
 from lit_prune.ops.precision import working
 
 GradientNorm = Literal["l1", "l2"]
@@ -39,7 +39,8 @@ class LayerStats:
         """Number of calibration sequences seen."""
         self.tokens = 0
         """Number of input vectors seen."""
-        self._gram: Tensor | None = None
+        self._gram: Tensor | None = None  # from the diagonal up
+        self._mirrored = False  # whether the other side of the diagonal is right as well
         self._sum_sq: Tensor | None = None
         self._drift: Tensor | None = None
         self._gradients: Mapping[str, Tensor] = {}
@@ -82,7 +83,8 @@ class LayerStats:
         if "gram" in self.needs:
             if self._gram is None:
                 self._gram = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self._gram.addmm_(rows.T, rows)
+            linalg.add_upper_gram(self._gram, rows)
+            self._mirrored = False
         elif "input_sq_norm" in self.needs:
             sum_sq = rows.square().sum(0)
             self._sum_sq = sum_sq if self._sum_sq is None else self._sum_sq.add_(sum_sq)
@@ -100,6 +102,25 @@ class LayerStats:
             mine, theirs = getattr(self, name), getattr(other, name)
             if theirs is not None:
                 setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
+        self._mirrored = False
+
+    def add_processes(self, zeros: Tensor, drifts: bool) -> None:
+        """Add what all other processes have collected of the same layer; every process must call it.
+
+        Args:
+            zeros: ``[i]``, in the dtype of the sums and where they are, for a process that has seen no input.
+            drifts: whether ``drift`` was collected anywhere.
+        """
+        shapes = {"_gram": 2} if "gram" in self.needs else {"_sum_sq": 1} if "input_sq_norm" in self.needs else {}
+        if drifts and "drift" in self.needs:
+            shapes["_drift"] = 2
+        for name, dimensions in shapes.items():
+            mine = getattr(self, name)
+            setattr(self, name, processes.add_up(zeros.new_zeros([len(zeros)] * dimensions) if mine is None else mine))
+        self._mirrored = False
+        counts = processes.add_up(torch.tensor([self.sequences, self.tokens]))
+        self.sequences, self.tokens = counts.tolist()
+        self._factors.clear()
 
     @classmethod
     def pooled(cls, parts: Sequence[LayerStats]) -> LayerStats:
@@ -131,6 +152,9 @@ class LayerStats:
         """``XᵀX`` ``[i, i]``, the plain sum over all tokens."""
         if self._gram is None:
             raise InputError("no Gram matrix was collected: add 'gram' to the method's needs, and calibrate it")
+        if not self._mirrored:
+            linalg.mirror(self._gram)
+            self._mirrored = True
         return self._gram
 
     @property

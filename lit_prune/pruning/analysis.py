@@ -15,6 +15,8 @@ from lit_prune.allocators import AlphaPruning, Measured
 from lit_prune.allocators.base import Allocator
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.access import read_weight
+from lit_prune.models.blocks import find_blocks
+from lit_prune.models.homes import home_of
 from lit_prune.models.io import model_fingerprint
 from lit_prune.models.targets import Target
 from lit_prune.ops.masks import check_sparsity
@@ -92,7 +94,7 @@ class Analysis:
         return table
 
 
-def spectra_of(targets: Sequence[Target], allocator: Allocator) -> dict[str, Spectrum]:
+def spectra_of(model: nn.Module, targets: Sequence[Target], allocator: Allocator) -> dict[str, Spectrum]:
     """Return the spectra of the first, middle and last block's first layer, by name; none unless spectra allocate."""
     prior = allocator.prior if isinstance(allocator, Measured) else allocator
     if not isinstance(prior, AlphaPruning) or not targets:
@@ -102,7 +104,8 @@ def spectra_of(targets: Sequence[Target], allocator: Allocator) -> dict[str, Spe
     found = {}
     for block in sorted(shown):
         target = next(target for target in targets if target.block == block)
-        values = prior.spectrum(read_weight(target.module))
+        with home_of(model).resident(find_blocks(model)[block]):
+            values = prior.spectrum(read_weight(target.module))
         found[target.name] = Spectrum([float(f"{value:.6g}") for value in values.tolist()], alpha_peak(values))
     return found
 
@@ -144,11 +147,14 @@ def analyze(
         except NumericalError as error:
             raise NumericalError(f"{target.name}: {error}; leave it out with plan.exclude") from error
 
-    for done, (layer, values) in enumerate(in_parallel(examine, targets), start=1):
-        result.layers.append(layer)
-        if any(fnmatchcase(layer.name, pattern) for pattern in histograms):
-            result.spectra[layer.name] = values
-        on_layer(done)
+    home = home_of(model)
+    for block in find_blocks(model):
+        with home.resident(block):
+            for layer, values in in_parallel(examine, [target for target in targets if target.block == block.index]):
+                result.layers.append(layer)
+                if any(fnmatchcase(layer.name, pattern) for pattern in histograms):
+                    result.spectra[layer.name] = values
+                on_layer(len(result.layers))
     metrics_of_all = torch.tensor([layer.metrics[allocator.metric] for layer in result.layers], dtype=torch.float64)
     layers = [as_layer(target) for target in targets]
     result.allocations = {sparsity: allocator.spread(layers, metrics_of_all, sparsity) for sparsity in sparsities}

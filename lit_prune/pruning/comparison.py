@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from lit_prune.errors import InputError
-from lit_prune.models.io import REPORT_FILE, load_masks, write_atomically
+from lit_prune.models.files import write_atomically
+from lit_prune.models.io import REPORT_FILE, load_masks
 from lit_prune.pruning import pages
 from lit_prune.pruning.documents import read_report
 from lit_prune.pruning.figures import Points, as_svg, by_block, scatter

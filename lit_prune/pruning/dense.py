@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lit_prune.models.access import read_weight, weights_restored, write_weight
+from lit_prune.allocators.base import Layer
+from lit_prune.models.access import weights_restored
+from lit_prune.models.batches import Batch, first_sequences, own_share, split_batch
 from lit_prune.models.blocks import Block
-from lit_prune.models.calibrate import Batch, BlockReplay, ForwardContext, count_sequences, resident, split_batch
+from lit_prune.models.calibrate import BlockReplay, ForwardContext
+from lit_prune.models.files import read_json, write_json
 from lit_prune.models.gradients import gradient_norms
-from lit_prune.models.io import model_fingerprint, read_json, write_json
+from lit_prune.models.homes import Home
 from lit_prune.models.targets import Target
-from lit_prune.ops import LayerStats, Pattern
+from lit_prune.ops import LayerStats, Pattern, processes
 from lit_prune.pruning.plan import PruningPlan, as_layer
 from lit_prune.pruning.progress import Stages
+from lit_prune.pruning.solving import prune_layers
 
 
 @dataclass(frozen=True)
@@ -26,23 +32,28 @@ class DenseModel:
     """The model as it came, with its blocks, its targets and the calibration set; in evaluation mode."""
 
     model: nn.Module
+    home: Home
     blocks: Sequence[Block]
     targets: Sequence[Target]
     calibration: Sequence[Batch]
     plan: PruningPlan
     stages: Stages
     forward_context: ForwardContext
+    identity: Mapping[str, Any]
 
     def replay(self, sequences: int | None = None) -> BlockReplay:
         """Return a replay of the first sequences (None = all) of the calibration set, before the first block."""
+        plan = self.plan
         with self.stages.stage("record"):
             return BlockReplay(
                 self.model,
                 self.blocks,
-                _first(self._batches(), sequences),
-                self.plan.device,
-                self.plan.hidden_device,
+                own_share(first_sequences(self._batches(), sequences)),
+                plan.device,
+                plan.hidden_device,
+                getattr(torch, plan.hidden_dtype) if plan.hidden_dtype else None,
                 self.forward_context,
+                self.home,
             )
 
     def _batches(self) -> Sequence[Batch]:
@@ -66,7 +77,7 @@ class DenseModel:
         replay, evidence = self.replay(allocator.observed_sequences), {}
         for block in self.blocks:
             mine = [target for target in self.targets if target.block == block.index]
-            with self.stages.stage("observe", block.index), resident(block.module, self.plan.device):
+            with self.stages.stage("observe", block.index), self.resident(block):
                 outputs = replay.outputs(block.index) if tried and mine else None
                 if mine:
                     stats = self.plan.with_gradients(
@@ -90,52 +101,56 @@ class DenseModel:
         pattern: Pattern,
     ) -> float:
         """Prune a block's targets as the plan drafts it, and return its output error; the dense weights come back."""
-        draft = replace(self.plan, solver=self.plan.solver.draft())
+        draft = replace(self.plan, solver=self.plan.solver.draft(), output_error=False)
         with weights_restored([target.module for target in targets]):
-            for target in targets:
-                solution = draft.solve(target.name, read_weight(target.module), stats[target.name], pattern)
-                write_weight(target.module, solution.weight)
+            prune_layers(targets, {target.name: pattern for target in targets}, stats, draft, {})
             return replay.output_error(targets[0].block, outputs)
 
     def metrics(self) -> dict[str, float]:
         """Return what the allocator measures of every target's weight, by name; what the cache holds is not redone."""
-        allocator, cache = self.plan.allocator, self.plan.cache
+        allocator = self.plan.allocator
         if allocator.metric_name is None:
             return {}
-        path = cache and Path(cache) / f"{allocator.metric_name}-{model_fingerprint(self.model)}.json"
-        known: dict[str, float] = read_json(path) if path and path.is_file() else {}
+        path = self._cached(f"{allocator.metric_name}-{self.identity['model']}.json")
+        known: dict[str, float] = processes.from_first(lambda: read_json(path) if path and path.is_file() else {})
         missing = [as_layer(target) for target in self.targets if target.name not in known]
-        if missing:
-            with self.stages.stage("measure"):
-                known |= allocator.measure(missing)
-            if path:
-                write_json(path, known)
+        for block in self.blocks:
+            if mine := [layer for layer in missing if layer.block == block.index]:
+                with self.stages.stage("measure", block.index), self.resident(block):
+                    known |= self._measured(mine)
+        if missing and path and processes.rank() == 0:
+            write_json(path, known)
         return known
+
+    def _measured(self, layers: Sequence[Layer]) -> dict[str, float]:
+        """Return what the allocator measures of a block's layers, which the processes share out."""
+        owners = processes.dealt([layer.numel for layer in layers])
+        mine = [layer for layer, owner in zip(layers, owners, strict=True) if owner == processes.rank()]
+        found = processes.gathered(self.plan.allocator.measure(mine))
+        return {name: value for part in found for name, value in part.items()}
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradient norm ``[o, i]`` of every target by name, where the scorer needs it."""
         scorer = self.plan.scorer
         if scorer is None or "gradient" not in scorer.needs:
             return {}
+        name = f"gradients-{scorer.gradient_norm}-{self.identity['model']}-{self.identity['data']}.safetensors"
         with self.stages.stage("gradients"):
             return gradient_norms(
                 self.model,
                 self.calibration,
                 self.targets,
                 scorer.gradient_norm,
-                self.plan.cache,
+                self._cached(name),
                 self.forward_context,
+                self.home,
             )
 
+    def resident(self, block: Block) -> AbstractContextManager[set[str]]:
+        """Hold a block where it is worked on; see ``Home.resident``."""
+        then = self.blocks[block.index + 1] if block.index + 1 < len(self.blocks) else None
+        return self.home.resident(block, self.plan.device, then)
 
-def _first(batches: Sequence[Batch], sequences: int | None) -> Sequence[Batch]:
-    """Return the first sequences of batches, the last batch cut where it must be."""
-    if sequences is None:
-        return batches
-    found: list[Batch] = []
-    for batch in batches:
-        left = sequences - sum(count_sequences(part) for part in found)
-        if left <= 0:
-            break
-        found.append(split_batch(batch, left)[0])
-    return found
+    def _cached(self, name: str) -> Path | None:
+        """Return a file of the cache; None where the plan has no cache."""
+        return Path(self.plan.cache) / name if self.plan.cache else None

@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.figure import Figure
 
 from lit_prune.models.checkpoints import by_layer
-from lit_prune.models.io import REPORT_FILE, Format, read_json
+from lit_prune.models.files import read_json
+from lit_prune.models.io import REPORT_FILE, Format
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import pages
 from lit_prune.pruning.figures import (

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.calibrate import Batch
-from lit_prune.models.io import data_fingerprint, load_tensors, model_fingerprint, read_json, save_tensors, write_json
-from lit_prune.ops import PackedMask
-from lit_prune.pruning.report import LayerReport, ReconstructionReport
+from lit_prune.models.batches import Batch
+from lit_prune.models.files import load_tensors, save_tensors, write_atomically
+from lit_prune.models.io import data_fingerprint
+from lit_prune.ops import PackedMask, processes
+from lit_prune.pruning.report import LayerReport, ReconstructionReport, changed_parameters, versions
+
+
+class DamagedError(Exception):
+    """A file that is not as it was written."""
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """What the journal has of one block."""
+
+    records: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> tuple[list[LayerReport], list[ReconstructionReport]]:
+        """Write the block's parameters into the model and return what was reported of it."""
+        layers = []
+        for record in self.records["layers"]:
+            weight = model.get_parameter(f"{record['name']}.weight")
+            mask = PackedMask(self.tensors[f"mask {record['name']}"].to(weight.device), tuple(weight.shape))
+            layers.append(LayerReport.from_dict(record, mask))
+        reconstructions = [ReconstructionReport(**record) for record in self.records["reconstructions"]]
+        for name in changed_parameters(layers, reconstructions):
+            model.get_parameter(name).copy_(self.tensors[f"parameter {name}"])
+        return layers, reconstructions
 
 
 class Journal:
-    """One folder: ``run.json`` says what is being pruned, with what and how; two files hold each finished block."""
+    """One folder: what is being pruned, with what and how; the allocation; and two files for each finished block.
+
+    A file begins with the digest of the rest of it, or its digest stands in another one. The first process writes and
+    reads; what it reads is sent to the others.
+    """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
         """Open or start a journal.
@@ -29,24 +62,50 @@ class Journal:
             resume: go on from what is there; else it is dropped.
 
         Raises:
-            InputError: where the journal belongs to another plan, model or data; it names what differs.
+            InputError: where the journal belongs to another plan, model, data or versions; it names what differs.
         """
         self._folder = folder
-        run = folder / "run.json"
-        if resume and run.is_file():
-            differences = list(_differences(read_json(run), dict(identity)))
-            if differences:
-                raise InputError(
-                    f"cannot resume from {str(folder)!r}: {'; '.join(differences[:3])}; "
-                    "resume with what the run was started with, or start again without --resume"
-                )
-        else:
-            self.remove(folder)
-            write_json(run, dict(identity))
+        processes.from_first(lambda: self._open({**identity, "versions": versions()}, resume))
 
-    def finished(self, block: int) -> bool:
-        """Tell whether a block is complete on disk."""
-        return self._reports(block).is_file()
+    def _open(self, identity: Mapping[str, Any], resume: bool) -> None:
+        run = self._folder / "run.record"
+        if not (resume and run.is_file()):
+            self.remove(self._folder)
+            _write_record(run, identity)
+            return
+        try:
+            differences = list(_differences(_read_record(run), json.loads(json.dumps(identity))))
+        except DamagedError as error:
+            raise InputError(f"cannot resume: {error}; start again without --resume") from error
+        if differences:
+            raise InputError(
+                f"cannot resume from {str(self._folder)!r}: {'; '.join(differences[:3])}; "
+                "resume with what the run was started with, or start again without --resume"
+            )
+
+    def allocation(self) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Return the allocation and the allocator's metrics, by layer name; None where they are not (rightly) there."""
+        found = processes.from_first(lambda: self._intact(self._folder / "allocation.record"))
+        return None if found is None else (found["allocation"], found["metrics"])
+
+    def save_allocation(self, allocation: Mapping[str, float], metrics: Mapping[str, float]) -> None:
+        """Write the allocation down."""
+        content = {"allocation": dict(allocation), "metrics": dict(metrics)}
+        processes.from_first(lambda: _write_record(self._folder / "allocation.record", content))
+
+    def finished(self, block: int) -> FinishedBlock | None:
+        """Return a block that is complete and undamaged on disk, else None."""
+        return processes.from_first(lambda: self._read(block))
+
+    def _read(self, block: int) -> FinishedBlock | None:
+        records = self._intact(self._records(block))
+        if records is None:
+            return None
+        file = self._tensors(block)
+        if not file.is_file() or _digest(file.read_bytes()) != records["tensors"]:
+            _warn_damaged(file)
+            return None
+        return FinishedBlock(records, load_tensors(file))
 
     def save(
         self,
@@ -56,33 +115,30 @@ class Journal:
         reconstructions: Sequence[ReconstructionReport],
     ) -> None:
         """Write a finished block: its parameters and masks first, then the file that says they are complete."""
-        names = [layer.parameter for layer in layers] + [name for done in reconstructions for name in done.vectors]
+        processes.from_first(lambda: self._save(block, model, layers, reconstructions))
+
+    def _save(
+        self,
+        block: int,
+        model: nn.Module,
+        layers: Sequence[LayerReport],
+        reconstructions: Sequence[ReconstructionReport],
+    ) -> None:
+        names = changed_parameters(layers, reconstructions)
         tensors = {f"parameter {name}": model.get_parameter(name).detach().cpu() for name in names}
         tensors |= {f"mask {layer.name}": layer.mask.bits.cpu() for layer in layers}
         save_tensors(self._tensors(block), tensors)
         records = {
+            "tensors": _digest(self._tensors(block).read_bytes()),
             "layers": [layer.as_dict() for layer in layers],
             "reconstructions": [asdict(done) for done in reconstructions],
         }
-        write_json(self._reports(block), records)
-
-    @torch.no_grad()
-    def restore(self, block: int, model: nn.Module) -> tuple[list[LayerReport], list[ReconstructionReport]]:
-        """Write a finished block's parameters into the model and return what was reported of it."""
-        tensors = load_tensors(self._tensors(block))
-        records = read_json(self._reports(block))
-        layers = []
-        for record in records["layers"]:
-            shape = tuple(model.get_parameter(f"{record['name']}.weight").shape)
-            layers.append(LayerReport.from_dict(record, PackedMask(tensors.pop(f"mask {record['name']}"), shape)))
-        for name, value in tensors.items():
-            model.get_parameter(name.removeprefix("parameter ")).copy_(value)
-        return layers, [ReconstructionReport(**record) for record in records["reconstructions"]]
+        _write_record(self._records(block), records)
 
     @staticmethod
     def remove(folder: Path) -> None:
         """Delete a journal's own files, and the folder if nothing else is in it."""
-        for file in [*folder.glob("block_*"), *folder.glob(".block_*"), folder / "run.json"]:
+        for file in [*folder.glob("block_*"), *folder.glob(".block_*"), *folder.glob("*.record")]:
             file.unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -90,13 +146,44 @@ class Journal:
     def _tensors(self, block: int) -> Path:
         return self._folder / f"block_{block:04d}.safetensors"
 
-    def _reports(self, block: int) -> Path:
-        return self._folder / f"block_{block:04d}.json"
+    def _records(self, block: int) -> Path:
+        return self._folder / f"block_{block:04d}.record"
+
+    @staticmethod
+    def _intact(path: Path) -> Any:
+        """Return the content of a record; None where there is none, or a damaged one."""
+        if not path.is_file():
+            return None
+        try:
+            return _read_record(path)
+        except DamagedError:
+            _warn_damaged(path)
+            return None
 
 
-def identity_of(plan: Mapping[str, Any], model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
+def identity_of(plan: Mapping[str, Any], model: str, batches: Sequence[Batch]) -> dict[str, Any]:
     """Return what makes a run the same run: the plan and the digests of model and data."""
-    return {"plan": dict(plan), "model": model_fingerprint(model), "data": data_fingerprint(batches)}
+    return {"plan": dict(plan), "model": model, "data": data_fingerprint(batches)}
+
+
+def _write_record(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1).encode()
+    write_atomically(path, lambda temporary: temporary.write_bytes(_digest(text).encode() + b"\n" + text))
+
+
+def _read_record(path: Path) -> Any:
+    digest, _, text = path.read_bytes().partition(b"\n")
+    if digest.decode(errors="replace") != _digest(text):
+        raise DamagedError(f"{str(path)!r} is damaged")
+    return json.loads(text)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _warn_damaged(path: Path) -> None:
+    warnings.warn(f"{str(path)!r} is damaged: what it stands for is done again", stacklevel=2)
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -22,6 +22,8 @@ from lit_prune.scorers import Scorer
 from lit_prune.solvers import Solver, Zero
 from lit_prune.solvers.base import Solution
 
+HiddenDtype = Literal["bfloat16", "float16", "float32"]
+Propagate = Literal["pruned", "dense"]
 _MAX_SCALED = 0.99
 """No layer gets more where an allocation is scaled."""
 
@@ -66,6 +68,11 @@ class PruningPlan:
     """Where blocks are calibrated and solved, one at a time, such as cuda for a model held in CPU memory."""
     hidden_device: str | None = None
     """Where the calibration set's hidden states wait, such as cpu to save GPU memory."""
+    hidden_dtype: HiddenDtype | None = None
+    """What they wait in, such as bfloat16 to halve a float32 model's; null = as the blocks put them out."""
+    propagate: Propagate = "pruned"
+    """What a block's inputs come from: the blocks before it as pruned (``pruned``), or as they were (``dense``), which
+    saves one of two forward passes and costs accuracy."""
 
     def __post_init__(self) -> None:
         """Fill in the defaults, and raise ``InputError`` where the parts do not fit together."""
@@ -75,6 +82,15 @@ class PruningPlan:
             raise InputError(f"plan.solver {type(self.solver).__name__} needs a plan.scorer, such as Wanda")
         if not 0 <= self.correction <= 1:
             raise InputError(f"plan.correction is {self.correction!r}: it must be in [0, 1], such as 0.3")
+        if self.propagate not in get_args(Propagate):
+            raise InputError(f"plan.propagate is {self.propagate!r}: it must be 'pruned' or 'dense'")
+        if self.propagate == "dense" and self.needs_reference:
+            raise InputError(
+                "plan.propagate is 'dense': correction and reconstruction make up for what pruned blocks do to the "
+                "inputs of later ones, so they need 'pruned'"
+            )
+        if self.hidden_dtype is not None and self.hidden_dtype not in get_args(HiddenDtype):
+            raise InputError(f"plan.hidden_dtype is {self.hidden_dtype!r}: it must be one of {get_args(HiddenDtype)}")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise InputError(f"plan.{name} is {getattr(self, name)!r}: it must be a list of shell patterns")

@@ -14,6 +14,7 @@ from lit_prune.errors import InputError
 from lit_prune.models.blocks import Block
 from lit_prune.models.calibrate import BlockReplay
 from lit_prune.models.targets import Target, find_vectors
+from lit_prune.ops import processes
 from lit_prune.ops.linalg import relative_token_errors
 from lit_prune.ops.precision import working
 from lit_prune.pruning.report import LayerReport, ReconstructionReport
@@ -86,6 +87,8 @@ class Reconstruction:
         keep = {layer.parameter[local:]: layer.mask.unpack().to(device) for layer in layers}
         before = after = replay.output_error(block.index, outputs)
         trained = self._train(block.index, parameters, keep, replay, outputs)
+        for value in trained.values():
+            processes.hand_out(value, 0)  # sums of processes may differ in the last bit
         error = replay.output_error(block.index, outputs, trained)
         if error < before:  # also false where training has diverged to NaN
             after = error
@@ -108,11 +111,14 @@ class Reconstruction:
         optimizer = Adam(masters.values(), eps=1e-12)
         rate = self.rate * _root_mean_square([masters[name][mask] for name, mask in keep.items()])
         schedule = OneCycleLR(optimizer, rate, total_steps=self.steps + 1, cycle_momentum=False)
+        tokens = processes.add_up(torch.tensor([output.shape[:-1].numel() for output in outputs])).tolist()
         for batch in _shuffled(len(outputs), self.steps, seed=block):
-            with torch.enable_grad():
-                output = replay.run(block, batch, _like(parameters, masters))
-                loss = relative_token_errors(output, outputs[batch].to(output.device)).mean()
-            loss.backward(inputs=list(masters.values()))
+            if len(outputs[batch]):
+                with torch.enable_grad():
+                    output = replay.run(block, batch, _like(parameters, masters))
+                    loss = relative_token_errors(output, outputs[batch].to(output)).sum() / tokens[batch]
+                loss.backward(inputs=list(masters.values()))
+            _add_up_gradients(list(masters.values()))
             for name, mask in keep.items():
                 gradient = masters[name].grad
                 if gradient is not None:  # an expert that no token of this batch was sent to has none
@@ -121,6 +127,16 @@ class Reconstruction:
             optimizer.zero_grad()
             schedule.step()
         return _like(parameters, masters)
+
+
+def _add_up_gradients(masters: Sequence[Tensor]) -> None:
+    """Give every process the sum of all processes' gradients; None where none of them has one."""
+    if processes.count() == 1:
+        return
+    somewhere = [any(found) for found in zip(*processes.gathered([m.grad is not None for m in masters]), strict=True)]
+    for master, has_gradient in zip(masters, somewhere, strict=True):
+        if has_gradient:
+            master.grad = processes.add_up(torch.zeros_like(master) if master.grad is None else master.grad)
 
 
 def _like(parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -81,6 +81,16 @@ class ReconstructionReport:
     """Names of the norms and biases that were trained beside the pruned weights."""
 
 
+def changed_parameters(layers: Iterable[LayerReport], reconstructions: Iterable[ReconstructionReport]) -> list[str]:
+    """Return the names of all parameters that may have changed: pruned weights, and what was trained with them."""
+    return [*(layer.parameter for layer in layers), *(name for done in reconstructions for name in done.vectors)]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    return {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()}
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """The eigenvalues of a dense weight, and the power law fitted to their tail."""
@@ -155,7 +165,7 @@ class PruningReport:
     @property
     def changed(self) -> list[str]:
         """Names of all parameters that the run may have changed: the pruned weights, and what was trained with them."""
-        return [*self.masks, *(name for done in self.reconstructions for name in done.vectors)]
+        return changed_parameters(self.layers, self.reconstructions)
 
     @property
     def sparsity(self) -> float:
@@ -190,7 +200,7 @@ class PruningReport:
             },
             "samples": [asdict(sample) for sample in self.samples],
             "recipes": [asdict(recipe) for recipe in self.recipes],
-            "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
+            "versions": versions(),
             "layers": [layer.as_dict() for layer in self.layers],
             "reconstructions": [asdict(done) for done in self.reconstructions],
         }

@@ -97,6 +97,16 @@ class ADMM(Solver):
         self.as_released = as_released
         self.rows_at_once = rows_at_once
 
+    def flops(self, outputs: int, inputs: int) -> float:
+        """Return those of the products: ``4 o i²`` per update or ``2 o i² + 2 i³``, and ``2 o i²`` per polish step."""
+        update = 4 * outputs * inputs**2 if outputs <= inputs else 2 * (outputs + inputs) * inputs**2
+        polish = 2 * outputs * inputs**2 * (self.polish + 1) if self.polish else 0
+        return (self.iterations - self.polish) * update + polish
+
+    def shared_flops(self, inputs: int) -> float:
+        """Return those of an eigendecomposition: ``9 i³``."""
+        return 9 * inputs**3
+
     def solve(
         self,
         weight: Tensor,

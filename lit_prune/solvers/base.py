@@ -36,6 +36,14 @@ class Solver(ABC):
         """Return a solver whose errors rank alike and that may be faster, to try what is thrown away again."""
         return self
 
+    def flops(self, outputs: int, inputs: int) -> float:
+        """Return the floating-point operations of solving one layer, but for what layers with one input share."""
+        return outputs * inputs
+
+    def shared_flops(self, inputs: int) -> float:
+        """Return the floating-point operations of factorising a Gram matrix ``[i, i]``."""
+        return 0.0
+
     @abstractmethod
     def solve(
         self,

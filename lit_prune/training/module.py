@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lit_prune.errors import InputError
 from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_model, load_tokenizer
 from lit_prune.training.data import validation_names
@@ -48,6 +49,7 @@ class LitCausalLM(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         config: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
+        lazy: str | None = None,
     ) -> None:
         """Keep the arguments; the model is loaded by ``configure_model``.
 
@@ -61,6 +63,8 @@ class LitCausalLM(LightningModule):
             lr_scheduler: Any torch learning-rate scheduler; it moves on with every optimizer step.
             config: For ``random``: the ``model_type`` and any value of that model's config.
             trust_remote_code: Let code that comes with the model run.
+            lazy: Folder for blocks that have changed: the model stays on disk, and each block is read when it is worked
+                on, to prune what does not fit into memory; null = the model is loaded whole.
         """
         super().__init__()
         self.pretrained = pretrained
@@ -72,6 +76,7 @@ class LitCausalLM(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.config = config
         self.trust_remote_code = trust_remote_code
+        self.lazy = lazy
         self.model: Any = None
         self._mean_losses: list[MeanMetric] = []
         self._batch_start = 0.0
@@ -82,7 +87,7 @@ class LitCausalLM(LightningModule):
             return
         dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         # Lightning trains modules in the mode in which it finds them.
-        self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code).train()
+        self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code, self.lazy).train()
         take_apart(self.model)
         if self.gradient_checkpointing:
             # transformers is renaming it
@@ -101,7 +106,9 @@ class LitCausalLM(LightningModule):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def on_fit_start(self) -> None:
-        """Let the loss get ready."""
+        """Let the loss get ready; refuse a model that stays on disk."""
+        if self.lazy is not None:
+            raise InputError(f"model.lazy is {self.lazy!r}: a model that stays on disk cannot be trained; leave it out")
         self.loss.prepare(
             Student(self.model, self.load_tokenizer(), sharding_of_frozen(self.trainer.strategy, self.device_mesh))
         )

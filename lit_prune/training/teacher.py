@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError
-from lit_prune.models.io import (
-    data_fingerprint,
-    load_model,
-    load_tensors,
-    load_tokenizer,
-    model_fingerprint,
-    save_tensors,
-)
+from lit_prune.models.files import load_tensors, save_tensors
+from lit_prune.models.io import data_fingerprint, load_model, load_tokenizer, model_fingerprint
 from lit_prune.training.strategies import Sharding
 
 TeacherDtype = Literal["bfloat16", "float32"]

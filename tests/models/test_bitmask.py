@@ -11,7 +11,8 @@ from torch import nn
 import lit_prune
 from lit_prune.errors import InputError
 from lit_prune.models.bitmask import BITMASK_FILE, read_bitmask, save_bitmask
-from lit_prune.models.io import load_tensors, save_pruned
+from lit_prune.models.files import load_tensors
+from lit_prune.models.io import save_pruned
 from lit_prune.ops import PackedMask
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config
 
-from lit_prune.errors import InputError
-from lit_prune.models import io
+from lit_prune.errors import DiskError, InputError
+from lit_prune.models import files, io
 from lit_prune.ops import PackedMask
 
 
@@ -81,7 +81,10 @@ def test_a_full_disk_is_told_before(
 
 
 def test_a_failure_while_saving_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="full"), io.replacing_folder(tmp_path / "out") as folder:
+    with (
+        pytest.raises(DiskError, match="out' cannot be written: full"),
+        files.replacing_folder(tmp_path / "out") as folder,
+    ):
         (folder / "half").write_text("half")
         raise OSError("full")
     assert os.listdir(tmp_path) == []
@@ -96,7 +99,7 @@ def test_a_kill_while_saving_leaves_the_old_folder_or_none(tmp_path: Path, exist
     program = f"""
         import time
         from pathlib import Path
-        from lit_prune.models.io import replacing_folder
+        from lit_prune.models.files import replacing_folder
         with replacing_folder(Path({str(out)!r})) as folder:
             (folder / "config.json").write_text("half")
             Path({str(tmp_path / "writing")!r}).touch()
@@ -109,7 +112,7 @@ def test_a_kill_while_saving_leaves_the_old_folder_or_none(tmp_path: Path, exist
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (out / "config.json").read_text() == "old" if existing else not out.exists()
-    with io.replacing_folder(out) as folder:  # the next run clears what the killed one left
+    with files.replacing_folder(out) as folder:  # the next run clears what the killed one left
         (folder / "config.json").write_text("new")
     (tmp_path / "writing").unlink()
     assert os.listdir(tmp_path) == ["out"]
@@ -159,7 +162,7 @@ def test_random_needs_a_model_type() -> None:
 def test_masks_are_asked_of_the_right_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such file"):
         io.load_masks(tmp_path)
-    io.save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
+    files.save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(InputError, match="holds none"):
         io.load_masks(tmp_path / "other.safetensors")
     (tmp_path / "text").write_text("not safetensors at all")
@@ -173,6 +176,6 @@ def test_a_fingerprint_tells_models_apart(tiny_model: Callable[..., nn.Module]) 
 
 
 def test_json_is_read_as_written(tmp_path: Path) -> None:
-    io.write_json(tmp_path / "deep" / "a.json", {"x": [1, None]})
-    assert io.read_json(tmp_path / "deep" / "a.json") == {"x": [1, None]}
+    files.write_json(tmp_path / "deep" / "a.json", {"x": [1, None]})
+    assert files.read_json(tmp_path / "deep" / "a.json") == {"x": [1, None]}
     assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"x": [1, None]}

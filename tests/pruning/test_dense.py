@@ -55,6 +55,20 @@ def test_spectral_metrics_are_kept_for_the_next_run(
     assert len(json.loads(file.read_text())) == 21
 
 
+def test_gradients_are_kept_for_the_same_model_and_data(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    plan = PruningPlan(Unstructured(0.5), GBLM(), cache=str(tmp_path))
+    passes: list[int] = []
+    for seed, batches in ((0, tokens), (0, tokens), (1, tokens), (0, tokens[:1])):
+        model = tiny_model(seed=seed)
+        calls: list[int] = []
+        model.lm_head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        prune(model, batches, plan)
+        passes.append(len(calls))
+    assert passes == [6, 0, 6, 3]
+
+
 def test_only_layers_that_are_new_are_measured(
     tiny_model: Callable[..., nn.Module], spectra: list[Tensor], tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 """The engine, on six architectures."""
 
 import copy
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import lit_prune
-from lit_prune.allocators import FromFile
+from lit_prune.allocators import AlphaPruning, FromFile
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
 from lit_prune.pruning import PruningPlan, prune
-from lit_prune.pruning.progress import Position
+from lit_prune.pruning.progress import OnProgress, Position
+from lit_prune.pruning.report import versions
 from lit_prune.scorers import Magnitude, SparseGPTSaliency, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
 
@@ -27,6 +30,10 @@ PLANS = {
     "wanda 2:4": PruningPlan(NM(2, 4), Wanda()),
     "admm corrected": PruningPlan(Unstructured(0.5), solver=ADMM(iterations=6), correction=0.5),
 }
+
+
+class KilledError(Exception):
+    pass
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -138,9 +145,45 @@ def test_progress_counts_blocks_and_estimates_time(tiny_model: Callable[..., nn.
     assert report.peak_memory and report.peak_memory > 0
 
 
+def test_dense_propagation_takes_one_pass_and_sees_the_dense_model(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    plan = PruningPlan(Unstructured(0.5), Wanda(), propagate="dense")
+    model, passes = tiny_model(), []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: passes.append(1))
+    report = prune(model, tokens, plan)
+    assert len(passes) == len(tokens) and "propagate" not in report.seconds
+    # Every block alone, behind dense ones, is pruned to the same.
+    for block in range(3):
+        alone = tiny_model()
+        prune(alone, tokens, PruningPlan(Unstructured(0.5), Wanda(), include=[f"*.layers.{block}.*"]))
+        name = f"model.layers.{block}.mlp.up_proj.weight"
+        assert torch.equal(alone.get_parameter(name), model.get_parameter(name))
+
+    def kill(position: Position) -> None:
+        if position.block == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        prune(tiny_model(), tokens, plan, journal_folder=tmp_path, on_progress=kill)
+    resumed = tiny_model()
+    prune(resumed, tokens, plan, journal_folder=tmp_path, resume=True)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_hidden_states_wait_in_half_precision(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    exact = prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Wanda()))
+    half = prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Wanda(), hidden_dtype="bfloat16"))
+    kept = [(mask.unpack() == half.masks[name].unpack()).float().mean() for name, mask in exact.masks.items()]
+    assert 0.97 < min(kept) < 1
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
+        (lambda: PruningPlan(Unstructured(0.5), Wanda(), propagate="none"), "propagate is 'none'"),
+        (lambda: PruningPlan(Unstructured(0.5), Wanda(), propagate="dense", correction=0.3), "they need 'pruned'"),
+        (lambda: PruningPlan(Unstructured(0.5), Wanda(), hidden_dtype="int8"), "hidden_dtype is 'int8'"),
         (lambda: PruningPlan(Unstructured(0.5)), "Zero needs a plan.scorer"),
         (lambda: PruningPlan(Unstructured(0.5), Wanda(), include="*"), "must be a list"),
     ],
@@ -163,10 +206,6 @@ def test_nothing_changes_when_a_plan_cannot_be_carried_out(
 def test_a_singular_gram_matrix_names_the_layer(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
     with pytest.raises(NumericalError, match=r"model\.layers\.0\..*: the Gram matrix .* at damping 0 "):
         prune(tiny_model(), [tokens[0][:1, :4]], PruningPlan(Unstructured(0.5), solver=SparseGPT(damping=0.0)))
-
-
-class KilledError(Exception):
-    pass
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -207,8 +246,49 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert [layer.reached for layer in report.layers] == [layer.reached for layer in expected.layers]
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_files_are_noticed_and_their_work_is_done_again(
+    damage: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    plan = PruningPlan(Unstructured(0.5), solver=SparseGPT(), allocator=AlphaPruning(), correction=0.3)
+    straight = tiny_model()
+    prune(straight, tokens, plan, journal_folder=tmp_path / "whole")
+    files = sorted((tmp_path / "whole").iterdir())
+    assert len(files) == 2 + 2 * 3
+    for index, file in enumerate(files):
+        journal = shutil.copytree(tmp_path / "whole", tmp_path / str(index))
+        content = bytearray((journal / file.name).read_bytes())
+        content[len(content) * 2 // 3] ^= 1
+        (journal / file.name).write_bytes(content if damage == "flip" else content[:-1])
+        if damage == "remove":
+            (journal / file.name).unlink()
+        model, solved = tiny_model(), set()
+
+        def note(position: Position, solved: set[int] = solved) -> None:
+            solved |= {position.block} if position.stage == "solve" else set()
+
+        def resume(model: nn.Module = model, journal: Path = journal, note: OnProgress = note) -> None:
+            prune(model, tokens, plan, journal_folder=journal, resume=True, on_progress=note)
+
+        if file.name == "run.record" and damage != "remove":
+            with pytest.raises(InputError, match=r"cannot resume: .*run\.record' is damaged; start again"):
+                resume()
+            continue
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            resume()
+        if file.name == "run.record":
+            assert solved == {0, 1, 2}  # nobody knows what it is the journal of
+        else:
+            assert solved == ({int(file.stem[-1])} if file.name.startswith("block") else set())
+        told = [str(warning.message) for warning in said if "is damaged: what it stands for" in str(warning.message)]
+        expected_said = damage != "remove" or file.suffix == ".safetensors"
+        assert bool(told) == expected_said, (file.name, told)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in straight.state_dict().items())
+
+
 def test_resuming_something_else_is_refused_and_named(
-    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = PruningPlan(Unstructured(0.5), Wanda())
     prune(tiny_model(), tokens, plan, journal_folder=tmp_path)
@@ -218,6 +298,9 @@ def test_resuming_something_else_is_refused_and_named(
         prune(tiny_model(), tokens[:1], plan, journal_folder=tmp_path, resume=True)
     with pytest.raises(InputError, match="model was"):
         prune(tiny_model(seed=1), tokens, plan, journal_folder=tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"versions\.torch was '.*' and is now '0'"), monkeypatch.context() as patch:
+        patch.setattr("lit_prune.pruning.journal.versions", lambda: {**versions(), "torch": "0"})
+        prune(tiny_model(), tokens, plan, journal_folder=tmp_path, resume=True)
     prune(tiny_model(), tokens, plan.at(0.6), journal_folder=tmp_path)  # without resume it starts afresh
 
 

@@ -1,6 +1,5 @@
 """What is left of a pruned block learns to give the dense block's outputs."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.access import share_pruned
+from lit_prune.models.batches import Batch, split_batch
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.calibrate import Batch, split_batch
 from lit_prune.models.io import check_masks_hold
 from lit_prune.models.targets import find_targets, find_vectors
 from lit_prune.ops import NM, Unstructured
@@ -236,16 +234,6 @@ def test_a_killed_run_resumes_to_the_same_bits(
             Unstructured(0.6), solver=ADMM(), correction=0.3, reconstruction=Reconstruction(steps=41, rate=0.1)
         )
         prune(tiny_model(model_type), tokens, other, journal_folder=tmp_path, resume=True)
-
-
-def test_what_was_trained_comes_home_to_a_model_with_its_weights_elsewhere(
-    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
-) -> None:
-    model = tiny_model()
-    whole = copy.deepcopy(model)
-    report = prune(whole, tokens, plan_of())
-    share_pruned(model, whole, report.changed, report.masks)
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_a_step_takes_some_sequences_of_a_batch(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:

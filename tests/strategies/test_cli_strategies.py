@@ -1,14 +1,16 @@
 """The command line in two processes: train, go on from a checkpoint, export one, with the configs of ``configs/``."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lit_prune.models.experts import take_apart
-from lit_prune.models.io import load_masks, load_model
+from lit_prune.models.io import load_masks, load_model, load_tokenizer, save_pruned
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
@@ -80,3 +82,34 @@ def test_fit_resume_and_export_of_a_sharded_checkpoint_agree(
         revived, pruned = masks_matrix.count_pruned(iter(weights.items()), masks)
         assert revived == 0
         assert pruned > 0.49 * sum(weights[name].numel() for name in masks)  # 24 of 49 inputs
+
+
+@pytest.mark.timeout(600)
+def test_one_shot_pruning_in_two_processes(tmp_path: Path) -> None:
+    dense = load_model("random", config=masks_matrix.LLAMA)
+    save_pruned(tmp_path / "dense", dense, load_tokenizer("random"), {}, {})
+    run = {"data": RUN["data"], "model": {"pretrained": "dense"}}
+    plan = {
+        "pattern": {"class_path": "Unstructured", "init_args": {"sparsity": 0.5}},
+        "solver": {"class_path": "SparseGPT"},
+    }
+    prunes = [{"class_path": "Prune", "init_args": {"plan": plan}}]
+    run["trainer"] = {"accelerator": "cpu", "logger": False, "callbacks": prunes}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+
+    def prune(output: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lit_prune", "prune", "-c", "run.yaml", "--output", output, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=False, timeout=300, capture_output=True, text=True)
+
+    ddp = ["-c", str(CONFIGS / "ddp.yaml")]
+    assert "pruning takes about" in prune("one").stdout
+    assert prune("two", *ddp).returncode == 0
+    assert masks_matrix.difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    report = json.loads((tmp_path / "two" / "pruning.json").read_text())
+    assert report["evaluation"]["perplexity_after"] > 0 and len(report["samples"]) == 2
+    assert prune("lazy", "--model.lazy", "blocks", *ddp).returncode == 0
+    expected = load_model(str(tmp_path / "two")).state_dict()
+    assert all(torch.equal(v, expected[name]) for name, v in load_model(str(tmp_path / "lazy")).state_dict().items())
+    assert not (tmp_path / "blocks").exists() and not list(tmp_path.glob(".*"))
+    refused = prune("three", "-c", str(CONFIGS / "fsdp2.yaml"))
+    assert refused.returncode == 2 and "trainer.strategy is FSDP2: to prune once, use ddp" in refused.stderr

@@ -1,0 +1,198 @@
+"""Models that stay on disk: each block is read when it is worked on, and written where it has changed.
+
+What is outside the blocks (embeddings, the last norm, an untied head) is in memory. A model so opened runs like any
+other, a block at a time, so that it takes the memory of one block and is read once for every pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from lit_prune.errors import InputError
+from lit_prune.models.blocks import Block, find_blocks
+from lit_prune.models.experts import has_fused_experts
+from lit_prune.models.files import load_tensors, save_tensors
+from lit_prune.models.homes import Home, make_hollow, without_weights
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Disk(Home):
+    """Blocks are in the files of a checkpoint, and those that have changed in a folder of their own."""
+
+    ahead = True
+
+    def __init__(self, sources: Mapping[str, tuple[Path, str]], changes: Path) -> None:
+        """Say where the weights are.
+
+        Args:
+            sources: for each parameter of the model, by name: the file, and its name there.
+            changes: folder for blocks that have changed; what an earlier run has left there is dropped.
+        """
+        super().__init__()
+        self._sources = sources
+        self._changes = changes
+        self._drop()
+
+    def load(self, block: Block, device: torch.device) -> dict[str, Tensor]:
+        """Read the block, as it is now."""
+        parameters = dict(block.module.named_parameters())
+        changed = self._file(block)
+        found = load_tensors(changed) if changed.is_file() else {}
+        for name in parameters.keys() - found.keys():
+            found[name] = self.read(f"{block.name}.{name}")
+        return {name: found[name].to(device, parameter.dtype) for name, parameter in parameters.items()}
+
+    def store(self, block: Block, values: Mapping[str, Tensor]) -> None:
+        """Write what has changed."""
+        file = self._file(block)
+        earlier = load_tensors(file) if file.is_file() else {}
+        save_tensors(file, {**earlier, **{name: value.cpu() for name, value in values.items()}})
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter as the checkpoint has it."""
+        file, there = self._sources[name]
+        with safe_open(file, framework="pt") as handle:
+            return handle.get_tensor(there).clone()  # a view would hold the whole file in memory
+
+    def forget(self) -> None:
+        """Remove the files of blocks that have changed, and their folder if nothing else is in it."""
+        self._drop()
+        if self._changes.is_dir() and not any(self._changes.iterdir()):
+            self._changes.rmdir()
+
+    def _drop(self) -> None:
+        for file in self._changes.glob("block_*.safetensors"):
+            file.unlink(missing_ok=True)  # another process may have been faster
+
+    def _file(self, block: Block) -> Path:
+        return self._changes / f"block_{block.index:04d}.safetensors"
+
+
+def open_lazily(
+    pretrained: str | Path, changes: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """Open a causal language model that stays on disk, in evaluation mode.
+
+    Args:
+        pretrained: Hugging Face folder with safetensors files, or the name of one on the hub.
+        changes: folder for blocks that have changed.
+        dtype: of the weights; None = as the model's config says.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        InputError: where there are no such files, or they name weights otherwise than the model does.
+    """
+    folder = Path(pretrained).expanduser()
+    if folder.is_file() or str(pretrained) == "random":
+        raise InputError(
+            f"model.pretrained is {str(pretrained)!r}: model.lazy opens folders with safetensors files only"
+        )
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(pretrained), allow_patterns=["*.json", "*.safetensors", "*.py", "*.model"]))
+    files = _files(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with without_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
+        )
+    if has_fused_experts(model):
+        raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
+    home = Disk(dict(_matched(model, files, folder)), Path(changes).expanduser())
+    make_hollow(model, home, home.read)
+    for block in find_blocks(model):
+        block.module.register_forward_pre_hook(_holder(home, block))
+        block.module._apply = _placeholders_moved(home, block)  # type: ignore[method-assign]
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def disk_of(model: nn.Module) -> Disk | None:
+    """Return the home of a model that was opened lazily; None for any other."""
+    home = model.__dict__.get("home")
+    return home if isinstance(home, Disk) else None
+
+
+@torch.no_grad()
+def save_lazily(folder: Path, model: Any, disk: Disk) -> None:
+    """Write a model that stays on disk as a Hugging Face folder: a file for each block, and one for the rest."""
+    blocks = find_blocks(model)
+    count, weights, size = len(blocks) + 1, {}, 0
+    within = tuple(f"{block.name}." for block in blocks)
+
+    def write(index: int, tensors: dict[str, Tensor]) -> int:
+        file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"}
+        )
+        weights.update(dict.fromkeys(tensors, file))
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    outside = {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(within)}
+    first_name = {id(tensor): name for name, tensor in reversed(outside.items())}  # tied weights are written once
+    size += write(0, {name: tensor.detach() for name, tensor in outside.items() if first_name[id(tensor)] == name})
+    for block in blocks:
+        with disk.resident(block):
+            size += write(block.index + 1, block.module.state_dict(prefix=f"{block.name}."))
+    index = {"metadata": {"total_size": size}, "weight_map": weights}
+    (folder / _INDEX).write_text(json.dumps(index, indent=1))
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor of a checkpoint, by the name that it has there."""
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text())
+        return {name: folder / file for name, file in index["weight_map"].items()}
+    if (folder / _SINGLE).is_file():
+        with safe_open(folder / _SINGLE, framework="pt") as handle:
+            return dict.fromkeys(handle.keys(), folder / _SINGLE)
+    raise InputError(
+        f"model.pretrained is {str(folder)!r}: it has neither {_SINGLE} nor {_INDEX}, so it cannot be opened lazily; "
+        "export it once with --to hf-sharded"
+    )
+
+
+def _matched(model: Any, files: Mapping[str, Path], folder: Path) -> Iterator[tuple[str, tuple[Path, str]]]:
+    prefix = f"{model.base_model_prefix}."  # a checkpoint of the model without its head has names without it
+    for name, _ in model.named_parameters():
+        there = next((known for known in (name, name.removeprefix(prefix)) if known in files), None)
+        if there is None:
+            raise InputError(
+                f"model.pretrained is {str(folder)!r}: no file has {name!r}, so it cannot be opened lazily; load it "
+                "whole, and export it once with --to hf-sharded"
+            )
+        yield name, (files[there], there)
+
+
+def _holder(home: Home, block: Block) -> Callable[..., None]:
+    return lambda module, args: home.hold(block)
+
+
+def _placeholders_moved(home: Home, block: Block) -> Callable[..., nn.Module]:
+    """Return what moves a hollow block to another device or dtype; copied as they are, placeholders would be whole."""
+
+    def apply(function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        home.let_go()
+        for parameter in block.module.parameters():
+            one = parameter.data[(0,) * parameter.dim()].clone()
+            parameter.data = function(one).expand(parameter.shape)
+        for buffer in block.module.buffers():
+            buffer.data = function(buffer.data)
+        return block.module
+
+    return apply

@@ -1,0 +1,217 @@
+"""What a run will cost: floating-point operations, seconds and memory, worked out before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.allocators import Measured
+from lit_prune.models.batches import Batch, count_sequences, count_tokens, first_sequences, split_batch
+from lit_prune.models.blocks import Block
+from lit_prune.models.calibrate import BlockReplay, ForwardContext, evaluation_mode
+from lit_prune.models.experts import apart
+from lit_prune.models.homes import Memory, at_work
+from lit_prune.models.targets import Target
+from lit_prune.ops import processes
+from lit_prune.pruning.plan import PruningPlan
+
+_TRIALS = 3
+"""Sparsities at which Measured tries a block."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The floating-point operations of a run, of all processes together; a product and a sum are two."""
+
+    forward: float
+    """Of a single pass of the calibration set through all blocks."""
+    passes: float
+    """How many such passes there are; a backward pass counts as two."""
+    gram: float
+    """Of all Gram matrices, from the diagonal up."""
+    solve: float
+    """Of all factorisations and solves."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.forward * self.passes + self.gram + self.solve
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is expected of a run."""
+
+    work: Work
+    """What is to be computed."""
+    seconds: float
+    """How long that takes, from how long one block takes here."""
+    memory: int
+    """Peak beyond the model, in bytes, where the blocks are worked on."""
+    free: int | None
+    """Memory that is free there, in bytes; None where nobody can tell."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough memory, as far as is known."""
+        return self.free is None or self.memory <= self.free
+
+    def __str__(self) -> str:
+        """Return it as a sentence."""
+        text = f"about {_duration(self.seconds)} and {self.memory / 1e9:.2g} GB beyond the model"
+        if self.fits or self.free is None:
+            return text
+        return (
+            f"{text}, of which {self.free / 1e9:.2g} GB are free: lower data.sequences or data.seqlen, or set "
+            "plan.hidden_device, plan.hidden_dtype or model.lazy"
+        )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def preflight(
+    model: nn.Module, batches: Sequence[Batch], plan: PruningPlan, forward_context: ForwardContext = nullcontext
+) -> Preflight | None:
+    """Return what ``prune`` with these arguments will cost; None where the plan needs no data and so hardly any time.
+
+    It runs a few sequences through the first block that is pruned, and times that.
+
+    Args:
+        model: as for ``prune``; it is not changed.
+        batches: all calibration batches.
+        plan: what to prune and how.
+        forward_context: as for ``prune``.
+    """
+    if not plan.needs_replay:
+        return None
+    with at_work(model) as (whole, home), apart(whole), evaluation_mode(whole):
+        blocks, targets = plan.find_targets(whole)
+        block = blocks[targets[0].block]
+        mine = [target for target in targets if target.block == block.index]
+        sample = [split_batch(batches[0], plan.reconstruction.sequences)[0] if plan.reconstruction else batches[0]]
+        replay = BlockReplay(whole, blocks, sample, plan.device, None, None, forward_context, home)
+        with home.resident(block, plan.device):
+            groups = replay.sharing(block.index, {target.name: target.module for target in mine})
+            seconds = _fastest(lambda: replay.outputs(block.index))
+            rate = _product_rate(next(block.module.parameters()))
+        work = count_work(whole, blocks, targets, groups, batches, plan)
+        tokens = sum(map(count_tokens, batches))
+        forward = seconds * tokens / sum(map(count_tokens, sample)) * len(blocks) * work.passes
+        memory = _memory(whole, mine, groups, batches, plan)
+        if plan.device or not isinstance(home, Memory):  # a block at work, and the next one
+            memory += 2 * sum(parameter.nbytes for parameter in block.module.parameters())
+        free = _free_memory(torch.device(plan.device or next(whole.parameters()).device))
+        return Preflight(work, (forward + (work.gram + work.solve) / rate) / processes.count(), memory, free)
+
+
+def count_work(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    targets: Sequence[Target],
+    groups: Sequence[Sequence[str]],
+    batches: Sequence[Batch],
+    plan: PruningPlan,
+) -> Work:
+    """Count the floating-point operations of a run.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        targets: the layers to prune.
+        groups: the names of those of one block that share an input.
+        batches: all calibration batches.
+        plan: what to prune and how.
+    """
+    tokens, observed = (sum(map(count_tokens, part)) for part in (batches, _observed(batches, plan)))
+    linear = sum(prod(p.shape) for block in blocks for p in block.module.parameters() if p.dim() == 2)
+    length = count_tokens(batches[0]) // count_sequences(batches[0])
+    width = getattr(model.config, "hidden_size", 0)
+    attention = len(blocks) * 2 * length * width  # q kᵀ and p v, over half of the positions
+    tried = isinstance(plan.allocator, Measured)
+    passes = (2.0 if plan.propagate == "pruned" else 1.0) + plan.needs_reference
+    passes += (2 + _TRIALS) * observed / tokens if tried else 2 * observed / tokens if plan.allocator.needs else 0
+    passes += 4 if plan.scorer and "gradient" in plan.scorer.needs else 0  # two forward, and one backward
+    if plan.reconstruction:
+        sequences = sum(map(count_sequences, batches))
+        passes += 2 + 3 * plan.reconstruction.steps * plan.reconstruction.sequences / sequences
+    sizes = {target.name: target.shape for target in targets}
+    gram = solve = 0.0
+    for group in groups:
+        inputs = sizes[group[0]][1]
+        of_gram = inputs * (inputs + 1) + (2 * inputs**2 if plan.correction else 0)
+        of_solve = plan.solver.shared_flops(inputs) + sum(plan.solver.flops(*sizes[name]) for name in group)
+        draft = plan.solver.draft()
+        trial = draft.shared_flops(inputs) + _TRIALS * sum(draft.flops(*sizes[name]) for name in group)
+        gram += (of_gram * tokens + inputs**2 * observed * tried) if "gram" in plan.needs else 0
+        solve += of_solve + trial * tried
+    alike = len({target.block for target in targets})
+    return Work(tokens * (2.0 * linear + attention), passes, gram * alike, solve * alike)
+
+
+def _observed(batches: Sequence[Batch], plan: PruningPlan) -> Sequence[Batch]:
+    """Return the batches that the allocator observes."""
+    return first_sequences(batches, plan.allocator.observed_sequences) if plan.allocator.needs else []
+
+
+def _memory(
+    model: nn.Module,
+    targets: Sequence[Target],
+    groups: Sequence[Sequence[str]],
+    batches: Sequence[Batch],
+    plan: PruningPlan,
+) -> int:
+    """Return the peak of memory beyond the model: hidden states, statistics, one solve and one batch's activations."""
+    sizes = {target.name: target.shape for target in targets}
+    weight = next(model.parameters())
+    stored = getattr(torch, plan.hidden_dtype).itemsize if plan.hidden_dtype else weight.element_size()
+    width = getattr(model.config, "hidden_size", 0)
+    tokens = sum(map(count_tokens, batches)) // processes.count()
+    hidden = 0 if plan.hidden_device and plan.hidden_device != plan.device else tokens * width * stored
+    hidden *= 2 if plan.needs_reference else 1
+    batch = max(map(count_tokens, batches))
+    activations = batch * sum(outputs + inputs for outputs, inputs in sizes.values()) * weight.element_size()
+    if "gram" not in plan.needs:
+        return hidden + activations
+    squares = [sizes[group[0]][1] ** 2 for group in groups]
+    statistics = sum(squares) * 4 * (2 if plan.correction else 1)
+    solve = 4 * (4 * max(squares) + 6 * max(prod(size) for size in sizes.values()))
+    return hidden + statistics + max(activations, solve)
+
+
+def _fastest(work: Callable[[], object], times: int = 2) -> float:
+    """Return the seconds of the fastest of several runs, after one to warm up."""
+    work()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _product_rate(like: Tensor, size: int = 1024) -> float:
+    """Return the floating-point operations per second of float32 matrix products where a tensor is."""
+    matrix = torch.ones(size, size, device=like.device)
+    return 2 * size**3 / _fastest(lambda: matrix @ matrix)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Return the free bytes of a device's memory; None where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    lines = table.read_text().splitlines() if table.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,90 @@
+"""Score, solve and write the layers of one block; several processes share the work out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
+from lit_prune.models.targets import Target
+from lit_prune.ops import LayerStats, PackedMask, Pattern, processes
+from lit_prune.ops.linalg import relative_output_error
+from lit_prune.pruning.plan import PruningPlan
+from lit_prune.pruning.report import LayerReport
+
+
+def prune_layers(
+    targets: Sequence[Target],
+    patterns: Mapping[str, Pattern],
+    stats: Mapping[str, LayerStats],
+    plan: PruningPlan,
+    within: Mapping[str, PackedMask],
+) -> list[LayerReport]:
+    """Prune the layers of one block, and return what was done to them; every process has all the results.
+
+    Args:
+        targets: the layers, resident.
+        patterns: what each gets, by name.
+        stats: of the layers' inputs, by name; the same in every process.
+        plan: how.
+        within: keep masks by parameter name that may not be exceeded.
+    """
+    owners = _owners(targets, stats, plan)
+    found: dict[str, LayerReport] = {}
+    failed: Exception | None = None
+    for target in targets:
+        if owners[target.name] == processes.rank() and failed is None:
+            try:
+                found[target.name] = _prune_layer(
+                    target, patterns[target.name], stats[target.name], plan, within.get(target.parameter)
+                )
+            except (InputError, NumericalError) as error:
+                failed = error
+    processes.everywhere(processes.gathered(failed))
+    sent = {name: _with_mask_on(report, "cpu") for name, report in found.items()}
+    everybody = {name: report for reports in processes.gathered(sent) for name, report in reports.items()}
+    for target in targets:
+        processes.hand_out(target.module.get_parameter("weight").data, owners[target.name])
+    return [_with_mask_on(everybody[target.name], read_weight(target.module).device) for target in targets]
+
+
+def _owners(targets: Sequence[Target], stats: Mapping[str, LayerStats], plan: PruningPlan) -> dict[str, int]:
+    """Return the process that solves each layer, by name; layers that share a factorisation stay together."""
+    groups: dict[int, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(id(stats[target.name]) if plan.solver.needs else id(target), []).append(target)
+    costs = [
+        plan.solver.shared_flops(group[0].shape[1]) + sum(plan.solver.flops(*target.shape) for target in group)
+        for group in groups.values()
+    ]
+    owners = zip(groups.values(), processes.dealt(costs), strict=True)
+    return {target.name: owner for group, owner in owners for target in group}
+
+
+def _prune_layer(
+    target: Target, pattern: Pattern, stats: LayerStats, plan: PruningPlan, within: PackedMask | None
+) -> LayerReport:
+    start = time.perf_counter()
+    weight = stats.make_up_for_drift(read_weight(target.module), plan.correction)
+    allowed = to_parameter_layout(target.module, within.unpack().to(weight.device)) if within else None
+    solution = plan.solve(target.name, weight, stats, pattern, allowed)
+    output_error = relative_output_error(weight, solution.weight, stats.gram) if plan.output_error else None
+    write_weight(target.module, solution.weight)
+    return LayerReport(
+        name=target.name,
+        block=target.block,
+        shape=target.shape,
+        asked=pattern.sparsity,
+        reached=1 - solution.keep.sum().item() / solution.keep.numel(),
+        output_error=output_error,
+        seconds=time.perf_counter() - start,
+        mask=PackedMask.pack(to_parameter_layout(target.module, solution.keep)),
+    )
+
+
+def _with_mask_on(report: LayerReport, device: torch.device | str) -> LayerReport:
+    return replace(report, mask=report.mask.to(device))

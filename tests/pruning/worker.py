@@ -1,0 +1,106 @@
+"""One of several processes that prune a tiny model together; the first one writes what came out."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lit_prune.allocators import AlphaPruning, Measured
+from lit_prune.models.access import read_whole
+from lit_prune.models.blocks import find_blocks
+from lit_prune.models.files import save_tensors, write_json
+from lit_prune.models.io import load_model, save_masks
+from lit_prune.ops import NM, Unstructured, processes
+from lit_prune.pruning import PruningPlan, Reconstruction, prune
+from lit_prune.pruning.progress import Position
+from lit_prune.scorers import GBLM, Wanda
+from lit_prune.solvers import ADMM, SparseGPT
+
+PLANS = {
+    "wanda": PruningPlan(Unstructured(0.5), Wanda()),
+    "sparsegpt": PruningPlan(NM(2, 4), solver=SparseGPT(), allocator=AlphaPruning()),
+    "gblm": PruningPlan(Unstructured(0.5), GBLM()),
+    "admm": PruningPlan(Unstructured(0.6), solver=ADMM(iterations=6), allocator=Measured(sequences=3), correction=0.3),
+    "reconstructed": PruningPlan(Unstructured(0.6), Wanda(), reconstruction=Reconstruction(steps=6)),
+    "dense": PruningPlan(Unstructured(0.5), Wanda(), propagate="dense"),
+    "overflow": PruningPlan(Unstructured(0.5), Wanda()),
+    "singular": PruningPlan(Unstructured(0.5), solver=SparseGPT(damping=0.0)),
+}
+SHAPES = {
+    "llama": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
+    "mixtral": {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+    },
+}
+
+
+def config(model_type: str) -> Mapping[str, object]:
+    return {"model_type": model_type, "num_hidden_layers": 3, "vocab_size": 384, **SHAPES[model_type]}
+
+
+def batches(sequences: int, length: int) -> list[torch.Tensor]:
+    """Return batches of two sequences, the last one of what is left."""
+    return list(torch.randint(384, (sequences, length), generator=torch.Generator().manual_seed(1)).split(2))
+
+
+def pruned(name: str, out: Path, options: argparse.Namespace) -> None:
+    """Carry a plan out on a new model, and write weights, masks and report of this process."""
+    torch.manual_seed(0)
+    model = load_model("random", config=config(options.model))
+    if name == "overflow":
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(1e10)
+        model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0] = 3e38
+    if options.shard:
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        for block in find_blocks(model):
+            fully_shard(block.module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    def kill(position: Position) -> None:
+        if (position.block, position.stage) == (options.kill_after, "solve"):
+            os._exit(9)
+
+    report = prune(
+        model,
+        batches(options.sequences, options.length),
+        PLANS[name],
+        journal_folder=options.journal,
+        resume=options.journal is not None,
+        on_progress=kill if options.kill_after is not None else None,
+    )
+    weights = {parameter: read_whole(value).clone() for parameter, value in model.named_parameters()}
+    rank = processes.rank()
+    save_tensors(out / f"weights{rank}.safetensors", weights)
+    save_masks(out / f"masks{rank}.safetensors", report.masks)
+    write_json(out / f"report{rank}.json", report.as_dict())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("plans", nargs="+", choices=PLANS)
+    parser.add_argument("--model", choices=SHAPES, default="llama")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sequences", type=int, default=5)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--shard", action="store_true", help="FSDP2")
+    parser.add_argument("--journal", type=Path)
+    parser.add_argument("--kill-after", type=int, help="block")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        distributed.init_process_group("gloo")
+    for name in options.plans:
+        pruned(name, options.out / name, options)
+
+
+if __name__ == "__main__":
+    main()
