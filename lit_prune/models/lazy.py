@@ -124,6 +124,11 @@ def disk_of(model: nn.Module) -> Disk | None:
     return home if isinstance(home, Disk) else None
 
 
+def names_on_disk(model: nn.Module) -> list[str]:
+    """Return the names of the parameters of a lazily opened model that are read when their block is worked on."""
+    return [name for block in find_blocks(model) for name, _ in block.module.named_parameters(prefix=block.name)]
+
+
 @torch.no_grad()
 def save_lazily(folder: Path, model: Any, disk: Disk) -> None:
     """Write a model that stays on disk as a Hugging Face folder: a file for each block, and one for the rest."""

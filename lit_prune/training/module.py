@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from lit_prune.errors import InputError
 from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_model, load_tokenizer
+from lit_prune.models.lazy import names_on_disk
 from lit_prune.training.data import validation_names
 from lit_prune.training.losses import LanguageModelLoss, Loss, Student, next_token_loss
 from lit_prune.training.recovery import Everything, Trainable
@@ -89,6 +90,8 @@ class LitCausalLM(LightningModule):
         # Lightning trains modules in the mode in which it finds them.
         self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code, self.lazy).train()
         take_apart(self.model)
+        if self.lazy is not None:  # DDP would write to placeholders to make them the same in all processes
+            self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in names_on_disk(self.model)]
         if self.gradient_checkpointing:
             # transformers is renaming it
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)

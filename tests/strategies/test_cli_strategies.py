@@ -88,7 +88,7 @@ def test_fit_resume_and_export_of_a_sharded_checkpoint_agree(
 def test_one_shot_pruning_in_two_processes(tmp_path: Path) -> None:
     dense = load_model("random", config=masks_matrix.LLAMA)
     save_pruned(tmp_path / "dense", dense, load_tokenizer("random"), {}, {})
-    run = {"data": RUN["data"], "model": {"pretrained": "dense"}}
+    run = {"data": {**RUN["data"], "sequences": 32}, "model": {"pretrained": "dense"}}
     plan = {
         "pattern": {"class_path": "Unstructured", "init_args": {"sparsity": 0.5}},
         "solver": {"class_path": "SparseGPT"},

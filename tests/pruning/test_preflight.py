@@ -1,0 +1,83 @@
+"""What a run is expected to cost, against counts by hand and against runs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_prune.allocators import OWL, Measured
+from lit_prune.ops import Unstructured
+from lit_prune.pruning import PruningPlan, Reconstruction
+from lit_prune.pruning.preflight import Preflight, Work, preflight
+from lit_prune.scorers import GBLM, Magnitude, Wanda
+from lit_prune.solvers import ADMM, SparseGPT
+
+HALF = Unstructured(0.5)
+
+
+def test_the_work_is_counted(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    # Llama: q and o [32, 32], k and v [16, 32], gate and up [48, 32], down [32, 48]; 3 blocks, 6 x 16 tokens.
+    weights, inputs = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32, (32, 32, 32, 48)
+    attention = 2 * 16 * 32  # q kT and p v for each token, with half of the 16 positions
+    expected = preflight(tiny_model(), tokens, PruningPlan(HALF, solver=SparseGPT(), output_error=False))
+    assert expected is not None
+    assert expected.work.forward == 96 * 3 * (2 * weights + attention)
+    assert expected.work.passes == 2
+    assert expected.work.gram == 96 * 3 * sum(i * (i + 1) for i in inputs)
+    factors = sum(2 * i**3 / 3 for i in inputs)
+    sweeps = (2 * 32 + 2 * 16) * 32**2 + 2 * 48 * 32**2 + 32 * 48**2
+    assert expected.work.solve == pytest.approx(3 * (factors + sweeps))
+
+
+@pytest.mark.parametrize(
+    ("plan", "passes"),
+    [
+        (PruningPlan(HALF, Wanda()), 2),
+        (PruningPlan(HALF, Wanda(), propagate="dense"), 1),
+        (PruningPlan(HALF, Wanda(), correction=0.3), 3),
+        (PruningPlan(HALF, GBLM()), 6),
+        (PruningPlan(HALF, Wanda(), OWL()), 4),
+        (PruningPlan(HALF, Wanda(), Measured(sequences=3)), 2 + 5 / 2),
+        (PruningPlan(HALF, Wanda(), reconstruction=Reconstruction(steps=12, sequences=1)), 3 + 2 + 3 * 12 / 6),
+    ],
+)
+def test_passes_are_counted(
+    plan: PruningPlan, passes: float, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    expected = preflight(tiny_model(), tokens, plan)
+    assert expected is not None and expected.work.passes == pytest.approx(passes)
+    assert expected.seconds > 0 and expected.memory > 0
+
+
+def test_a_plan_without_data_costs_nothing_to_speak_of(tiny_model: Callable[..., nn.Module]) -> None:
+    assert preflight(tiny_model(), [], PruningPlan(HALF, Magnitude(), output_error=False)) is None
+
+
+def test_memory_grows_with_what_is_held(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    def memory(batches: list[Tensor], **more: object) -> int:
+        expected = preflight(tiny_model(), batches, PruningPlan(HALF, solver=ADMM(), **more))  # type: ignore[arg-type]
+        assert expected is not None
+        return expected.memory
+
+    usual = memory(tokens)
+    states = 96 * 32 * 4
+    assert memory(tokens * 2) == usual + states
+    assert memory(tokens, hidden_dtype="bfloat16") == usual - states // 2
+    assert memory(tokens, correction=0.3) == usual + states + 4 * (3 * 32**2 + 48**2)
+
+
+def test_it_changes_nothing(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    model = tiny_model("gpt2").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert preflight(model, tokens, PruningPlan(HALF, Wanda(), exclude=["*.h.0.*"])) is not None
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_it_says_what_to_do_where_memory_is_short() -> None:
+    work = Work(1.0, 1.0, 0.0, 0.0)
+    assert str(Preflight(work, 30.0, 2_000_000_000, 3_000_000_000)) == "about 30 seconds and 2 GB beyond the model"
+    short = str(Preflight(work, 300.0, 2_000_000_000, 1_000_000_000))
+    assert short.startswith("about 5 minutes and 2 GB beyond the model, of which 1 GB are free: lower data.sequences")
+    assert Preflight(work, 1.0, 1, None).fits
