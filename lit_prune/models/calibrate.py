@@ -108,8 +108,10 @@ class BlockReplay:
             InputError: where a layer is never called, so nothing is known about its inputs.
             NumericalError: where activations are NaN or infinite.
         """
-        collector = Collector(needs)
-        of_experts = {id(layer) for group in expert_layers(self._blocks[index].module) for layer in group}
+        experts = expert_layers(self._blocks[index].module)
+        # Which experts are called, and which is the last, differs from batch to batch.
+        collector = Collector(needs, whole_passes=advance or bool(experts))
+        of_experts = {id(layer) for group in experts for layer in group}
         # The dense model sends other tokens to an expert, so there is nothing to compare its inputs with.
         compared = {name: layer for name, layer in layers.items() if id(layer) not in of_experts}
         for batch in range(len(self._hidden)):
@@ -119,9 +121,8 @@ class BlockReplay:
                     dense._hidden[batch] = dense._waiting(dense.run(index, batch))
             with collector.watching(layers):
                 output = self.run(index, batch)
-            if advance:
-                self._hidden[batch] = self._waiting(output)
-            collector.end_of_batch()
+                if advance:
+                    self._hidden[batch] = self._waiting(output)
         stats = collector.from_all_processes(layers, compared if dense is not None else {})
         for name in layers:
             if name not in stats:
@@ -138,7 +139,6 @@ class BlockReplay:
         for batch in range(len(self._hidden)):
             with collector.watching(layers):
                 self.run(index, batch)
-            collector.end_of_batch()
         return collector.sharing()
 
     def _pooled(
@@ -209,7 +209,7 @@ class BlockReplay:
 
     def _check_finite(self, index: int) -> None:
         """Raise ``NumericalError`` in every process where a block's outputs are not finite in any of them."""
-        bad = [batch for batch, hidden in enumerate(self._hidden) if not hidden.isfinite().all()]
+        bad = [batch for batch, hidden in enumerate(self._hidden) if not _is_finite(hidden)]
         for found in processes.gathered(bad):
             if found:
                 name = self._blocks[index].name
@@ -235,6 +235,11 @@ class BlockReplay:
                 self._blocks[index].module, dict(parameters or {}), (hidden, *call.args), call.kwargs
             )
         return output[0] if isinstance(output, tuple) else output
+
+
+def _is_finite(hidden: Tensor) -> bool:
+    """Tell whether no value is NaN or infinite; the extremes are found without a mask of them all."""
+    return not hidden.numel() or all(extreme.isfinite() for extreme in hidden.aminmax())
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def count_work(
     linear = sum(prod(p.shape) for block in blocks for p in block.module.parameters() if p.dim() == 2)
     length = count_tokens(batches[0]) // count_sequences(batches[0])
     width = getattr(model.config, "hidden_size", 0)
-    attention = len(blocks) * 2 * length * width  # q kᵀ and p v, over half of the positions
+    attention = len(blocks) * 4 * length * width  # q kᵀ and p v over all positions, as torch's flop counter has it
     tried = isinstance(plan.allocator, Measured)
     passes = (2.0 if plan.propagate == "pruned" else 1.0) + plan.needs_reference
     passes += (2 + _TRIALS) * observed / tokens if tried else 2 * observed / tokens if plan.allocator.needs else 0

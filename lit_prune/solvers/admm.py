@@ -140,7 +140,7 @@ class ADMM(Solver):
         solved = torch.cat([part for part, _ in parts]) / norm
         if not solved.isfinite().all():
             raise NumericalError(f"ADMM diverged at damping {self.damping:g}: use a larger one")
-        return Solution(solved.to(weight.dtype).masked_fill_(~keep, 0.0), keep)
+        return Solution(keep_only(solved.to(weight.dtype), keep), keep)
 
     def draft(self) -> ADMM:
         """Return one with fewer iterations: which block bears how much pruning shows long before the end."""

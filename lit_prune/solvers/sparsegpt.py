@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_prune.errors import InputError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
 from lit_prune.ops.linalg import check_damping
-from lit_prune.ops.masks import check_allowed, drop_smallest_each, only
+from lit_prune.ops.masks import check_allowed, drop_smallest_each, keep_only, only
 from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
@@ -67,69 +67,92 @@ class SparseGPT(Solver):
     ) -> Solution:
         """Sweep once over the columns of ``weight`` ``[o, i]``; the result is in the dtype of ``weight``."""
         pattern.check(weight.shape)
-        factor = stats.inverse_cholesky(self.damping).to(weight.device)
-        work = working(weight).clone()
-        work[:, (stats.gram.diagonal() == 0).to(work.device)] = 0.0  # dead inputs
-        factor = factor.to(work.dtype)
-        keep = torch.ones_like(work, dtype=torch.bool) if score is None else select(score, pattern, allowed)
-        check_allowed(allowed, pattern, work.shape)
-        allowed = torch.ones_like(keep) if allowed is None else allowed
+        check_allowed(allowed, pattern, weight.shape)
+        work = working(weight).T.clone(memory_format=torch.contiguous_format)  # [i, o]: the sweep goes by whole rows
+        factor = stats.inverse_cholesky(self.damping).to(work)
+        dead = (stats.gram.diagonal() == 0).to(work.device)
+        work[dead] = 0.0
+        keep = torch.ones_like(work, dtype=torch.bool)
+        if score is not None:
+            keep = select(score, pattern, allowed).T.contiguous()
+        allowed = None if allowed is None else allowed.T
         run = pattern.of if isinstance(pattern, NM) else 1
         width = -(-self.block_size // run) * run  # whole runs of N:M
-        for start in range(0, work.shape[1], width):
-            columns = slice(start, min(start + width, work.shape[1]))
+        pruned: Tensor | int = 0  # so far, in each group
+        for start in range(0, len(work), width):
+            columns = slice(start, min(start + width, len(work)))
             if score is None and isinstance(pattern, Unstructured):
-                keep[:, columns] = _unstructured_mask(work, factor, columns, pattern, keep, allowed)
+                keep[columns] = _unstructured_mask(work, factor, columns, pattern, pruned, allowed)
+                pruned = pruned + _missing(keep[columns], pattern)
             errors = _sweep_block(work, factor, keep, columns, pattern if score is None else None, allowed)
-            work[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
-        return Solution(work.to(weight.dtype).masked_fill_(~keep, 0.0), keep)
+            work[columns.stop :].addmm_(factor[columns, columns.stop :].T, errors, alpha=-1)
+        keep = keep.T.contiguous()
+        return Solution(keep_only(work.T.to(weight.dtype).contiguous(), keep), keep)
 
 
 def _unstructured_mask(
-    work: Tensor, factor: Tensor, columns: slice, pattern: Unstructured, keep: Tensor, allowed: Tensor
+    work: Tensor,
+    factor: Tensor,
+    columns: slice,
+    pattern: Unstructured,
+    pruned: Tensor | int,
+    allowed: Tensor | None,
 ) -> Tensor:
     """Choose a block's mask so that the counts of all blocks so far are ``round(sparsity * weights so far)``.
 
     Where weights that are not allowed are spread unevenly, a block gives up at least its own, and leaves as much of the
     count as the later blocks' are.
+
+    Args:
+        work: ``[i, o]``, like ``allowed`` and what is returned.
+        factor: ``[i, i]``.
+        columns: of the weight; rows here.
+        pattern: what to reach in the end.
+        pruned: how many weights have gone in the blocks before this one: of each row, or one number.
+        allowed: what may be kept; None = any.
     """
-    saliency = only(allowed[:, columns], (work[:, columns] / factor.diagonal()[columns]).square())
-    groups = len(work) if pattern.group == "row" else 1
-    competing = len(work) // groups  # rows that share one count
+    by_row = pattern.group == "row"
+    inputs, outputs = work.shape
+    competing = 1 if by_row else outputs  # rows of the weight that share one count
+    groups = outputs if by_row else 1
+    counts = torch.full((groups,), round(pattern.sparsity * (competing * columns.stop)), device=work.device) - pruned
+    saliency = (work[columns] / factor.diagonal()[columns, None]).square()
+    if allowed is not None:
+        saliency = only(allowed[columns], saliency)
+        most = round(pattern.sparsity * (competing * inputs)) - pruned - _missing(allowed[columns.stop :], pattern)
+        counts = counts.clamp_min(_missing(allowed[columns], pattern)).minimum(most)
+    compared = saliency.T.contiguous() if by_row else saliency.reshape(1, -1)
+    mask = drop_smallest_each(compared, counts)
+    return mask.T if by_row else mask.reshape(saliency.shape)
 
-    def missing(mask: Tensor) -> Tensor:
-        return (~mask).reshape(groups, -1).sum(1)
 
-    pruned, later = missing(keep[:, : columns.start]), missing(allowed[:, columns.stop :])
-    counts = round(pattern.sparsity * (competing * columns.stop)) - pruned
-    most = round(pattern.sparsity * (competing * work.shape[1])) - pruned - later
-    counts = counts.clamp_min(missing(allowed[:, columns])).minimum(most)
-    return drop_smallest_each(saliency.reshape(groups, -1), counts).reshape(saliency.shape)
+def _missing(mask: Tensor, pattern: Unstructured) -> Tensor:
+    """Return how many weights a mask ``[i, o]`` removes: of each row of the weight, or one number."""
+    return mask.shape[0] - mask.sum(0) if pattern.group == "row" else (mask.numel() - mask.sum()).reshape(1)
 
 
 def _sweep_block(
-    work: Tensor, factor: Tensor, keep: Tensor, columns: slice, choose: Pattern | None, allowed: Tensor
+    work: Tensor, factor: Tensor, keep: Tensor, columns: slice, choose: Pattern | None, allowed: Tensor | None
 ) -> Tensor:
-    """Prune the columns of one block in place; return the errors ``[o, columns]`` for the columns beyond it."""
-    block = work[:, columns].T.contiguous()  # [columns, o]: the loop reads and writes whole rows of memory
-    pruned = ~keep[:, columns].T
-    local = factor[columns, columns]
+    """Prune the columns of one block in place, all ``[i, o]``; return the errors, for the columns beyond it."""
+    block, pruned, local = work[columns], ~keep[columns], factor[columns, columns]
     scales = local.diagonal()[:, None]
     lost = pruned / scales  # times a weight it is that weight's error: 0 where the weight is kept
     errors = torch.empty_like(block)
     run = choose.of if isinstance(choose, NM) else 1
     step = -(-_COLUMNS_AT_ONCE // run) * run
+    weights, factors, results = block.unbind(), lost.unbind(), errors.unbind()
     for first in range(0, len(block), step):
         few = slice(first, min(first + step, len(block)))
         for j in range(few.start, few.stop):
             if isinstance(choose, NM) and j % run == 0:
                 those = slice(j, j + run)
-                saliency = (block[those] / scales[those]).square().T
-                pruned[those] = ~choose.mask(only(allowed[:, columns][:, those], saliency)).T
+                saliency = (block[those] / scales[those]).square()
+                may = None if allowed is None else allowed[columns][those].T
+                pruned[those] = ~choose.mask(only(may, saliency.T)).T
                 lost[those] = pruned[those] / scales[those]
-            error = torch.mul(block[j], lost[j], out=errors[j])
-            block[j + 1 : few.stop].addr_(local[j, j + 1 : few.stop], error, alpha=-1)
+            torch.mul(weights[j], factors[j], out=results[j])
+            block[j + 1 : few.stop].addr_(local[j, j + 1 : few.stop], results[j], alpha=-1)
         block[few.stop :].addmm_(local[few, few.stop :].T, errors[few], alpha=-1)
-    work[:, columns] = block.masked_fill_(pruned, 0.0).T
-    keep[:, columns] = ~pruned.T
-    return errors.T
+    torch.logical_not(pruned, out=keep[columns])
+    return errors

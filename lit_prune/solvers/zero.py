@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_prune.errors import InputError
 from lit_prune.ops import LayerStats, Pattern, select
+from lit_prune.ops.masks import keep_only
 from lit_prune.solvers.base import Solution, Solver
 
 
@@ -35,4 +36,4 @@ class Zero(Solver):
         if score is None:
             raise InputError("the solver Zero got no score: name a scorer, such as Wanda")
         keep = select(score, pattern, allowed)
-        return Solution(weight.detach().masked_fill(~keep, 0.0), keep)
+        return Solution(keep_only(weight.detach(), keep), keep)

@@ -1,7 +1,8 @@
 """Time the pruning engine against its floor: the counted floating-point operations at the rate of matrix products.
 
 The floor is that of the forward passes through the blocks, the Gram matrices (from the diagonal up) and the solves,
-over the rate that products of the model's own shapes reach in the same process, just before and just after. Each row
+over the median rate that products with the model's own weight reach in the same process, just before and just after.
+Attention counts over all positions, as in torch's flop counter. Each row
 runs in a process of its own. Memory is the peak beyond what the process had once the model had computed something.
 
     python scripts/bench/engine.py --model out/smollm2-135m --calibration valid.txt
@@ -10,6 +11,7 @@ runs in a process of its own. Memory is the peak beyond what the process had onc
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -74,14 +76,14 @@ def product_rate(model: Any, options: argparse.Namespace) -> float:
     weight = max((p for p in model.model.layers[0].parameters() if p.dim() == 2), key=torch.Tensor.numel).detach()
     weight = weight.to(options.device or weight.device)
     inputs = torch.randn(4096, weight.shape[1], device=weight.device).to(weight.dtype)
-    best = float("inf")
-    for _ in range(20):
+    seconds = []
+    for _ in range(100):
         start = time.perf_counter()
         inputs @ weight.T
         if weight.is_cuda:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * len(inputs) * weight.numel() / best
+        seconds.append(time.perf_counter() - start)
+    return 2 * len(inputs) * weight.numel() / statistics.median(seconds)
 
 
 def table(records: list[Record]) -> str:

@@ -164,6 +164,7 @@ def recover(pattern: str, way: str, options: argparse.Namespace) -> Record:
         max_steps=1_000_000,
         gradient_clip_val=1.0,
         val_check_interval=options.val_every,
+        limit_val_batches=16 // options.batch_size,  # 16 windows tell which checkpoint is the best
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,

@@ -50,6 +50,25 @@ def test_replay_sees_what_the_whole_model_sees(
     assert not expected
 
 
+@pytest.mark.parametrize("advance", [False, True])
+def test_a_pass_that_nobody_needs_the_output_of_ends_with_the_last_layer(
+    advance: bool, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model()
+    finished: list[int] = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: finished.append(1))
+    batches = [*tokens, *tokens]
+    replay, twin = (BlockReplay(model, find_blocks(model), batches) for _ in range(2))
+    finished.clear()
+    stats = replay.collect(0, layers_of(model, 0), GRAM, advance=advance)
+    assert len(finished) == (4 if advance else 1)  # the first batch tells which layer is the last
+    assert all(value.tokens == 2 * 96 for value in stats.values())
+    if not advance:
+        replay.advance(0)
+    twin.advance(0)
+    assert all(torch.equal(a, b) for a, b in zip(replay.hidden, twin.hidden, strict=True))
+
+
 def test_layers_with_the_same_input_share_their_statistics(
     tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
 ) -> None:

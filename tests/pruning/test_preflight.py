@@ -19,7 +19,7 @@ HALF = Unstructured(0.5)
 def test_the_work_is_counted(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
     # Llama: q and o [32, 32], k and v [16, 32], gate and up [48, 32], down [32, 48]; 3 blocks, 6 x 16 tokens.
     weights, inputs = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32, (32, 32, 32, 48)
-    attention = 2 * 16 * 32  # q kT and p v for each token, with half of the 16 positions
+    attention = 2 * 2 * 16 * 32  # q kT and p v for each token, over 16 positions
     expected = preflight(tiny_model(), tokens, PruningPlan(HALF, solver=SparseGPT(), output_error=False))
     assert expected is not None
     assert expected.work.forward == 96 * 3 * (2 * weights + attention)
