@@ -48,6 +48,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "SparseGPT corrected": {"solver": SparseGPT(), "correction": 0.3},
     "ADMM corrected": {"solver": ADMM(), "correction": 0.3},
 }
+ON_DENSE_INPUTS: dict[str, dict[str, Any]] = {
+    f"{method} on dense inputs": {**METHODS[method], "propagate": "dense"} for method in ("Wanda", "SparseGPT", "ADMM")
+}
+"""What saves one of two forward passes, at 50 and 70 %."""
 BEST = ("ADMM corrected", "ADMM")
 """The two best methods, which are tried with every allocator."""
 ALLOCATORS: dict[str, Allocator] = {
@@ -67,7 +71,7 @@ class Row(NamedTuple):
     """What a row compares."""
 
     method: str
-    """One of ``METHODS``; empty = the dense model."""
+    """One of ``METHODS`` or ``ON_DENSE_INPUTS``; empty = the dense model."""
     pattern: str = ""
     allocator: str = ""
     """One of ``ALLOCATORS``; empty = uniform."""
@@ -79,7 +83,8 @@ class Row(NamedTuple):
     def plan(self) -> PruningPlan:
         """Return how it prunes."""
         allocator = ALLOCATORS[self.allocator] if self.allocator else Uniform()
-        return PruningPlan(PATTERNS[self.pattern], allocator=allocator, output_error=False, **METHODS[self.method])
+        how = {**METHODS, **ON_DENSE_INPUTS}[self.method]
+        return PruningPlan(PATTERNS[self.pattern], allocator=allocator, output_error=False, **how)
 
 
 def compared() -> dict[str, Row]:
@@ -91,6 +96,7 @@ def compared() -> dict[str, Row]:
     found += [Row(method, pattern) for pattern in others for method in METHODS]
     found += [Row(method, "70%", "alpha 0.2") for method in METHODS]
     found += [Row(method, MIXED) for method in BEST]
+    found += [Row(method, pattern) for pattern in ("50%", "70%") for method in ON_DENSE_INPUTS]
     allocated = [pattern for pattern in PATTERNS if pattern not in ("70%", "2:4")]
     found += [Row(method, pattern, allocator) for pattern in allocated for allocator in ALLOCATORS for method in BEST]
     return {str(row): row for row in found}
