@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_prune.callbacks.log_pruning import log_outcome, log_pruning
 from lit_prune.errors import InputError
+from lit_prune.interruption import stopping_on_signals
 from lit_prune.models.lora import adapted_layers
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
@@ -152,11 +153,14 @@ class Prune(Callback):
         model, before = pl_module.get_submodule("model"), self.report
         shown = trainer.is_global_zero and not getattr(trainer, "quiet", False)
         context = trainer.precision_plugin.forward_context
-        expected = preflight(model, batches, request.plan, context) if not request.resume else None
+        resumed = request.resume and request.journal_folder is not None and request.journal_folder.is_dir()
+        expected = preflight(model, batches, request.plan, context) if before is None and not resumed else None
         if expected and shown:
             print(f"pruning takes {expected}", flush=True)
+        # Lightning's own handlers would wait for the other processes, or do nothing.
+        stoppable = stopping_on_signals() if request.journal_folder else nullcontext()
         # Evaluation runs in inference mode, whose tensors could take no part in training later.
-        with torch.inference_mode(False), progress(shown) as show:
+        with stoppable, torch.inference_mode(False), progress(shown) as show:
             self.report = prune(
                 model,
                 batches,

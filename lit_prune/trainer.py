@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from lit_prune.models.io import Format, check_output, check_space, load_masks, s
 from lit_prune.models.lazy import disk_of
 from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.models.sparse import Speed, measure_speed
-from lit_prune.ops import Unstructured
+from lit_prune.ops import Unstructured, processes
 from lit_prune.pruning import PruningPlan, PruningReport
 from lit_prune.pruning.analysis import analyze, spectra_of
 from lit_prune.pruning.documents import read_report, render
@@ -146,6 +147,7 @@ class PruningTrainer(Trainer):
             overwrite: Replace the folder where it exists.
             trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
         """
+        _refuse_lazy(model, "export")
         check_output(output, overwrite)
         read = None if checkpoint is None else read_checkpoint(checkpoint, trust)
         masks = read.masks if read else load_masks(model.pretrained)
@@ -212,7 +214,7 @@ class PruningTrainer(Trainer):
         if tasks:
             harness.check(tasks)
         model.configure_model()
-        check_space(folder, model)
+        check_space(folder, model.model, copies=3 if model.lazy else 2)  # the folder, the journal, changed blocks
         targets = callback.plan.find_targets(model.model)[1]
         if callback.plan.needs_data:
             datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
@@ -223,7 +225,7 @@ class PruningTrainer(Trainer):
         scores = [self._scores(model, tasks, harness)] if tasks else []
         texts = [self._continuations(model, prompts)]
         spectra = spectra_of(model.model, targets, callback.plan.allocator)
-        with _resumable(journal), callback.at_next_test(journal, resume == "auto"):
+        with self._resumable(journal), callback.at_next_test(journal, resume == "auto"):
             after = self.test(model, datamodule=datamodule, verbose=False)[0]
         scores += [self._scores(model, tasks, harness)] if tasks else []
         texts.append(self._continuations(model, prompts))
@@ -240,14 +242,29 @@ class PruningTrainer(Trainer):
         report.samples = [Sample(*sample) for sample in zip(prompts, *texts, strict=True)]
         report.recipes = [self.recipe] if self.recipe else []
         documents = render(report, title=Path(model.pretrained).name)
+        with self._resumable(journal):
+            processes.from_first(
+                lambda: save_pruned(folder, model.model, tokenizer, report.masks, documents, overwrite)
+            )
         if self.is_global_zero:
-            with _resumable(journal):
-                save_pruned(folder, model.model, tokenizer, report.masks, documents, overwrite)
             Journal.remove(journal)
             if disk := disk_of(model.model):
                 disk.forget()
             self._show([report.table(), report.summary_table()], folder)
-        self.strategy.barrier("pruned")
+
+    @contextmanager
+    def _resumable(self, journal: Path) -> Iterator[None]:
+        """Say how to go on where a signal or the disk stops a run that has a journal."""
+        advice = f"; finished blocks are kept in {str(journal)!r}: go on with the same command and --resume auto"
+        try:
+            with stopping_on_signals():
+                yield
+        except DiskError as error:
+            raise DiskError(f"{error}{advice}") from error
+        except Interrupted as stop:
+            if self.world_size > 1 and self.strategy.launcher is not None:
+                self.strategy.launcher.kill(signal.SIGKILL)  # processes that wait for this one
+            raise Interrupted(stop.number, advice) from None
 
     def evaluate(
         self,
@@ -289,6 +306,7 @@ class PruningTrainer(Trainer):
             tokens: Rows of the input: 1 is generation one token at a time, hundreds are a prompt.
             output: JSON file to write the figures to; null = none.
         """
+        _refuse_lazy(model, "speed")
         masks = load_masks(model.pretrained)
         model.configure_model()
         with self._at_work(model) as whole:
@@ -365,14 +383,6 @@ class PruningTrainer(Trainer):
             console.print(f"wrote {file}", soft_wrap=True, highlight=False)
 
 
-@contextmanager
-def _resumable(journal: Path) -> Iterator[None]:
-    """Say how to go on where a signal or the disk stops a run that has a journal."""
-    advice = f"; finished blocks are kept in {str(journal)!r}: go on with the same command and --resume auto"
-    try:
-        with stopping_on_signals():
-            yield
-    except DiskError as error:
-        raise DiskError(f"{error}{advice}") from error
-    except Interrupted as stop:
-        raise Interrupted(stop.number, advice) from None
+def _refuse_lazy(model: LitCausalLM, stage: str) -> None:
+    if model.lazy is not None:
+        raise InputError(f"model.lazy is {model.lazy!r}: {stage} needs the model whole; leave it out")

@@ -153,6 +153,15 @@ def write_whole(parameter: nn.Parameter, value: Tensor) -> None:
             share.write(held.copy_(share.cut(value)))
 
 
+def plain_twin(model: nn.Module) -> nn.Module:
+    """Return a new model of the same config and the same modules, whose weights no strategy holds; adapters lack."""
+    plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    twin: nn.Module = plain(model.config)
+    if any(isinstance(module, Experts) for module in model.modules()):
+        take_apart(twin)
+    return twin
+
+
 @contextmanager
 def whole_model(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model with whole weights: itself, or a copy where a strategy holds its weights elsewhere.
@@ -163,13 +172,10 @@ def whole_model(model: nn.Module) -> Iterator[nn.Module]:
     if not any(is_managed(parameter) for parameter in model.parameters()):
         yield model
         return
-    plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    copy = plain(model.config)
+    copy = plain_twin(model)
     values = {name: read_whole(parameter) for name, parameter in model.named_parameters()}
     first = next(iter(values.values()))
     copy.to(device=first.device, dtype=first.dtype)
-    if any(isinstance(module, Experts) for module in model.modules()):
-        take_apart(copy)
     copy_adapters(model, copy)
     for name, parameter in copy.named_parameters():
         parameter.data.copy_(values.pop(name))

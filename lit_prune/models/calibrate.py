@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_prune.errors import InputError, NumericalError
-from lit_prune.models.batches import Batch, count_sequences, model_inputs
+from lit_prune.models.batches import Batch, count_sequences, model_inputs, own_share, split_batch
 from lit_prune.models.blocks import Block
 from lit_prune.models.calls import Call, Recorder
 from lit_prune.models.collect import Collector, expert_layers, inputs_kept
@@ -44,18 +44,20 @@ class BlockReplay:
         hidden_dtype: torch.dtype | None = None,
         forward_context: ForwardContext = nullcontext,
         home: Home | None = None,
+        share: bool = True,
     ) -> None:
         """Record how the model calls its blocks, and the inputs of the first one.
 
         Args:
             model: in evaluation mode.
             blocks: its decoder blocks.
-            batches: calibration batches; this process's, where there are several. One may be empty.
+            batches: calibration batches, the same in every process.
             device: where blocks run; None = where the model is.
             hidden_device: where hidden states wait; None = where blocks run.
             hidden_dtype: of hidden states that wait; None = as the blocks put them out.
             forward_context: entered around every forward pass, such as autocast.
             home: of the blocks; None = the model itself.
+            share: let each process run its share of every batch, and not all of it.
         """
         if not batches:
             raise InputError("there are no calibration batches: this method needs data")
@@ -69,8 +71,11 @@ class BlockReplay:
         self._calls: list[list[Call]] = [[] for _ in blocks]
         self._hidden: list[Tensor] = []
         recorder = Recorder(model, blocks, home or home_of(model))
+        mine = own_share(batches) if share else batches
         with forward_context():
-            for batch in batches:
+            if not any(map(count_sequences, mine)):  # to learn with the others what blocks return
+                recorder.record(model_inputs(split_batch(batches[0], 1)[0], around))
+            for batch in mine:
                 self._record(recorder, model_inputs(batch, around))
 
     def _record(self, recorder: Recorder, inputs: dict[str, Tensor]) -> None:
@@ -213,7 +218,8 @@ class BlockReplay:
         for found in processes.gathered(bad):
             if found:
                 name = self._blocks[index].name
-                raise NumericalError(f"the output of {name} holds NaN or Inf on calibration batch {found[0]}")
+                stored = f" in {self._hidden_dtype}, plan.hidden_dtype" if self._hidden_dtype else ""
+                raise NumericalError(f"the output of {name} holds NaN or Inf on calibration batch {found[0]}{stored}")
 
     def _waiting(self, hidden: Tensor) -> Tensor:
         return hidden.to(self._hidden_device, self._hidden_dtype)

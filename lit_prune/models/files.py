@@ -86,6 +86,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_atomically(path, lambda temporary: save_file(contiguous, temporary))
 
 
+def tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors in a file, without reading them."""
+    with safe_open(path, framework="pt") as handle:
+        return set(handle.keys())
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read tensors by name."""
     with safe_open(path, framework="pt") as handle:

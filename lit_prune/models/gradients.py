@@ -19,7 +19,7 @@ from lit_prune.models.batches import Batch, model_inputs, split_batch
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.calibrate import ForwardContext, evaluation_mode
 from lit_prune.models.calls import forwards_replaced
-from lit_prune.models.files import load_tensors, save_tensors
+from lit_prune.models.files import load_tensors, save_tensors, tensor_names
 from lit_prune.models.homes import Home, home_of
 from lit_prune.models.targets import Target
 from lit_prune.ops import processes
@@ -54,9 +54,10 @@ def gradient_norms(
     Raises:
         NumericalError: where a gradient is NaN or infinite; it names layer and sequence.
     """
-    known = processes.from_first(lambda: load_tensors(cache) if cache is not None and cache.is_file() else {})
-    if {target.name for target in targets} <= known.keys():
-        return {target.name: known[target.name] for target in targets}
+    names = [target.name for target in targets]
+    if cache is not None and processes.from_first(lambda: cache.is_file() and set(names) <= tensor_names(cache)):
+        known = load_tensors(cache)
+        return {name: known[name] for name in names}
     home = home or home_of(model)
     sums = {target.name: torch.zeros(target.module.get_parameter("weight").shape) for target in targets}
     device = next(model.parameters()).device
@@ -80,8 +81,8 @@ def gradient_norms(
         target.name: to_parameter_layout(target.module, sums[target.name].sqrt() if norm == "l2" else sums[target.name])
         for target in targets
     }
-    if cache is not None and processes.rank() == 0:
-        save_tensors(cache, norms)
+    if cache is not None:
+        processes.from_first(lambda: save_tensors(cache, norms))
     return norms
 
 

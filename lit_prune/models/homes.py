@@ -10,15 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from lit_prune.models.access import is_managed, read_whole, write_whole
+from lit_prune.models.access import is_managed, plain_twin, read_whole, write_whole
 from lit_prune.models.blocks import Block, find_blocks
-from lit_prune.models.experts import Experts, take_apart
 from lit_prune.models.lora import copy_adapters
 
 
@@ -57,6 +55,8 @@ class Home(ABC):
         self.let_go()
         tensors = {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}
         to = torch.device(device) if device is not None else next(iter(tensors.values())).device
+        if to.type == "cuda" and to.index is None:  # another thread may have another current device
+            to = torch.device("cuda", torch.cuda.current_device())
         at_home = {name: tensor.data for name, tensor in tensors.items()}
         values = self._fetch(block, to)
         if then is not None and self.ahead:
@@ -85,6 +85,11 @@ class Home(ABC):
     def let_go(self) -> None:
         """Let a block that is held go home."""
         self._held.pop_all().close()
+
+    def close(self) -> None:
+        """Let go of everything, also of a block that was fetched and never worked on."""
+        self.let_go()
+        self._fetched = None
 
     def _fetch(self, block: Block, device: torch.device) -> dict[str, Tensor]:
         fetched, self._fetched = self._fetched, None
@@ -175,7 +180,7 @@ def at_work(model: nn.Module) -> Iterator[tuple[nn.Module, Home]]:
     try:
         yield model, home
     finally:
-        home.let_go()
+        home.close()
 
 
 def home_of(model: nn.Module) -> Home:
@@ -230,11 +235,8 @@ def without_weights() -> Iterator[None]:
 
 
 def _hollow_copy(live: nn.Module) -> tuple[nn.Module, Home]:
-    plain: Any = next(kind for kind in type(live).__mro__ if not issubclass(kind, FSDPModule))
     with without_weights():
-        copy = plain(live.config)
-        if any(isinstance(module, Experts) for module in live.modules()):
-            take_apart(copy)
+        copy = plain_twin(live)
         copy_adapters(live, copy)
     first = read_whole(next(live.parameters()))
     home = Shared(live, first.dtype)

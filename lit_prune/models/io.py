@@ -206,9 +206,9 @@ def check_output(folder: str | Path, overwrite: bool, mark: str = "config.json")
     return path
 
 
-def check_space(folder: str | Path, model: nn.Module) -> None:
-    """Raise ``InputError`` where the disk of ``folder`` has no room for the model and its masks."""
-    needed = sum(p.numel() * p.element_size() + p.numel() // 8 for p in model.parameters())
+def check_space(folder: str | Path, model: nn.Module, copies: int = 1) -> None:
+    """Raise ``InputError`` where the disk of ``folder`` has no room for ``copies`` of the model and its masks."""
+    needed = copies * sum(p.numel() * p.element_size() + p.numel() // 8 for p in model.parameters())
     free = shutil.disk_usage(_existing_parent(Path(folder).expanduser())).free
     if free < needed:
         raise InputError(f"output is {str(folder)!r}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")

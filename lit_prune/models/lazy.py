@@ -72,7 +72,7 @@ class Disk(Home):
             self._changes.rmdir()
 
     def _drop(self) -> None:
-        for file in self._changes.glob("block_*.safetensors"):
+        for file in [*self._changes.glob("block_*.safetensors"), *self._changes.glob(".block_*.writing-*")]:
             file.unlink(missing_ok=True)  # another process may have been faster
 
     def _file(self, block: Block) -> Path:
@@ -86,7 +86,7 @@ def open_lazily(
 
     Args:
         pretrained: Hugging Face folder with safetensors files, or the name of one on the hub.
-        changes: folder for blocks that have changed.
+        changes: folder for blocks that have changed; of one model at a time.
         dtype: of the weights; None = as the model's config says.
         trust_remote_code: whether code that comes with the model may run.
 
@@ -185,7 +185,11 @@ def _matched(model: Any, files: Mapping[str, Path], folder: Path) -> Iterator[tu
 
 
 def _holder(home: Home, block: Block) -> Callable[..., None]:
-    return lambda module, args: home.hold(block)
+    def hold(module: nn.Module, args: object) -> None:
+        if "forward" not in module.__dict__:  # else somebody runs something in its place, and fetches what that needs
+            home.hold(block)
+
+    return hold
 
 
 def _placeholders_moved(home: Home, block: Block) -> Callable[..., nn.Module]:

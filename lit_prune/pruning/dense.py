@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.allocators.base import Layer
+from lit_prune.errors import NumericalError
 from lit_prune.models.access import weights_restored
-from lit_prune.models.batches import Batch, first_sequences, own_share, split_batch
+from lit_prune.models.batches import Batch, first_sequences, split_batch
 from lit_prune.models.blocks import Block
 from lit_prune.models.calibrate import BlockReplay, ForwardContext
 from lit_prune.models.files import read_json, write_json
@@ -48,7 +49,7 @@ class DenseModel:
             return BlockReplay(
                 self.model,
                 self.blocks,
-                own_share(first_sequences(self._batches(), sequences)),
+                first_sequences(self._batches(), sequences),
                 plan.device,
                 plan.hidden_device,
                 getattr(torch, plan.hidden_dtype) if plan.hidden_dtype else None,
@@ -118,15 +119,21 @@ class DenseModel:
             if mine := [layer for layer in missing if layer.block == block.index]:
                 with self.stages.stage("measure", block.index), self.resident(block):
                     known |= self._measured(mine)
-        if missing and path and processes.rank() == 0:
-            write_json(path, known)
+        if missing and path:
+            processes.from_first(lambda: write_json(path, known))
         return known
 
     def _measured(self, layers: Sequence[Layer]) -> dict[str, float]:
         """Return what the allocator measures of a block's layers, which the processes share out."""
         owners = processes.dealt([layer.numel for layer in layers])
         mine = [layer for layer, owner in zip(layers, owners, strict=True) if owner == processes.rank()]
-        found = processes.gathered(self.plan.allocator.measure(mine))
+        measured, failed = {}, None
+        try:
+            measured = self.plan.allocator.measure(mine)
+        except NumericalError as error:
+            failed = error
+        processes.everywhere(processes.gathered(failed))
+        found = processes.gathered(measured)
         return {name: value for part in found for name, value in part.items()}
 
     def gradients(self) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class FinishedBlock:
         layers = []
         for record in self.records["layers"]:
             weight = model.get_parameter(f"{record['name']}.weight")
-            mask = PackedMask(self.tensors[f"mask {record['name']}"].to(weight.device), tuple(weight.shape))
+            mask = PackedMask(self.tensors[f"mask {record['name']}"], tuple(weight.shape))
             layers.append(LayerReport.from_dict(record, mask))
         reconstructions = [ReconstructionReport(**record) for record in self.records["reconstructions"]]
         for name in changed_parameters(layers, reconstructions):
@@ -49,8 +49,8 @@ class FinishedBlock:
 class Journal:
     """One folder: what is being pruned, with what and how; the allocation; and two files for each finished block.
 
-    A file begins with the digest of the rest of it, or its digest stands in another one. The first process writes and
-    reads; what it reads is sent to the others.
+    A file begins with the digest of the rest of it, or its digest stands in another one. The first process writes, and
+    decides what is read; every process must see the folder.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
@@ -58,7 +58,7 @@ class Journal:
 
         Args:
             folder: where it lies.
-            identity: plan, model and data of this run.
+            identity: what makes this run the same run: plan, model, data, and how it is carried out.
             resume: go on from what is there; else it is dropped.
 
         Raises:
@@ -95,17 +95,16 @@ class Journal:
 
     def finished(self, block: int) -> FinishedBlock | None:
         """Return a block that is complete and undamaged on disk, else None."""
-        return processes.from_first(lambda: self._read(block))
+        records = processes.from_first(lambda: self._undamaged(block))
+        return None if records is None else FinishedBlock(records, load_tensors(self._tensors(block)))
 
-    def _read(self, block: int) -> FinishedBlock | None:
+    def _undamaged(self, block: int) -> Any:
         records = self._intact(self._records(block))
-        if records is None:
-            return None
         file = self._tensors(block)
-        if not file.is_file() or _digest(file.read_bytes()) != records["tensors"]:
+        if records is not None and not (file.is_file() and _digest(file.read_bytes()) == records["tensors"]):
             _warn_damaged(file)
             return None
-        return FinishedBlock(records, load_tensors(file))
+        return records
 
     def save(
         self,
@@ -138,7 +137,7 @@ class Journal:
     @staticmethod
     def remove(folder: Path) -> None:
         """Delete a journal's own files, and the folder if nothing else is in it."""
-        for file in [*folder.glob("block_*"), *folder.glob(".block_*"), *folder.glob("*.record")]:
+        for file in [*folder.glob("block_*"), *folder.glob("*.record"), *folder.glob(".*.writing-*")]:
             file.unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -89,14 +89,14 @@ def preflight(
         plan: what to prune and how.
         forward_context: as for ``prune``.
     """
-    if not plan.needs_replay:
+    if not plan.needs_replay or not batches:
         return None
     with at_work(model) as (whole, home), apart(whole), evaluation_mode(whole):
         blocks, targets = plan.find_targets(whole)
         block = blocks[targets[0].block]
         mine = [target for target in targets if target.block == block.index]
         sample = [split_batch(batches[0], plan.reconstruction.sequences)[0] if plan.reconstruction else batches[0]]
-        replay = BlockReplay(whole, blocks, sample, plan.device, None, None, forward_context, home)
+        replay = BlockReplay(whole, blocks, sample, plan.device, None, None, forward_context, home, share=False)
         with home.resident(block, plan.device):
             groups = replay.sharing(block.index, {target.name: target.module for target in mine})
             seconds = _fastest(lambda: replay.outputs(block.index))
@@ -173,8 +173,9 @@ def _memory(
     stored = getattr(torch, plan.hidden_dtype).itemsize if plan.hidden_dtype else weight.element_size()
     width = getattr(model.config, "hidden_size", 0)
     tokens = sum(map(count_tokens, batches)) // processes.count()
-    hidden = 0 if plan.hidden_device and plan.hidden_device != plan.device else tokens * width * stored
-    hidden *= 2 if plan.needs_reference else 1
+    at_work = torch.device(plan.device or weight.device)
+    elsewhere = torch.device(plan.hidden_device or at_work).type != at_work.type
+    hidden = 0 if elsewhere else tokens * width * stored * (2 if plan.needs_reference else 1)
     batch = max(map(count_tokens, batches))
     activations = batch * sum(outputs + inputs for outputs, inputs in sizes.values()) * weight.element_size()
     if "gram" not in plan.needs:

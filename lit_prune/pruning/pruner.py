@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from lit_prune.models.blocks import Block
 from lit_prune.models.calibrate import BlockReplay, ForwardContext, evaluation_mode
 from lit_prune.models.experts import apart
 from lit_prune.models.homes import at_work
-from lit_prune.models.io import model_fingerprint
+from lit_prune.models.io import data_fingerprint, model_fingerprint
 from lit_prune.models.targets import Target
-from lit_prune.ops import LayerStats, PackedMask, Pattern
+from lit_prune.ops import LayerStats, PackedMask, Pattern, processes
 from lit_prune.pruning.dense import DenseModel
 from lit_prune.pruning.journal import Journal, identity_of
 from lit_prune.pruning.plan import PruningPlan
@@ -70,7 +71,10 @@ def prune(
         blocks, targets = plan.find_targets(whole)
         calibration = list(batches) if plan.needs_data else []
         identity = identity_of(plan.describe(), model_fingerprint(whole, home), calibration)
-        journal = Journal(Path(journal_folder), identity, resume) if journal_folder is not None else None
+        journal = None
+        if journal_folder is not None:
+            how = _circumstances(whole, plan, forward_context, sparsity, allocation, within)
+            journal = Journal(Path(journal_folder), {**identity, **how}, resume)
         stages = Stages(len(blocks), on_progress)
         report = PruningReport(identity=identity)
         dense = DenseModel(whole, home, blocks, targets, calibration, plan, stages, forward_context, identity)
@@ -101,6 +105,29 @@ def prune(
                         replay.advance(block.index)
     report.seconds, report.peak_memory = stages.seconds, peak_memory()
     return report
+
+
+def _circumstances(
+    model: nn.Module,
+    plan: PruningPlan,
+    forward_context: ForwardContext,
+    sparsity: float | None,
+    allocation: Mapping[str, float] | None,
+    within: Mapping[str, PackedMask] | None,
+) -> dict[str, Any]:
+    """Return what else a run's bits depend on, beside plan, model, data and versions."""
+    device = torch.device(plan.device or next(model.parameters()).device).type
+    with forward_context():
+        autocast = torch.is_autocast_enabled(device)
+        precision = str(torch.get_autocast_dtype(device)) if autocast else None
+    return {
+        "sparsity": sparsity,
+        "allocation": None if allocation is None else dict(allocation),
+        "within": None if within is None else data_fingerprint([{n: mask.bits for n, mask in within.items()}]),
+        "device": device,
+        "autocast": precision,
+        "processes": processes.count(),
+    }
 
 
 def _allocate(

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-import torch
-
-from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, Pattern, processes
@@ -42,14 +38,13 @@ def prune_layers(
                 found[target.name] = _prune_layer(
                     target, patterns[target.name], stats[target.name], plan, within.get(target.parameter)
                 )
-            except (InputError, NumericalError) as error:
+            except Exception as error:  # which the others would wait for
                 failed = error
     processes.everywhere(processes.gathered(failed))
-    sent = {name: _with_mask_on(report, "cpu") for name, report in found.items()}
-    everybody = {name: report for reports in processes.gathered(sent) for name, report in reports.items()}
+    everybody = {name: report for reports in processes.gathered(found) for name, report in reports.items()}
     for target in targets:
         processes.hand_out(target.module.get_parameter("weight").data, owners[target.name])
-    return [_with_mask_on(everybody[target.name], read_weight(target.module).device) for target in targets]
+    return [everybody[target.name] for target in targets]
 
 
 def _owners(targets: Sequence[Target], stats: Mapping[str, LayerStats], plan: PruningPlan) -> dict[str, int]:
@@ -82,9 +77,5 @@ def _prune_layer(
         reached=1 - solution.keep.sum().item() / solution.keep.numel(),
         output_error=output_error,
         seconds=time.perf_counter() - start,
-        mask=PackedMask.pack(to_parameter_layout(target.module, solution.keep)),
+        mask=PackedMask.pack(to_parameter_layout(target.module, solution.keep)).to("cpu"),
     )
-
-
-def _with_mask_on(report: LayerReport, device: torch.device | str) -> LayerReport:
-    return replace(report, mask=report.mask.to(device))

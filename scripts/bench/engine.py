@@ -46,11 +46,11 @@ def run(name: str, options: argparse.Namespace) -> Record:
         options.model, calibration=options.calibration, sequences=options.sequences, seqlen=options.seqlen
     )
     batches, plan = data.calibration_batches(), replace(PLANS[name], device=options.device)
-    expected = preflight(model, batches, plan)
-    assert expected is not None
     with torch.no_grad():
         model(input_ids=batches[0][:1, :8])  # files of weights are in memory only once they have been read
     before, rate = peak_memory(), product_rate(model, options)
+    expected = preflight(model, batches, plan)
+    assert expected is not None
     start = time.perf_counter()
     report = prune(model, batches, plan)
     seconds = time.perf_counter() - start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def ours(model: Any, tokens: torch.Tensor, method: str, half: bool) -> None:
     prune(model, tokens.split(2), plan, forward_context=context)
 
 
-def theirs(model: Any, tokens: torch.Tensor, method: str, half: bool) -> None:
+def theirs(model: Any, tokens: torch.Tensor, method: str) -> None:
     """Prune with llm-compressor, as its examples do."""
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -61,9 +60,13 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokens = torch.tensor(json.loads(options.tokens.read_text()))
     start = time.perf_counter()
-    {"ours": ours, "theirs": theirs}[options.who](model, tokens, options.method, options.half)
+    if options.who == "ours":
+        ours(model, tokens, options.method, options.half)
+    else:
+        theirs(model, tokens, options.method)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     model.save_pretrained(options.output)
     (options.output / "figures.json").write_text(json.dumps({"seconds": seconds, "peak_memory": peak}))
 

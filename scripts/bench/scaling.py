@@ -116,7 +116,8 @@ def table(records: list[Record]) -> str:
     lines = ["| method | series | seconds | |", "|---|---|---|---|"]
     for method in PLANS:
         for series in SERIES:
-            mine = [r for r in records if (r["method"], r["series"]) == (method, series)]
+            mine = [r for r in records if (r["method"], r["series"], r["seed"]) == (method, series, records[0]["seed"])]
+            mine.sort(key=lambda record: record["size"])
             if len(mine) < 2:
                 continue
             seconds = ", ".join(f"{r['size']}: {r['seconds']:.1f}" for r in mine)

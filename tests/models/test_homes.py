@@ -1,6 +1,7 @@
 """Blocks that are made resident one at a time, wherever their weights are."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -90,10 +91,13 @@ class Counting(Memory):
     def __init__(self) -> None:
         super().__init__()
         self.loaded: list[int] = []
+        self.loaded_apart: list[int] = []
         self.stored: list[int] = []
 
     def load(self, block: Block, device: torch.device) -> dict[str, Tensor]:
         self.loaded.append(block.index)
+        if threading.current_thread() is not threading.main_thread():
+            self.loaded_apart.append(block.index)
         return {name: parameter.data.clone() for name, parameter in block.module.named_parameters()}
 
     def store(self, block: Block, values: Mapping[str, Tensor]) -> None:
@@ -115,6 +119,7 @@ def test_the_next_block_is_fetched_in_the_meantime(tiny_model: Callable[..., nn.
     assert all(torch.equal(value, moved.state_dict()[name]) for name, value in plain.state_dict().items())
     assert home.stored == [0, 1, 2]
     assert home.loaded == [0, 1, 2, 0, 0, 1, 2]  # the digest of the weights; how blocks are called; the pruning
+    assert home.loaded_apart == [1, 2]
 
 
 def test_what_fails_leaves_the_block_as_it_was(tiny_model: Callable[..., nn.Module]) -> None:

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from lit_prune.allocators import AlphaPruning, Measured
 from lit_prune.errors import InputError
-from lit_prune.models.blocks import find_blocks
+from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.io import load_masks, load_model, save_pruned
-from lit_prune.models.lazy import disk_of
+from lit_prune.models.lazy import Disk, disk_of
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.scorers import GBLM
@@ -76,6 +76,22 @@ def test_it_is_pruned_like_the_whole_model(
     with torch.no_grad():
         assert torch.equal(again(input_ids=tokens[0]).logits, whole(input_ids=tokens[0]).logits)
     assert not list(changes.iterdir())
+
+
+def test_each_block_is_read_once_for_every_pass(
+    saved: Callable[..., Path], tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(saved()), lazy=tmp_path / "changes")
+    loaded: list[int] = []
+    load = Disk.load
+
+    def counted(disk: Disk, block: Block, device: torch.device) -> dict[str, Tensor]:
+        loaded.append(block.index)
+        return load(disk, block, device)
+
+    monkeypatch.setattr(Disk, "load", counted)
+    prune(model, [*tokens, *tokens], PruningPlan(Unstructured(0.5), solver=SparseGPT()))
+    assert loaded == [0, 1, 2, 0, 0, 1, 2]  # the digest of the weights; how blocks are called; the pruning
 
 
 def test_it_resumes(saved: Callable[..., Path], tokens: list[Tensor], tmp_path: Path) -> None:

@@ -71,9 +71,10 @@ def test_two_processes_agree_with_one(shard: list[str], tmp_path: Path) -> None:
     ],
     ids=["experts", "a process without a sequence"],
 )
-def test_all_processes_are_heard(plans: list[str], arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["whole", "FSDP2"])
+def test_all_processes_are_heard(plans: list[str], arguments: list[str], shard: list[str], tmp_path: Path) -> None:
     assert run(tmp_path / "one", *plans, *arguments) == []
-    assert run(tmp_path / "two", *plans, *arguments, processes=2) == []
+    assert run(tmp_path / "two", *plans, *arguments, *shard, processes=2) == []
     for plan in plans:
         check_equal(tmp_path / "one" / plan, tmp_path / "two" / plan)
 

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from lit_prune.allocators import AlphaPruning, Measured
 from lit_prune.models.access import read_whole
 from lit_prune.models.blocks import find_blocks
+from lit_prune.models.experts import take_apart
 from lit_prune.models.files import save_tensors, write_json
 from lit_prune.models.io import load_model, save_masks
 from lit_prune.ops import NM, Unstructured, processes
@@ -56,6 +57,7 @@ def pruned(name: str, out: Path, options: argparse.Namespace) -> None:
     """Carry a plan out on a new model, and write weights, masks and report of this process."""
     torch.manual_seed(0)
     model = load_model("random", config=config(options.model))
+    take_apart(model)
     if name == "overflow":
         model.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(1e10)
         model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0] = 3e38
