@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -18,7 +18,20 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether this process's C library is the one that can be told so; any other is left alone.
     """
+    return _tell({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+
+
+def give_back_freed_memory(at_least: int = 2**20) -> bool:
+    """Have the GNU C library give what is freed back to the system at once, in pieces of ``at_least`` so many bytes.
+
+    The opposite of ``keep_freed_memory``, for what must not take more memory than it needs: left to itself the library
+    keeps pieces of up to 32 MiB.
+    """
+    return _tell({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: at_least, _M_TRIM_THRESHOLD: at_least})
+
+
+def _tell(settings: dict[int, int]) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    return all(mallopt(name, value) for name, value in settings.items())

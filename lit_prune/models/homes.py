@@ -33,6 +33,10 @@ class Home(ABC):
         self._fetcher: ThreadPoolExecutor | None = None
         self._fetched: tuple[int, Future[dict[str, Tensor]]] | None = None
 
+    def parts(self, model: nn.Module) -> list[Block]:
+        """Return what can be made resident: the model's blocks, and whatever else has its weights elsewhere."""
+        return find_blocks(model)
+
     @abstractmethod
     def load(self, block: Block, device: torch.device) -> dict[str, Tensor]:
         """Return the values of the block's parameters on ``device``, by name in the block; none for those that stay."""
@@ -204,7 +208,7 @@ def make_hollow(
         dtype: of all parameters; None = as the model has them.
         device: of all parameters; None = CPU.
     """
-    within = {id(p) for block in find_blocks(model) for p in block.module.parameters()}
+    within = {id(p) for part in home.parts(model) for p in part.module.parameters()}
     places = _places(model.named_modules())
     for name, parameter in list(model.named_parameters()):
         if id(parameter) in within:

@@ -329,9 +329,9 @@ def model_fingerprint(model: nn.Module, home: Home | None = None) -> str:
         home: of its blocks; None = the model itself, or as it says.
     """
     home, samples = home or home_of(model), {}
-    for block in find_blocks(model):
-        with home.resident(block):
-            for name, parameter in block.module.named_parameters(prefix=block.name):
+    for part in home.parts(model):
+        with home.resident(part):
+            for name, parameter in part.module.named_parameters(prefix=part.name):
                 samples[name] = _sample(parameter)
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -1,7 +1,8 @@
 """Models that stay on disk: each block is read when it is worked on, and written where it has changed.
 
-What is outside the blocks (embeddings, the last norm, an untied head) is in memory. A model so opened runs like any
-other, a block at a time, so that it takes the memory of one block and is read once for every pass.
+What is outside the blocks (embeddings, the last norm) is in memory; a head that is not tied to the embeddings is read
+when it is called, like a block. A model so opened runs like any other, a block at a time, so that it takes the memory
+of one block and is read once for every pass.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lit_prune.errors import InputError
+from lit_prune.freed_memory import give_back_freed_memory
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.experts import has_fused_experts
 from lit_prune.models.files import load_tensors, save_tensors
-from lit_prune.models.homes import Home, make_hollow, without_weights
+from lit_prune.models.homes import Home, home_of, make_hollow, without_weights
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -32,17 +34,23 @@ class Disk(Home):
 
     ahead = True
 
-    def __init__(self, sources: Mapping[str, tuple[Path, str]], changes: Path) -> None:
+    def __init__(self, sources: Mapping[str, tuple[Path, str]], changes: Path, head: Block | None) -> None:
         """Say where the weights are.
 
         Args:
             sources: for each parameter of the model, by name: the file, and its name there.
             changes: folder for blocks that have changed; what an earlier run has left there is dropped.
+            head: what is behind the blocks and on disk like them.
         """
         super().__init__()
+        self._head = head
         self._sources = sources
         self._changes = changes
         self._drop()
+
+    def parts(self, model: nn.Module) -> list[Block]:
+        """Return the blocks, and the head where it is on disk too."""
+        return [*super().parts(model), *([self._head] if self._head else [])]
 
     def load(self, block: Block, device: torch.device) -> dict[str, Tensor]:
         """Read the block, as it is now."""
@@ -100,6 +108,7 @@ def open_lazily(
         )
     if not folder.is_dir():
         folder = Path(snapshot_download(str(pretrained), allow_patterns=["*.json", "*.safetensors", "*.py", "*.model"]))
+    give_back_freed_memory()
     files = _files(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with without_weights():
@@ -108,9 +117,9 @@ def open_lazily(
         )
     if has_fused_experts(model):
         raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
-    home = Disk(dict(_matched(model, files, folder)), Path(changes).expanduser())
+    home = Disk(dict(_matched(model, files, folder)), Path(changes).expanduser(), _head(model))
     make_hollow(model, home, home.read)
-    for block in find_blocks(model):
+    for block in home.parts(model):
         block.module.register_forward_pre_hook(_holder(home, block))
         block.module._apply = _placeholders_moved(home, block)  # type: ignore[method-assign]
     if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -126,15 +135,16 @@ def disk_of(model: nn.Module) -> Disk | None:
 
 def names_on_disk(model: nn.Module) -> list[str]:
     """Return the names of the parameters of a lazily opened model that are read when their block is worked on."""
-    return [name for block in find_blocks(model) for name, _ in block.module.named_parameters(prefix=block.name)]
+    parts = home_of(model).parts(model)
+    return [name for part in parts for name, _ in part.module.named_parameters(prefix=part.name)]
 
 
 @torch.no_grad()
 def save_lazily(folder: Path, model: Any, disk: Disk) -> None:
     """Write a model that stays on disk as a Hugging Face folder: a file for each block, and one for the rest."""
-    blocks = find_blocks(model)
-    count, weights, size = len(blocks) + 1, {}, 0
-    within = tuple(f"{block.name}." for block in blocks)
+    parts = disk.parts(model)
+    count, weights, size = len(parts) + 1, {}, 0
+    within = tuple(f"{part.name}." for part in parts)
 
     def write(index: int, tensors: dict[str, Tensor]) -> int:
         file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
@@ -147,15 +157,25 @@ def save_lazily(folder: Path, model: Any, disk: Disk) -> None:
     outside = {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(within)}
     first_name = {id(tensor): name for name, tensor in reversed(outside.items())}  # tied weights are written once
     size += write(0, {name: tensor.detach() for name, tensor in outside.items() if first_name[id(tensor)] == name})
-    for block in blocks:
-        with disk.resident(block):
-            size += write(block.index + 1, block.module.state_dict(prefix=f"{block.name}."))
+    for part in parts:
+        with disk.resident(part):
+            size += write(part.index + 1, part.module.state_dict(prefix=f"{part.name}."))
     index = {"metadata": {"total_size": size}, "weight_map": weights}
     (folder / _INDEX).write_text(json.dumps(index, indent=1))
     model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+def _head(model: Any) -> Block | None:
+    """Return what turns hidden states into logits as if it were one more block; None where others share its weight."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    places = [
+        name for name, p in model.named_parameters(remove_duplicate=False) if head is not None and p is head.weight
+    ]
+    return Block(len(find_blocks(model)), name, head) if name is not None and len(places) == 1 else None
 
 
 def _files(folder: Path) -> dict[str, Path]:

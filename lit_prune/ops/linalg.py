@@ -67,8 +67,10 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     Raises:
         NumericalError: where the damped matrix is not positive definite.
     """
-    # Of matrices as large as a wide layer's, no more than two are alive at a time.
-    lower, info = torch.linalg.cholesky_ex(damped(gram, damping).flip(0, 1))
+    # Matrices of a wide layer are large: no more than two are alive at a time, and work is done in place.
+    lower = damped(gram, damping).flip(0, 1)
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if info.item() or not lower.diagonal().isfinite().all():
         diagonal = gram.diagonal()
         raise NumericalError(

@@ -172,9 +172,7 @@ class PruningPlan:
             allocation = in_whole_levels(layers, allocation, target, pattern.of)
         return {name: pattern.at(value) for name, value in allocation.items()}
 
-    def with_gradients(
-        self, stats: Mapping[str, LayerStats], gradients: Mapping[str, Tensor]
-    ) -> Mapping[str, LayerStats]:
+    def with_gradients(self, stats: dict[str, LayerStats], gradients: Mapping[str, Tensor]) -> dict[str, LayerStats]:
         """Return statistics by layer name with the layers' gradient norms ``[o, i]``, where the scorer needs them."""
         if self.scorer is None or not gradients:
             return stats

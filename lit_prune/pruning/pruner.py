@@ -157,7 +157,7 @@ def _prune_block(
     within: Mapping[str, PackedMask] | None,
 ) -> list[LayerReport]:
     """Calibrate, score, solve and write the targets of one block."""
-    stats: Mapping[str, LayerStats] = dict.fromkeys((t.name for t in targets), LayerStats(frozenset()))
+    stats = dict.fromkeys((t.name for t in targets), LayerStats(frozenset()))
     at_once = plan.propagate == "dense"
     if replay and targets and plan.needs:
         with stages.stage("calibrate", block.index):

@@ -16,7 +16,7 @@ from lit_prune.pruning.report import LayerReport
 def prune_layers(
     targets: Sequence[Target],
     patterns: Mapping[str, Pattern],
-    stats: Mapping[str, LayerStats],
+    stats: dict[str, LayerStats],
     plan: PruningPlan,
     within: Mapping[str, PackedMask],
 ) -> list[LayerReport]:
@@ -25,7 +25,7 @@ def prune_layers(
     Args:
         targets: the layers, resident.
         patterns: what each gets, by name.
-        stats: of the layers' inputs, by name; the same in every process.
+        stats: of the layers' inputs, by name; the same in every process. Emptied on the way, to give memory back.
         plan: how.
         within: keep masks by parameter name that may not be exceeded.
     """
@@ -33,10 +33,11 @@ def prune_layers(
     found: dict[str, LayerReport] = {}
     failed: Exception | None = None
     for target in targets:
+        mine = stats.pop(target.name)
         if owners[target.name] == processes.rank() and failed is None:
             try:
                 found[target.name] = _prune_layer(
-                    target, patterns[target.name], stats[target.name], plan, within.get(target.parameter)
+                    target, patterns[target.name], mine, plan, within.get(target.parameter)
                 )
             except Exception as error:  # which the others would wait for
                 failed = error
