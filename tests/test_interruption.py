@@ -36,6 +36,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "data": {"dataset": "embedded", "sequences": 8, "seqlen": 64, "max_windows": 4},
         "trainer": {
             "accelerator": "cpu",
+            "default_root_dir": str(folder),
             "logger": False,
             "enable_checkpointing": False,
             "callbacks": [
