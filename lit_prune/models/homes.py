@@ -177,12 +177,10 @@ def at_work(model: nn.Module) -> Iterator[tuple[nn.Module, Home]]:
 
     That is the model itself, or a hollow copy where a strategy holds its weights elsewhere.
     """
-    if any(is_managed(parameter) for parameter in model.parameters()):
-        yield _hollow_copy(model)
-        return
-    home = home_of(model)
+    elsewhere = any(is_managed(parameter) for parameter in model.parameters())
+    whole, home = _hollow_copy(model) if elsewhere else (model, home_of(model))
     try:
-        yield model, home
+        yield whole, home
     finally:
         home.close()
 
@@ -209,7 +207,7 @@ def make_hollow(
         device: of all parameters; None = CPU.
     """
     within = {id(p) for part in home.parts(model) for p in part.module.parameters()}
-    places = _places(model.named_modules())
+    places = _places(model.modules())
     for name, parameter in list(model.named_parameters()):
         if id(parameter) in within:
             data = torch.full((), float("nan"), dtype=dtype or parameter.dtype, device=device).expand(parameter.shape)
@@ -251,10 +249,10 @@ def _hollow_copy(live: nn.Module) -> tuple[nn.Module, Home]:
     return copy.train(live.training), home
 
 
-def _places(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[tuple[nn.Module, str]]]:
+def _places(modules: Iterable[nn.Module]) -> dict[int, list[tuple[nn.Module, str]]]:
     """Return the modules, and the names there, of every parameter; tied ones have several."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for _, module in modules:
+    for module in modules:
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append((module, name))
     return places

@@ -24,7 +24,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -33,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.bitmask import BITMASK_FILE, opened, read_bitmask, save_bitmask
 from lit_prune.models.blocks import find_blocks
+from lit_prune.models.configs import load_generation_config, save_configs
 from lit_prune.models.experts import apart, together
 from lit_prune.models.files import replacing_folder, write_atomically
 from lit_prune.models.homes import Home, home_of
@@ -95,8 +95,7 @@ def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bo
         as_stored = dtype is None
         dtype = dtype or config.dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        if model.can_generate() and (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        load_generation_config(folder, model)
     weights = read_bitmask(folder)
     with apart(model) if not model.state_dict().keys() <= weights.keys() else nullcontext():
         # In the dtypes of the file, which may differ from tensor to tensor.
@@ -266,10 +265,7 @@ def _write_model(folder: Path, model: Any, masks: Mapping[str, PackedMask], to: 
         with together(model):
             model.save_pretrained(folder, **({"max_shard_size": shard_size} if to == "hf-sharded" else {}))
     else:
-        model.config.dtype = model.dtype  # as save_pretrained does it
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
+        save_configs(folder, model)
         with apart(model):
             save_bitmask(folder / BITMASK_FILE, model, masks)
 

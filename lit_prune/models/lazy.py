@@ -17,11 +17,12 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_prune.errors import InputError
 from lit_prune.freed_memory import give_back_freed_memory
 from lit_prune.models.blocks import Block, find_blocks
+from lit_prune.models.configs import load_generation_config, save_configs
 from lit_prune.models.experts import has_fused_experts
 from lit_prune.models.files import load_tensors, save_tensors
 from lit_prune.models.homes import Home, home_of, make_hollow, without_weights
@@ -122,8 +123,7 @@ def open_lazily(
     for block in home.parts(model):
         block.module.register_forward_pre_hook(_holder(home, block))
         block.module._apply = _placeholders_moved(home, block)  # type: ignore[method-assign]
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    load_generation_config(folder, model)
     return model.eval()
 
 
@@ -162,20 +162,16 @@ def save_lazily(folder: Path, model: Any, disk: Disk) -> None:
             size += write(part.index + 1, part.module.state_dict(prefix=f"{part.name}."))
     index = {"metadata": {"total_size": size}, "weight_map": weights}
     (folder / _INDEX).write_text(json.dumps(index, indent=1))
-    model.config.dtype = model.dtype
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    save_configs(folder, model)
 
 
 def _head(model: Any) -> Block | None:
     """Return what turns hidden states into logits as if it were one more block; None where others share its weight."""
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
-    places = [
-        name for name, p in model.named_parameters(remove_duplicate=False) if head is not None and p is head.weight
-    ]
-    return Block(len(find_blocks(model)), name, head) if name is not None and len(places) == 1 else None
+    if name is None or sum(p is head.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
+        return None
+    return Block(len(find_blocks(model)), name, head)
 
 
 def _files(folder: Path) -> dict[str, Path]:

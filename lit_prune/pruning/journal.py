@@ -114,25 +114,20 @@ class Journal:
         reconstructions: Sequence[ReconstructionReport],
     ) -> None:
         """Write a finished block: its parameters and masks first, then the file that says they are complete."""
-        processes.from_first(lambda: self._save(block, model, layers, reconstructions))
 
-    def _save(
-        self,
-        block: int,
-        model: nn.Module,
-        layers: Sequence[LayerReport],
-        reconstructions: Sequence[ReconstructionReport],
-    ) -> None:
-        names = changed_parameters(layers, reconstructions)
-        tensors = {f"parameter {name}": model.get_parameter(name).detach().cpu() for name in names}
-        tensors |= {f"mask {layer.name}": layer.mask.bits.cpu() for layer in layers}
-        save_tensors(self._tensors(block), tensors)
-        records = {
-            "tensors": _digest(self._tensors(block).read_bytes()),
-            "layers": [layer.as_dict() for layer in layers],
-            "reconstructions": [asdict(done) for done in reconstructions],
-        }
-        _write_record(self._records(block), records)
+        def write() -> None:
+            names = changed_parameters(layers, reconstructions)
+            tensors = {f"parameter {name}": model.get_parameter(name).detach().cpu() for name in names}
+            tensors |= {f"mask {layer.name}": layer.mask.bits for layer in layers}
+            save_tensors(self._tensors(block), tensors)
+            records = {
+                "tensors": _digest(self._tensors(block).read_bytes()),
+                "layers": [layer.as_dict() for layer in layers],
+                "reconstructions": [asdict(done) for done in reconstructions],
+            }
+            _write_record(self._records(block), records)
+
+        processes.from_first(write)
 
     @staticmethod
     def remove(folder: Path) -> None:

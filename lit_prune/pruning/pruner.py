@@ -87,10 +87,7 @@ def prune(
             mine = [target for target in targets if target.block == block.index]
             with dense.resident(block) as changed:
                 if journal and (finished := journal.finished(block.index)):
-                    for unpruned in (reference, replay if plan.propagate == "dense" else None):
-                        if unpruned:
-                            with stages.stage("propagate", block.index):
-                                unpruned.advance(block.index)
+                    _advance_dense(replay, reference, plan, stages, block)
                     layers, reconstructions = finished.restore(whole)
                 else:
                     layers = _prune_block(mine, patterns, replay, reference, gradients, plan, stages, block, within)
@@ -163,13 +160,20 @@ def _prune_block(
         with stages.stage("calibrate", block.index):
             stats = replay.collect(block.index, {t.name: t.module for t in targets}, plan.needs, reference, at_once)
     else:
-        for unpruned in (reference, replay if at_once else None):
-            if unpruned:
-                with stages.stage("propagate", block.index):
-                    unpruned.advance(block.index)
+        _advance_dense(replay, reference, plan, stages, block)
     stats = plan.with_gradients(stats, {t.name: gradients.pop(t.name) for t in targets if gradients})
     with stages.stage("solve", block.index):
         return prune_layers(targets, patterns, stats, plan, within or {})
+
+
+def _advance_dense(
+    replay: BlockReplay | None, reference: BlockReplay | None, plan: PruningPlan, stages: Stages, block: Block
+) -> None:
+    """Move what reads dense blocks past one, before it is pruned."""
+    for reader in (reference, replay if plan.propagate == "dense" else None):
+        if reader:
+            with stages.stage("propagate", block.index):
+                reader.advance(block.index)
 
 
 def _reconstruct_block(
