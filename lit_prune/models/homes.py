@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from lit_prune.models.access import is_managed, plain_twin, read_whole, write_whole
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.lora import copy_adapters
+
+Result = TypeVar("Result")
 
 
 class Home(ABC):
@@ -30,7 +32,7 @@ class Home(ABC):
         """Begin with no block resident."""
         self._resident: int | None = None
         self._held = ExitStack()
-        self._fetcher: ThreadPoolExecutor | None = None
+        self._background: ThreadPoolExecutor | None = None
         self._fetched: tuple[int, Future[dict[str, Tensor]]] | None = None
 
     def parts(self, model: nn.Module) -> list[Block]:
@@ -108,8 +110,11 @@ class Home(ABC):
         return values
 
     def _fetch_ahead(self, block: Block, device: torch.device) -> None:
-        self._fetcher = self._fetcher or ThreadPoolExecutor(1)
-        self._fetched = (block.index, self._fetcher.submit(self._load_apart, block, device))
+        self._fetched = (block.index, self._in_background(self._load_apart, block, device))
+
+    def _in_background(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
+        self._background = self._background or ThreadPoolExecutor(1)
+        return self._background.submit(function, *args)
 
     def _load_apart(self, block: Block, device: torch.device) -> dict[str, Tensor]:
         if device.type != "cuda":

@@ -1,14 +1,15 @@
 """Models that stay on disk: each block is read when it is worked on, and written where it has changed.
 
-What is outside the blocks (embeddings, the last norm) is in memory; a head that is not tied to the embeddings is read
-when it is called, like a block. A model so opened runs like any other, a block at a time, so that it takes the memory
-of one block and is read once for every pass.
+What is outside the blocks is in memory, but for embeddings and a head that are not tied to each other: they are read
+when they are called, like a block. A model so opened runs like any other, a block at a time, so that it takes the
+memory of one block and is read once for every pass.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,23 @@ class Disk(Home):
 
     ahead = True
 
-    def __init__(self, sources: Mapping[str, tuple[Path, str]], changes: Path, head: Block | None) -> None:
+    def __init__(self, sources: Mapping[str, tuple[Path, str]], changes: Path, ends: Sequence[Block]) -> None:
         """Say where the weights are.
 
         Args:
             sources: for each parameter of the model, by name: the file, and its name there.
             changes: folder for blocks that have changed; what an earlier run has left there is dropped.
-            head: what is behind the blocks and on disk like them.
+            ends: what is before and behind the blocks, and on disk like them.
         """
         super().__init__()
-        self._head = head
+        self._ends = ends
         self._sources = sources
         self._changes = changes
         self._drop()
 
     def parts(self, model: nn.Module) -> list[Block]:
-        """Return the blocks, and the head where it is on disk too."""
-        return [*super().parts(model), *([self._head] if self._head else [])]
+        """Return the blocks, then the embeddings and the head where they are on disk too."""
+        return [*super().parts(model), *self._ends]
 
     def load(self, block: Block, device: torch.device) -> dict[str, Tensor]:
         """Read the block, as it is now."""
@@ -79,6 +80,20 @@ class Disk(Home):
         self._drop()
         if self._changes.is_dir() and not any(self._changes.iterdir()):
             self._changes.rmdir()
+
+    def _fetch_ahead(self, block: Block, device: torch.device) -> None:
+        """Fetch a block in another thread; for CPUs only into the system's cache of files, for memory has room for one.
+
+        Whatever goes wrong there goes wrong again, and is raised, when the block is loaded.
+        """
+        if device.type == "cpu":
+            self._in_background(self._read_through, block)
+        else:
+            super()._fetch_ahead(block, device)
+
+    def _read_through(self, block: Block) -> None:
+        for name, _ in block.module.named_parameters():
+            self.read(f"{block.name}.{name}")
 
     def _drop(self) -> None:
         for file in [*self._changes.glob("block_*.safetensors"), *self._changes.glob(".block_*.writing-*")]:
@@ -118,7 +133,7 @@ def open_lazily(
         )
     if has_fused_experts(model):
         raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
-    home = Disk(dict(_matched(model, files, folder)), Path(changes).expanduser(), _head(model))
+    home = Disk(dict(_matched(model, files, folder)), Path(changes).expanduser(), _ends(model))
     make_hollow(model, home, home.read)
     for block in home.parts(model):
         block.module.register_forward_pre_hook(_holder(home, block))
@@ -165,13 +180,12 @@ def save_lazily(folder: Path, model: Any, disk: Disk) -> None:
     save_configs(folder, model)
 
 
-def _head(model: Any) -> Block | None:
-    """Return what turns hidden states into logits as if it were one more block; None where others share its weight."""
-    head = model.get_output_embeddings()
-    name = next((name for name, module in model.named_modules() if module is head), None)
-    if name is None or sum(p is head.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
-        return None
-    return Block(len(find_blocks(model)), name, head)
+def _ends(model: Any) -> list[Block]:
+    """Return the embeddings and the head as if they were two more blocks; none whose weight others share."""
+    used = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    own = [(name, module) for name, module in model.named_modules() if module in ends and used[id(module.weight)] == 1]
+    return [Block(index, name, module) for index, (name, module) in enumerate(own, len(find_blocks(model)))]
 
 
 def _files(folder: Path) -> dict[str, Path]:

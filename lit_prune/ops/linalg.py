@@ -18,17 +18,16 @@ def check_damping(damping: float) -> float:
     return float(damping)
 
 
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """Return a copy of ``gram`` ``[i, i]`` with ``damping * mean(diag)`` added to its diagonal.
+def damp(gram: Tensor, damping: float) -> Tensor:
+    """Add ``damping * mean(diag)`` to the diagonal of ``gram`` ``[i, i]``, in place, and return it.
 
     An input that was always zero (a dead input) gets 1 on its diagonal first, as in the SparseGPT reference: nothing is
     known about it, and its weights are free to go.
     """
-    matrix = gram.clone()
-    diagonal = matrix.diagonal()
+    diagonal = gram.diagonal()
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
-    return matrix
+    return gram
 
 
 def add_upper_gram(total: Tensor, rows: Tensor) -> Tensor:
@@ -57,8 +56,8 @@ def _bands(size: int) -> list[slice]:
 def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     """Return the upper triangular ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``.
 
-    One Cholesky factorisation and one triangular inverse: with ``J`` the reversal of rows, ``J G J = L Lᵀ`` gives
-    ``G = R Rᵀ`` for the upper triangular ``R = J L J``, so ``U = R⁻¹``. No inverse of G is ever formed.
+    One Cholesky factorisation and one triangular inverse, in place: with ``J`` the reversal of rows, ``J G J = L Lᵀ``
+    gives ``G = R Rᵀ`` for the upper triangular ``R = J L J``, so ``U = R⁻¹``. No inverse of G is ever formed.
 
     Args:
         gram: ``XᵀX`` ``[i, i]``, float32 or float64, any scale.
@@ -67,21 +66,39 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     Raises:
         NumericalError: where the damped matrix is not positive definite.
     """
-    # Matrices of a wide layer are large: no more than two are alive at a time, and work is done in place.
-    lower = damped(gram, damping).flip(0, 1)
+    matrix = damp(gram.flip(0, 1), damping)
     info = torch.empty((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, info))
-    if info.item() or not lower.diagonal().isfinite().all():
+    torch.linalg.cholesky_ex(matrix.T, out=(matrix.T, info))  # by columns, as LAPACK has it: this makes no copy
+    if info.item() or not matrix.diagonal().isfinite().all():
         diagonal = gram.diagonal()
         raise NumericalError(
             f"the Gram matrix [{gram.shape[0]}, {gram.shape[0]}] is not positive definite at damping {damping:g} "
             f"(diagonal from {diagonal.min().item():.3g} to {diagonal.max().item():.3g}): "
             "use more calibration tokens or a larger damping"
         )
-    upper = lower.flip(0, 1)
-    del lower
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True, out=identity)
+    return _turn(_invert_upper(matrix)).T
+
+
+def _invert_upper(matrix: Tensor) -> Tensor:
+    """Replace an upper triangular matrix by its inverse, band by band from the left, and return it."""
+    for band in _bands(len(matrix)):
+        above, corner = matrix[: band.start, band], matrix[band, band]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)).to(corner), upper=True)
+        above.copy_(matrix[: band.start, : band.start] @ (above @ -inverse))
+        corner.copy_(inverse)
+    return matrix
+
+
+def _turn(matrix: Tensor) -> Tensor:
+    """Reverse the order of the rows and that of the columns, in place, and return the matrix."""
+    values, at_once = matrix.view(-1), 2**20
+    for start in range(0, len(values) // 2, at_once):
+        stop = min(start + at_once, len(values) // 2)
+        first, last = values[start:stop], values[len(values) - stop : len(values) - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
+    return matrix
 
 
 class NormalisedGram(NamedTuple):

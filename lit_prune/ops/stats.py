@@ -196,7 +196,7 @@ class LayerStats:
     def _drift_factor(self) -> tuple[Tensor, Tensor]:
         """Return the input norms ``[i]`` and the lower Cholesky factor of the damped Gram matrix at unit norms."""
         norm = self.gram.diagonal().sqrt() + NORM_FLOOR
-        return norm, torch.linalg.cholesky(linalg.damped(self.gram / torch.outer(norm, norm), DRIFT_DAMPING))
+        return norm, torch.linalg.cholesky(linalg.damp(self.gram / torch.outer(norm, norm), DRIFT_DAMPING))
 
     def inverse_cholesky(self, damping: float) -> Tensor:
         """Upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; computed once for all layers that share it."""

@@ -68,7 +68,7 @@ class SparseGPT(Solver):
         """Sweep once over the columns of ``weight`` ``[o, i]``; the result is in the dtype of ``weight``."""
         pattern.check(weight.shape)
         check_allowed(allowed, pattern, weight.shape)
-        work = working(weight).T.clone(memory_format=torch.contiguous_format)  # [i, o]: the sweep goes by whole rows
+        work = working(weight.T.clone(memory_format=torch.contiguous_format))  # [i, o]: the sweep goes by whole rows
         factor = stats.inverse_cholesky(self.damping).to(work)
         dead = (stats.gram.diagonal() == 0).to(work.device)
         work[dead] = 0.0
