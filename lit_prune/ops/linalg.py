@@ -54,23 +54,23 @@ def _bands(size: int) -> list[slice]:
 
 
 def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
-    """Return the upper triangular ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``.
+    """Return the upper triangular ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``, in the memory of ``gram``.
 
-    One Cholesky factorisation and one triangular inverse, in place: with ``J`` the reversal of rows, ``J G J = L Lᵀ``
-    gives ``G = R Rᵀ`` for the upper triangular ``R = J L J``, so ``U = R⁻¹``. No inverse of G is ever formed.
+    One Cholesky factorisation and one triangular inverse: with ``J`` the reversal of rows, ``J G J = L Lᵀ`` gives
+    ``G = R Rᵀ`` for the upper triangular ``R = J L J``, so ``U = R⁻¹``. No inverse of G is ever formed.
 
     Args:
-        gram: ``XᵀX`` ``[i, i]``, float32 or float64, any scale.
+        gram: ``XᵀX`` ``[i, i]``, float32 or float64, any scale; overwritten.
         damping: fraction of the mean diagonal.
 
     Raises:
         NumericalError: where the damped matrix is not positive definite.
     """
-    matrix = damp(gram.flip(0, 1), damping)
+    diagonal = gram.diagonal().clone()
+    matrix = _turn(damp(gram, damping))
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(matrix.T, out=(matrix.T, info))  # by columns, as LAPACK has it: this makes no copy
     if info.item() or not matrix.diagonal().isfinite().all():
-        diagonal = gram.diagonal()
         raise NumericalError(
             f"the Gram matrix [{gram.shape[0]}, {gram.shape[0]}] is not positive definite at damping {damping:g} "
             f"(diagonal from {diagonal.min().item():.3g} to {diagonal.max().item():.3g}): "

@@ -45,6 +45,7 @@ class LayerStats:
         self._drift: Tensor | None = None
         self._gradients: Mapping[str, Tensor] = {}
         self._factors: dict[tuple[str, float], Any] = {}
+        self._last_reader = False
 
     @classmethod
     def from_inputs(cls, inputs: Tensor, gradients: Tensor | None = None) -> LayerStats:
@@ -198,9 +199,33 @@ class LayerStats:
         norm = self.gram.diagonal().sqrt() + NORM_FLOOR
         return norm, torch.linalg.cholesky(linalg.damp(self.gram / torch.outer(norm, norm), DRIFT_DAMPING))
 
-    def inverse_cholesky(self, damping: float) -> Tensor:
-        """Upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; computed once for all layers that share it."""
-        return self._once(("inverse_cholesky", damping), lambda: linalg.inverse_cholesky(self.gram, damping))
+    def shares_inputs(self, other: LayerStats) -> bool:
+        """Tell whether both are of one input, so that they share the Gram matrix and its factors."""
+        return self._factors is other._factors
+
+    def give_to_last_reader(self) -> None:
+        """Note that only the next method reads this, and nothing after it."""
+        self._last_reader = True
+
+    def inverse_cholesky(self, damping: float, instead: bool = False) -> Tensor:
+        """Upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; computed once for all layers that share it.
+
+        Args:
+            damping: fraction of the mean diagonal.
+            instead: the caller reads no Gram matrix after this. If nobody else does, the factor takes its memory: that
+                of a wide layer is large.
+        """
+        overwrite = instead and self._last_reader
+        return self._once(
+            ("inverse_cholesky", damping), lambda: linalg.inverse_cholesky(self._own_gram(overwrite), damping)
+        )
+
+    def _own_gram(self, overwrite: bool) -> Tensor:
+        gram = self.gram
+        if not overwrite:
+            return gram.clone()
+        self._sum_sq, self._gram = gram.diagonal().clone(), None
+        return gram
 
     def normalised(self, damping: float) -> tuple[Tensor, linalg.NormalisedGram]:
         """Input norms ``[i]`` and the damped Gram matrix at unit norms with its ``eigh``; computed once."""

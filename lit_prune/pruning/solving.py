@@ -34,6 +34,8 @@ def prune_layers(
     failed: Exception | None = None
     for target in targets:
         mine = stats.pop(target.name)
+        if not plan.output_error and not any(map(mine.shares_inputs, stats.values())):
+            mine.give_to_last_reader()
         if owners[target.name] == processes.rank() and failed is None:
             try:
                 found[target.name] = _prune_layer(

@@ -69,9 +69,8 @@ class SparseGPT(Solver):
         pattern.check(weight.shape)
         check_allowed(allowed, pattern, weight.shape)
         work = working(weight.T.clone(memory_format=torch.contiguous_format))  # [i, o]: the sweep goes by whole rows
-        factor = stats.inverse_cholesky(self.damping).to(work)
-        dead = (stats.gram.diagonal() == 0).to(work.device)
-        work[dead] = 0.0
+        factor = stats.inverse_cholesky(self.damping, instead=True).to(work)
+        work[(stats.input_sq_norm == 0).to(work.device)] = 0.0
         keep = torch.ones_like(work, dtype=torch.bool)
         if score is not None:
             keep = select(score, pattern, allowed).T.contiguous()
@@ -86,8 +85,10 @@ class SparseGPT(Solver):
                 pruned = pruned + _missing(keep[columns], pattern)
             errors = _sweep_block(work, factor, keep, columns, pattern if score is None else None, allowed)
             work[columns.stop :].addmm_(factor[columns, columns.stop :].T, errors, alpha=-1)
+        solved = torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(work.T)
+        del work  # a wide layer's is large
         keep = keep.T.contiguous()
-        return Solution(keep_only(work.T.to(weight.dtype).contiguous(), keep), keep)
+        return Solution(keep_only(solved, keep), keep)
 
 
 def _unstructured_mask(

@@ -18,6 +18,7 @@ import torch
 from rows import Record
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_prune.freed_memory import give_back_freed_memory
 from lit_prune.models.io import load_model, save_pruned
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, prune
@@ -46,6 +47,7 @@ def make_model(folder: Path) -> None:
 
 def run(name: str, options: argparse.Namespace) -> Record:
     """Prune and return the peak of memory, as a multiple of the weights."""
+    give_back_freed_memory()
     folder, lazy = options.work / "model", name == NAMES[1]
     model: Any = load_model(str(folder), lazy=options.work / "changes" if lazy else None)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

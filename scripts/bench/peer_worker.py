@@ -15,15 +15,17 @@ SPARSITY = 0.5
 
 
 def ours(model: Any, tokens: torch.Tensor, method: str, half: bool) -> None:
-    """Prune with lit-prune, in batches of two sequences."""
+    """Prune with lit-prune, in batches of two sequences, and with freed memory kept, as its command line does."""
     from contextlib import nullcontext
     from functools import partial
 
+    from lit_prune.freed_memory import keep_freed_memory
     from lit_prune.ops import Unstructured
     from lit_prune.pruning import PruningPlan, prune
     from lit_prune.scorers import Wanda
     from lit_prune.solvers import SparseGPT
 
+    keep_freed_memory()
     how: Any = {"scorer": Wanda()} if method == "Wanda" else {"solver": SparseGPT()}
     context: Any = partial(torch.autocast, "cpu", dtype=torch.bfloat16) if half else nullcontext
     plan = PruningPlan(Unstructured(SPARSITY), output_error=False, **how)

@@ -53,6 +53,8 @@ class Recovery:
     loss: Callable[[str], Loss] = lambda teacher: LanguageModelLoss()
     start: str = "one-shot"
     minutes: float = 10
+    steps: int | None = None
+    """In place of minutes."""
 
 
 def distillation(teacher: str) -> Distillation:
@@ -65,6 +67,7 @@ RECOVERIES = {
     "LoRA": Recovery(1e-3, lambda: LoRA(16, norms_and_biases=True)),
     "full": Recovery(2e-4),
     "distilled": Recovery(2e-4, loss=distillation),
+    "full, 100 steps": Recovery(2e-4, steps=100),
     "best": Recovery(2e-4, loss=distillation, start="reconstructed", minutes=30),
 }
 EVERYWHERE = ("best",)
@@ -75,20 +78,22 @@ def names() -> list[str]:
     """Return what to compare; what others begin with comes first, so that several jobs find it finished."""
     patterns = [pattern for pattern in PATTERNS if pattern != MIXED]
     starts = [f"{pattern} {start}" for start in STARTS for pattern in patterns]
-    recoveries = [f"70% {name}" for name in RECOVERIES] + ["80% full", "80% distilled"]
+    recoveries = [f"70% {name}" for name in RECOVERIES]
+    recoveries += [f"80% {name}" for name in ("full", "distilled", "full, 100 steps")]
     recoveries += [f"{pattern} {name}" for pattern in patterns if pattern != "70%" for name in EVERYWHERE]
     return ["dense", *starts, *recoveries]
 
 
 class Budget(Callback):
-    """Sets the number of steps so that training, without validation, takes so many minutes of two cores."""
+    """Sets the number of steps, so that training without validation takes so many minutes of two cores, or as given."""
 
     WARM_UP, LOOK = 2, 10
     """Steps before those that are timed, and how many these are."""
 
-    def __init__(self, minutes: float) -> None:
+    def __init__(self, minutes: float, steps: int | None = None) -> None:
         """Keep the budget."""
         self.seconds = CORE_SECONDS * minutes
+        self.steps = steps
         self.spent = 0.0
         self._start = 0.0
 
@@ -104,7 +109,7 @@ class Budget(Callback):
         elif trainer.global_step == self.WARM_UP + self.LOOK:
             possible = self.WARM_UP + (self.seconds - self._before) / (self.spent - self._before) * self.LOOK
             every = int(trainer.val_check_interval)
-            steps = max(round(possible / every), 1) * every  # so that the last weights are validated
+            steps = self.steps or max(round(possible / every), 1) * every  # so that the last weights are validated
             trainer.fit_loop.epoch_loop.max_steps = steps
             for config in trainer.lr_scheduler_configs:
                 assert isinstance(config.scheduler, WarmupCosine)
@@ -157,7 +162,10 @@ def recover(pattern: str, way: str, options: argparse.Namespace) -> Record:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recovery.rate, weight_decay=0.0, fused=True),
         lr_scheduler=lambda optimizer: WarmupCosine(optimizer, warmup=10),
     )
-    budget, export = Budget(recovery.minutes / options.hurry), Export(str(recovered), overwrite=True, best=True)
+    budget, export = (
+        Budget(recovery.minutes / options.hurry, recovery.steps),
+        Export(str(recovered), overwrite=True, best=True),
+    )
     checkpoint = ModelCheckpoint(recovered.with_suffix(".ckpt"), monitor="val/perplexity", save_weights_only=True)
     trainer = Trainer(
         accelerator="cpu",
