@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether this process's C library is the one that can be told so; any other is left alone.
     """
-    return _tell({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+    return _tell({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1})  # what one thread frees, any can have
 
 
 def give_back_freed_memory(at_least: int = 2**20) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Journal:
     """One folder: what is being pruned, with what and how; the allocation; and two files for each finished block.
 
     A file begins with the digest of the rest of it, or its digest stands in another one. The first process writes, and
-    decides what is read; every process must see the folder.
+    decides what is read; every process must see the folder. A finished block is written while the next one is worked
+    on: leaving the context of a journal waits for the last one.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
@@ -65,7 +67,23 @@ class Journal:
             InputError: where the journal belongs to another plan, model, data or versions; it names what differs.
         """
         self._folder = folder
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         processes.from_first(lambda: self._open({**identity, "versions": versions()}, resume))
+
+    def __enter__(self) -> Journal:
+        """Return the journal."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Wait until everything is written; raise what went wrong there, unless something else did."""
+        self._writer.shutdown()
+        if error is None:
+            processes.from_first(self._written)
+
+    def _written(self) -> None:
+        if self._writing:
+            self._writing.result()
 
     def _open(self, identity: Mapping[str, Any], resume: bool) -> None:
         run = self._folder / "run.record"
@@ -101,7 +119,7 @@ class Journal:
     def _undamaged(self, block: int) -> Any:
         records = self._intact(self._records(block))
         file = self._tensors(block)
-        if records is not None and not (file.is_file() and _digest(file.read_bytes()) == records["tensors"]):
+        if records is not None and not (file.is_file() and _file_digest(file) == records["tensors"]):
             _warn_damaged(file)
             return None
         return records
@@ -113,21 +131,28 @@ class Journal:
         layers: Sequence[LayerReport],
         reconstructions: Sequence[ReconstructionReport],
     ) -> None:
-        """Write a finished block: its parameters and masks first, then the file that says they are complete."""
+        """Begin to write a finished block: its parameters and masks, then the file that says they are complete.
 
-        def write() -> None:
+        The parameters may not change any more. What goes wrong is raised by the next call, or on leaving the context.
+        """
+
+        def begin() -> None:
+            self._written()
             names = changed_parameters(layers, reconstructions)
             tensors = {f"parameter {name}": model.get_parameter(name).detach().cpu() for name in names}
             tensors |= {f"mask {layer.name}": layer.mask.bits for layer in layers}
-            save_tensors(self._tensors(block), tensors)
             records = {
-                "tensors": _digest(self._tensors(block).read_bytes()),
                 "layers": [layer.as_dict() for layer in layers],
                 "reconstructions": [asdict(done) for done in reconstructions],
             }
-            _write_record(self._records(block), records)
+            self._writing = self._writer.submit(self._write, block, tensors, records)
 
-        processes.from_first(write)
+        processes.from_first(begin)
+
+    def _write(self, block: int, tensors: Mapping[str, Tensor], records: Mapping[str, Any]) -> None:
+        file = self._tensors(block)
+        save_tensors(file, tensors)
+        _write_record(self._records(block), {"tensors": _file_digest(file), **records})
 
     @staticmethod
     def remove(folder: Path) -> None:
@@ -174,6 +199,14 @@ def _read_record(path: Path) -> Any:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _warn_damaged(path: Path) -> None:

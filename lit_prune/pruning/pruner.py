@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,14 @@ def prune(
         InputError: before any weight has changed, where plan, model and data do not fit.
         NumericalError: where a Gram matrix is singular or an activation is not finite; finished blocks stay pruned.
     """
-    with at_work(model) as (whole, home), apart(whole), evaluation_mode(whole):
+    with at_work(model) as (whole, home), apart(whole), evaluation_mode(whole), ExitStack() as stack:
         blocks, targets = plan.find_targets(whole)
         calibration = list(batches) if plan.needs_data else []
         identity = identity_of(plan.describe(), model_fingerprint(whole, home), calibration)
         journal = None
         if journal_folder is not None:
             how = _circumstances(whole, plan, forward_context, sparsity, allocation, within)
-            journal = Journal(Path(journal_folder), {**identity, **how}, resume)
+            journal = stack.enter_context(Journal(Path(journal_folder), {**identity, **how}, resume))
         stages = Stages(len(blocks), on_progress)
         report = PruningReport(identity=identity)
         dense = DenseModel(whole, home, blocks, targets, calibration, plan, stages, forward_context, identity)
@@ -83,6 +83,7 @@ def prune(
         patterns = plan.patterns(targets, report.allocation, sparsity)
         replay = dense.replay() if plan.needs_replay else None
         reference = replay.fork() if replay and plan.needs_reference else None
+        layers: Sequence[LayerReport] = ()
         for block in blocks:
             mine = [target for target in targets if target.block == block.index]
             with dense.resident(block) as changed:
@@ -90,7 +91,9 @@ def prune(
                     _advance_dense(replay, reference, plan, stages, block)
                     layers, reconstructions = finished.restore(whole)
                 else:
-                    layers = _prune_block(mine, patterns, replay, reference, gradients, plan, stages, block, within)
+                    layers = _prune_block(
+                        mine, patterns, replay, reference, gradients, plan, stages, block, within, before=layers
+                    )
                     reconstructions = _reconstruct_block(whole, block, mine, layers, replay, reference, plan, stages)
                     if journal:
                         journal.save(block.index, whole, layers, reconstructions)
@@ -152,6 +155,7 @@ def _prune_block(
     stages: Stages,
     block: Block,
     within: Mapping[str, PackedMask] | None,
+    before: Sequence[LayerReport],
 ) -> list[LayerReport]:
     """Calibrate, score, solve and write the targets of one block."""
     stats = dict.fromkeys((t.name for t in targets), LayerStats(frozenset()))
@@ -163,7 +167,7 @@ def _prune_block(
         _advance_dense(replay, reference, plan, stages, block)
     stats = plan.with_gradients(stats, {t.name: gradients.pop(t.name) for t in targets if gradients})
     with stages.stage("solve", block.index):
-        return prune_layers(targets, patterns, stats, plan, within or {})
+        return prune_layers(targets, patterns, stats, plan, within or {}, before)
 
 
 def _advance_dense(

@@ -19,6 +19,7 @@ def prune_layers(
     stats: dict[str, LayerStats],
     plan: PruningPlan,
     within: Mapping[str, PackedMask],
+    before: Sequence[LayerReport] = (),
 ) -> list[LayerReport]:
     """Prune the layers of one block, and return what was done to them; every process has all the results.
 
@@ -28,8 +29,9 @@ def prune_layers(
         stats: of the layers' inputs, by name; the same in every process. Emptied on the way, to give memory back.
         plan: how.
         within: keep masks by parameter name that may not be exceeded.
+        before: the layers of the block before this one.
     """
-    owners = _owners(targets, stats, plan)
+    owners = _owners(targets, stats, plan, before)
     found: dict[str, LayerReport] = {}
     failed: Exception | None = None
     for target in targets:
@@ -50,17 +52,28 @@ def prune_layers(
     return [everybody[target.name] for target in targets]
 
 
-def _owners(targets: Sequence[Target], stats: Mapping[str, LayerStats], plan: PruningPlan) -> dict[str, int]:
-    """Return the process that solves each layer, by name; layers that share a factorisation stay together."""
-    groups: dict[int, list[Target]] = {}
-    for target in targets:
-        groups.setdefault(id(stats[target.name]) if plan.solver.needs else id(target), []).append(target)
-    costs = [
-        plan.solver.shared_flops(group[0].shape[1]) + sum(plan.solver.flops(*target.shape) for target in group)
-        for group in groups.values()
-    ]
+def _owners(
+    targets: Sequence[Target], stats: Mapping[str, LayerStats], plan: PruningPlan, before: Sequence[LayerReport]
+) -> dict[str, int]:
+    """Return the process that solves each layer, by name; layers that share a factorisation stay together.
+
+    Costs are the seconds that the block before took, where it is of the same shape: work of many small operations takes
+    longer than its floating-point operations say.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, target in enumerate(targets):
+        groups.setdefault(id(stats[target.name]) if plan.solver.needs else index, []).append(index)
+    if [layer.shape for layer in before] == [target.shape for target in targets]:
+        costs = [sum(before[index].seconds for index in group) for group in groups.values()]
+    else:
+        costs = [_flops([targets[index] for index in group], plan) for group in groups.values()]
     owners = zip(groups.values(), processes.dealt(costs), strict=True)
-    return {target.name: owner for group, owner in owners for target in group}
+    return {targets[index].name: owner for group, owner in owners for index in group}
+
+
+def _flops(group: Sequence[Target], plan: PruningPlan) -> float:
+    solver = plan.solver
+    return solver.shared_flops(group[0].shape[1]) + sum(solver.flops(*target.shape) for target in group)
 
 
 def _prune_layer(

@@ -1,8 +1,8 @@
 """Prune the same model, with the same sequences, here and with llm-compressor: seconds, peak memory, perplexity.
 
 llm-compressor lives in a virtual environment of its own, where ``pip install llmcompressor==0.14.0`` has put it. Every
-row runs in a process of its own; the calibration tokens are written once, for all. Seconds are those of pruning alone.
-The pruned models are evaluated here, on the same windows.
+row runs in a process of its own, with the same calibration tokens. Seconds are those of pruning alone. The pruned
+models are evaluated here, on the same windows. With several ``--seed``, one after the other, the table has medians.
 
     python scripts/bench/peers.py --peer venv-peer/bin/python --calibration valid.txt --test test.txt
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -69,12 +70,20 @@ def table(records: list[Record]) -> str:
         "| method | by | seconds | times as fast | peak memory GB | sparsity | perplexity |",
         "|---|---|---|---|---|---|---|",
     ]
-    theirs = {r["name"].partition(": ")[0]: r["seconds"] for r in records if r["name"].endswith(THEIRS)}
-    for record in records:
-        method, _, who = record["name"].partition(": ")
-        faster = f"**{theirs[method] / record['seconds']:.2f}**" if method in theirs and who != THEIRS else ""
+    runs = {name: [record for record in records if record["name"] == name] for name in names()}
+    medians = {
+        name: {key: statistics.median(run[key] for run in mine) for key in mine[0] if key != "name"}
+        for name, mine in runs.items()
+        if mine
+    }
+    for name, record in medians.items():
+        method, _, who = name.partition(": ")
+        theirs = medians.get(f"{method}: {THEIRS}")
+        faster = f"**{theirs['seconds'] / record['seconds']:.2f}**" if theirs and who != THEIRS else ""
+        each = ", ".join(f"{run['seconds']:.0f}" for run in runs[name])
+        seconds = f"{record['seconds']:.1f} ({each})"
         memory, sparsity = f"{record['peak_memory'] / 1e9:.2f}", f"{record['sparsity']:.4f}"
-        cells = (method, who, f"{record['seconds']:.1f}", faster, memory, sparsity, f"{record['perplexity']:.2f}")
+        cells = (method, who, seconds, faster, memory, sparsity, f"{record['perplexity']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

