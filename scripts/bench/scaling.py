@@ -2,8 +2,8 @@
 
 Every figure is the seconds of one run in processes of its own, one thread each. The exponent of a series is the slope
 of log(seconds) over log(size), by least squares. Two processes are started as torchrun does it, with gloo. Their result
-is compared with that of one process in float64, for in float32 sums in another order are enough to prune other weights,
-where many are as good as each other.
+is compared with that of one process in float64, on two blocks: in float32, or after more of them, sums in another order
+are enough to prune other weights, where many are as good as each other.
 
     python scripts/bench/scaling.py
 """
@@ -119,8 +119,8 @@ def random_model(case: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def sample_of_logits(case: dict[str, Any], tokens: torch.Tensor) -> list[float]:
-    """Return some of the logits of a model that is pruned in float64 with these tokens."""
-    model = random_model(case, torch.float64)
+    """Return some of the logits of a model of two blocks that is pruned in float64 with these tokens."""
+    model = random_model({**case, "blocks": 2}, torch.float64)
     prune(model, [tokens], PLANS[case["method"]])
     with torch.no_grad():
         return model(input_ids=tokens[:1, :64]).logits.flatten()[::64].tolist()
