@@ -145,7 +145,9 @@ def _verdict(series: str, records: list[Record]) -> str:
         one, two = (torch.tensor(r["logits"], dtype=torch.float64) for r in records)
         apart = ((one - two).norm() / one.norm()).item()
         faster = records[0]["seconds"] / records[1]["seconds"]
-        return f"**{faster:.2f}** times as fast; logits apart by {apart:.0e} of their norm"
+        return (
+            f"**{faster:.2f}** times as fast; logits {f'apart by {apart:.0e} of their norm' if apart else 'the same'}"
+        )
     x, y = ([math.log(r[key]) for r in records] for key in ("size", "seconds"))
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
