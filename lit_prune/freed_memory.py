@@ -24,8 +24,8 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory(at_least: int = 2**20) -> bool:
     """Have the GNU C library give what is freed back to the system at once, in pieces of ``at_least`` so many bytes.
 
-    The opposite of ``keep_freed_memory``, for what must not take more memory than it needs: left to itself the library
-    keeps pieces of up to 32 MiB.
+    For what must not take more memory than it needs: left to itself the library keeps pieces of up to 32 MiB. What
+    ``keep_freed_memory`` has set is undone, but for the single arena.
     """
     return _tell({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: at_least, _M_TRIM_THRESHOLD: at_least})
 

@@ -27,6 +27,8 @@ class Home(ABC):
 
     ahead = False
     """Whether a block can be fetched in another thread while the one before it is worked on."""
+    room_for_one = False
+    """Whether a block should be gone from memory before the next one comes."""
 
     def __init__(self) -> None:
         """Begin with no block resident."""

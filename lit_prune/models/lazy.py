@@ -25,7 +25,7 @@ from lit_prune.freed_memory import give_back_freed_memory
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.configs import load_generation_config, save_configs
 from lit_prune.models.experts import has_fused_experts
-from lit_prune.models.files import load_tensors, save_tensors
+from lit_prune.models.files import load_tensors, save_tensors, tensor_names
 from lit_prune.models.homes import Home, home_of, make_hollow, without_weights
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,6 +35,7 @@ class Disk(Home):
     """Blocks are in the files of a checkpoint, and those that have changed in a folder of their own."""
 
     ahead = True
+    room_for_one = True
 
     def __init__(self, sources: Mapping[str, tuple[Path, str]], changes: Path, ends: Sequence[Block]) -> None:
         """Say where the weights are.
@@ -92,7 +93,9 @@ class Disk(Home):
             super()._fetch_ahead(block, device)
 
     def _read_through(self, block: Block) -> None:
-        for name, _ in block.module.named_parameters():
+        changed = self._file(block)
+        elsewhere = tensor_names(changed) if changed.is_file() else set()
+        for name in dict(block.module.named_parameters()).keys() - elsewhere:
             self.read(f"{block.name}.{name}")
 
     def _drop(self) -> None:

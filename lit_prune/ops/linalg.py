@@ -60,7 +60,7 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     ``G = R Rᵀ`` for the upper triangular ``R = J L J``, so ``U = R⁻¹``. No inverse of G is ever formed.
 
     Args:
-        gram: ``XᵀX`` ``[i, i]``, float32 or float64, any scale; overwritten.
+        gram: ``XᵀX`` ``[i, i]``, float32 or float64, contiguous, any scale; overwritten.
         damping: fraction of the mean diagonal.
 
     Raises:
@@ -83,7 +83,9 @@ def _invert_upper(matrix: Tensor) -> Tensor:
     """Replace an upper triangular matrix by its inverse, band by band from the left, and return it."""
     for band in _bands(len(matrix)):
         above, corner = matrix[: band.start, band], matrix[band, band]
-        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)).to(corner), upper=True)
+        inverse = torch.linalg.solve_triangular(
+            corner, torch.eye(len(corner), dtype=corner.dtype, device=corner.device), upper=True
+        )
         above.copy_(matrix[: band.start, : band.start] @ (above @ -inverse))
         corner.copy_(inverse)
     return matrix

@@ -204,25 +204,23 @@ class LayerStats:
         return self._factors is other._factors
 
     def give_to_last_reader(self) -> None:
-        """Note that only the next method reads this, and nothing after it."""
+        """Note that nobody reads the Gram matrix but who is given this next."""
         self._last_reader = True
 
-    def inverse_cholesky(self, damping: float, instead: bool = False) -> Tensor:
+    def inverse_cholesky(self, damping: float, take_gram: bool = False) -> Tensor:
         """Upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; computed once for all layers that share it.
 
         Args:
             damping: fraction of the mean diagonal.
-            instead: the caller reads no Gram matrix after this. If nobody else does, the factor takes its memory: that
-                of a wide layer is large.
+            take_gram: the caller reads no Gram matrix after this. If nobody else does, the factor takes its memory:
+                that of a wide layer is large.
         """
-        overwrite = instead and self._last_reader
-        return self._once(
-            ("inverse_cholesky", damping), lambda: linalg.inverse_cholesky(self._own_gram(overwrite), damping)
-        )
+        take = take_gram and self._last_reader
+        return self._once(("inverse_cholesky", damping), lambda: linalg.inverse_cholesky(self._own_gram(take), damping))
 
-    def _own_gram(self, overwrite: bool) -> Tensor:
+    def _own_gram(self, take: bool) -> Tensor:
         gram = self.gram
-        if not overwrite:
+        if not take:
             return gram.clone()
         self._sum_sq, self._gram = gram.diagonal().clone(), None
         return gram

@@ -104,7 +104,8 @@ class DenseModel:
         """Prune a block's targets as the plan drafts it, and return its output error; the dense weights come back."""
         draft = replace(self.plan, solver=self.plan.solver.draft(), output_error=False)
         with weights_restored([target.module for target in targets]):
-            prune_layers(targets, {target.name: pattern for target in targets}, dict(stats), draft, {})
+            patterns = {target.name: pattern for target in targets}
+            prune_layers(targets, patterns, dict(stats), draft, {}, read_again=True)
             return replay.output_error(targets[0].block, outputs)
 
     def metrics(self) -> dict[str, float]:

@@ -130,10 +130,18 @@ class Journal:
         model: nn.Module,
         layers: Sequence[LayerReport],
         reconstructions: Sequence[ReconstructionReport],
+        wait: bool,
     ) -> None:
         """Begin to write a finished block: its parameters and masks, then the file that says they are complete.
 
         The parameters may not change any more. What goes wrong is raised by the next call, or on leaving the context.
+
+        Args:
+            block: its index.
+            model: the model, with the block in memory.
+            layers: what was done to the block's layers.
+            reconstructions: what was done to the block after that.
+            wait: until it is written, so that nothing holds the block's parameters.
         """
 
         def begin() -> None:
@@ -146,6 +154,8 @@ class Journal:
                 "reconstructions": [asdict(done) for done in reconstructions],
             }
             self._writing = self._writer.submit(self._write, block, tensors, records)
+            if wait:
+                self._written()
 
         processes.from_first(begin)
 

@@ -105,8 +105,8 @@ def preflight(
         tokens = sum(map(count_tokens, batches))
         forward = seconds * tokens / sum(map(count_tokens, sample)) * len(blocks) * work.passes
         memory = _memory(whole, mine, groups, batches, plan)
-        if plan.device or not isinstance(home, Memory):  # a block at work, and the next one
-            memory += 2 * sum(parameter.nbytes for parameter in block.module.parameters())
+        if plan.device or not isinstance(home, Memory):  # what is at work, and what comes next or is written
+            memory += 2 * max(sum(p.nbytes for p in part.module.parameters()) for part in home.parts(whole))
         free = _free_memory(torch.device(plan.device or next(whole.parameters()).device))
         return Preflight(work, (forward + (work.gram + work.solve) / rate) / processes.count(), memory, free)
 

@@ -96,7 +96,7 @@ def prune(
                     )
                     reconstructions = _reconstruct_block(whole, block, mine, layers, replay, reference, plan, stages)
                     if journal:
-                        journal.save(block.index, whole, layers, reconstructions)
+                        journal.save(block.index, whole, layers, reconstructions, wait=home.room_for_one)
                 changed.update(changed_parameters(layers, reconstructions))
                 report.layers += layers
                 report.reconstructions += reconstructions

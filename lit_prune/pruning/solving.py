@@ -20,6 +20,7 @@ def prune_layers(
     plan: PruningPlan,
     within: Mapping[str, PackedMask],
     before: Sequence[LayerReport] = (),
+    read_again: bool = False,
 ) -> list[LayerReport]:
     """Prune the layers of one block, and return what was done to them; every process has all the results.
 
@@ -30,13 +31,15 @@ def prune_layers(
         plan: how.
         within: keep masks by parameter name that may not be exceeded.
         before: the layers of the block before this one.
+        read_again: whether the statistics are needed after this.
     """
     owners = _owners(targets, stats, plan, before)
     found: dict[str, LayerReport] = {}
     failed: Exception | None = None
     for target in targets:
         mine = stats.pop(target.name)
-        if not plan.output_error and not any(map(mine.shares_inputs, stats.values())):
+        needed = read_again or plan.output_error or any(map(mine.shares_inputs, stats.values()))
+        if plan.solver.takes_gram and not needed:
             mine.give_to_last_reader()
         if owners[target.name] == processes.rank() and failed is None:
             try:

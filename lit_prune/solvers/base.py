@@ -32,6 +32,9 @@ class Solver(ABC):
     group: ClassVar[Group] = "matrix"
     """Which weights compete when neither the pattern nor a scorer says so."""
 
+    takes_gram: ClassVar[bool] = False
+    """Whether ``solve`` may put a factor in the place of a Gram matrix that nobody reads after it."""
+
     def draft(self) -> Solver:
         """Return a solver whose errors rank alike and that may be faster, to try what is thrown away again."""
         return self
@@ -53,7 +56,7 @@ class Solver(ABC):
         score: Tensor | None = None,
         allowed: Tensor | None = None,
     ) -> Solution:
-        """Prune one weight; the arguments are never changed.
+        """Prune one weight; the arguments are never changed, but for a Gram matrix as ``takes_gram`` says.
 
         Args:
             weight: ``[o, i]``, any floating dtype.

@@ -36,6 +36,7 @@ class SparseGPT(Solver):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    takes_gram: ClassVar[bool] = True
 
     def __init__(self, block_size: int = 128, damping: float = 0.01) -> None:
         """Validate and keep the arguments.
@@ -69,7 +70,7 @@ class SparseGPT(Solver):
         pattern.check(weight.shape)
         check_allowed(allowed, pattern, weight.shape)
         work = working(weight.T.clone(memory_format=torch.contiguous_format))  # [i, o]: the sweep goes by whole rows
-        factor = stats.inverse_cholesky(self.damping, instead=True).to(work)
+        factor = stats.inverse_cholesky(self.damping, take_gram=True).to(work)
         work[(stats.input_sq_norm == 0).to(work.device)] = 0.0
         keep = torch.ones_like(work, dtype=torch.bool)
         if score is not None:

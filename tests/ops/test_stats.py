@@ -43,7 +43,7 @@ def test_half_precision_inputs_are_summed_in_float32() -> None:
 
 def test_factors_are_shared_until_new_inputs_arrive() -> None:
     stats = LayerStats.from_inputs(torch.randn(2, 8, 3))
-    factor = stats.inverse_cholesky(0.01, instead=True)  # others may read it: a Gram matrix of its own is factored
+    factor = stats.inverse_cholesky(0.01, take_gram=True)  # others may read it: a Gram matrix of its own is factored
     assert stats.inverse_cholesky(0.01) is factor
     assert stats.inverse_cholesky(0.1) is not factor
     stats.update(torch.randn(1, 8, 3), sequences=1)
@@ -58,7 +58,7 @@ def test_a_factor_takes_the_memory_of_a_gram_matrix_that_nobody_reads_any_more()
     memory, norms, expected = stats.gram.data_ptr(), stats.input_sq_norm, other.inverse_cholesky(0.01)
     stats.give_to_last_reader()
     assert stats.inverse_cholesky(0.1).data_ptr() != memory  # its caller goes on to read the matrix
-    factor = stats.inverse_cholesky(0.01, instead=True)
+    factor = stats.inverse_cholesky(0.01, take_gram=True)
     assert factor.data_ptr() == memory and torch.equal(factor, expected)
     assert torch.equal(stats.input_sq_norm, norms)
     with pytest.raises(InputError, match="no Gram matrix"):

@@ -4,6 +4,7 @@ import copy
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import lit_prune
-from lit_prune.allocators import AlphaPruning, FromFile
-from lit_prune.errors import InputError, NumericalError
-from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
-from lit_prune.pruning import PruningPlan, prune
+from lit_prune.allocators import AlphaPruning, FromFile, Measured
+from lit_prune.errors import DiskError, InputError, NumericalError
+from lit_prune.ops import NM, LayerStats, PackedMask, Pattern, Unstructured, select
+from lit_prune.pruning import PruningPlan, journal, prune, solving
 from lit_prune.pruning.progress import OnProgress, Position
-from lit_prune.pruning.report import versions
-from lit_prune.scorers import Magnitude, SparseGPTSaliency, Wanda
+from lit_prune.pruning.report import LayerReport, versions
+from lit_prune.scorers import Magnitude, Scorer, SparseGPTSaliency, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
 
 MODELS = ["llama", "qwen2", "gemma3_text", "opt", "gpt2", "gpt_neox"]
@@ -358,3 +359,60 @@ def test_correction_brings_a_block_nearer_its_dense_outputs(
 def test_a_correction_that_is_no_fraction_is_refused() -> None:
     with pytest.raises(InputError, match=r"plan\.correction is 1\.5: it must be in \[0, 1\]"):
         PruningPlan(Unstructured(0.5), Magnitude(), correction=1.5)
+
+
+class Outspoken(Scorer):
+    """Reads the Gram matrix whenever it is asked."""
+
+    needs = frozenset({"gram"})
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        return weight.abs() * stats.gram.diagonal().sqrt()
+
+
+@pytest.mark.parametrize("scorer", [None, Outspoken()], ids=["no score", "a score"])
+def test_gram_matrices_that_are_given_away_are_missed_by_nobody(
+    scorer: Scorer | None, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    plan = PruningPlan(Unstructured(0.5), scorer, Measured(), SparseGPT())
+    kept, given = tiny_model(), tiny_model()
+    prune(kept, tokens, replace(plan, output_error=True))
+    prune(given, tokens, replace(plan, output_error=False))
+    assert all(torch.equal(value, given.state_dict()[name]) for name, value in kept.state_dict().items())
+
+
+def test_a_last_block_that_cannot_be_written_is_an_error(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = journal.save_tensors
+
+    def full(path: Path, tensors: dict[str, Tensor]) -> None:
+        if "0002" in path.name:
+            raise DiskError("no space left")
+        save(path, tensors)
+
+    monkeypatch.setattr(journal, "save_tensors", full)
+    with pytest.raises(DiskError, match="no space left"):
+        prune(tiny_model(), tokens, PLANS["wanda"], journal_folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("block_*.record")) == ["block_0000.record", "block_0001.record"]
+
+
+def test_solves_are_dealt_out_by_what_the_block_before_took(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = tiny_model(), PLANS["sparsegpt"]
+    _, targets = plan.find_targets(model)
+    first, second = (sorted((t for t in targets if t.block == index), key=lambda t: t.name) for index in (0, 1))
+    stats = {target.name: LayerStats(frozenset({"gram"})) for target in second}
+    mask = PackedMask.pack(torch.ones(1, 8, dtype=torch.bool))
+    seconds = [1.0, 5.0, 1.0, 1.0, 1.0, 0.5, 0.5]
+    before = [
+        LayerReport(
+            name=t.name, block=0, shape=t.shape, asked=0.5, reached=0.5, output_error=None, seconds=s, mask=mask
+        )
+        for t, s in zip(first, seconds, strict=True)
+    ]
+    monkeypatch.setattr("lit_prune.ops.processes.count", lambda: 2)
+    owners = list(solving._owners(second, stats, plan, before).values())
+    assert owners == [1, 0, 1, 1, 1, 1, 1]  # the second one takes as long as all others together
+    assert owners != list(solving._owners(second, stats, plan, ()).values())
