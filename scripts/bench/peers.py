@@ -72,7 +72,7 @@ def table(records: list[Record]) -> str:
     ]
     runs = {name: [record for record in records if record["name"] == name] for name in names()}
     medians = {
-        name: {key: statistics.median(run[key] for run in mine) for key in mine[0] if key != "name"}
+        name: {key: statistics.median(run[key] for run in mine if key in run) for key in mine[0] if key != "name"}
         for name, mine in runs.items()
         if mine
     }
