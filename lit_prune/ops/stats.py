@@ -152,7 +152,10 @@ class LayerStats:
     def gram(self) -> Tensor:
         """``XᵀX`` ``[i, i]``, the plain sum over all tokens."""
         if self._gram is None:
-            raise InputError("no Gram matrix was collected: add 'gram' to the method's needs, and calibrate it")
+            raise InputError(
+                "no Gram matrix is here: add 'gram' to the method's needs, and calibrate it; inverse_cholesky with "
+                "take_gram may have put its factor there"
+            )
         if not self._mirrored:
             linalg.mirror(self._gram)
             self._mirrored = True

@@ -54,7 +54,7 @@ class Recovery:
     start: str = "one-shot"
     minutes: float = 10
     steps: int | None = None
-    """In place of minutes."""
+    """In place of minutes; more than ``Budget`` times."""
 
 
 def distillation(teacher: str) -> Distillation:
@@ -162,10 +162,8 @@ def recover(pattern: str, way: str, options: argparse.Namespace) -> Record:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=recovery.rate, weight_decay=0.0, fused=True),
         lr_scheduler=lambda optimizer: WarmupCosine(optimizer, warmup=10),
     )
-    budget, export = (
-        Budget(recovery.minutes / options.hurry, recovery.steps),
-        Export(str(recovered), overwrite=True, best=True),
-    )
+    budget = Budget(recovery.minutes / options.hurry, recovery.steps)
+    export = Export(str(recovered), overwrite=True, best=True)
     checkpoint = ModelCheckpoint(recovered.with_suffix(".ckpt"), monitor="val/perplexity", save_weights_only=True)
     trainer = Trainer(
         accelerator="cpu",

@@ -1,11 +1,8 @@
 """The engine, on six architectures."""
 
 import copy
-import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import lit_prune
-from lit_prune.allocators import AlphaPruning, FromFile, Measured
-from lit_prune.errors import DiskError, InputError, NumericalError
-from lit_prune.ops import NM, LayerStats, PackedMask, Pattern, Unstructured, select
-from lit_prune.pruning import PruningPlan, journal, prune, solving
-from lit_prune.pruning.progress import OnProgress, Position
-from lit_prune.pruning.report import LayerReport, versions
+from lit_prune.allocators import FromFile, Measured
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.ops import NM, LayerStats, PackedMask, Unstructured, select
+from lit_prune.pruning import PruningPlan, prune, solving
+from lit_prune.pruning.progress import Position
+from lit_prune.pruning.report import LayerReport
 from lit_prune.scorers import Magnitude, Scorer, SparseGPTSaliency, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
 
@@ -210,107 +207,6 @@ def test_a_singular_gram_matrix_names_the_layer(tiny_model: Callable[..., nn.Mod
         prune(tiny_model(), [tokens[0][:1, :4]], PruningPlan(Unstructured(0.5), solver=SparseGPT(damping=0.0)))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=repr)
-@pytest.mark.parametrize("correction", [0.0, 0.5])
-def test_a_killed_run_resumes_to_the_same_bits(
-    model_type: str,
-    pattern: Pattern,
-    correction: float,
-    tiny_model: Callable[..., nn.Module],
-    tokens: list[Tensor],
-    tmp_path: Path,
-) -> None:
-    plan = PruningPlan(pattern, solver=SparseGPT(), correction=correction)
-    straight = tiny_model(model_type)
-    expected = prune(straight, tokens, plan)
-
-    def kill(position: Position) -> None:
-        if (position.block, position.stage) == (2, "solve"):
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        prune(tiny_model(model_type), tokens, plan, journal_folder=tmp_path, on_progress=kill)
-    stages: list[tuple[int, str]] = []
-    resumed = tiny_model(model_type)
-    report = prune(
-        resumed,
-        tokens,
-        plan,
-        journal_folder=tmp_path,
-        resume=True,
-        on_progress=lambda p: stages.append((p.block, p.stage)),
-    )
-    assert [s for s in stages if s[1] == "solve"] == [(2, "solve")]
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
-    for name, mask in expected.masks.items():
-        assert torch.equal(mask.unpack(), report.masks[name].unpack())
-    assert [layer.reached for layer in report.layers] == [layer.reached for layer in expected.layers]
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damaged_files_are_noticed_and_their_work_is_done_again(
-    damage: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
-) -> None:
-    plan = PruningPlan(Unstructured(0.5), solver=SparseGPT(), allocator=AlphaPruning(), correction=0.3)
-    straight = tiny_model()
-    prune(straight, tokens, plan, journal_folder=tmp_path / "whole")
-    files = sorted((tmp_path / "whole").iterdir())
-    assert len(files) == 2 + 2 * 3
-    for index, file in enumerate(files):
-        journal = shutil.copytree(tmp_path / "whole", tmp_path / str(index))
-        content = bytearray((journal / file.name).read_bytes())
-        content[len(content) * 2 // 3] ^= 1
-        (journal / file.name).write_bytes(content if damage == "flip" else content[:-1])
-        if damage == "remove":
-            (journal / file.name).unlink()
-        model, solved = tiny_model(), set()
-
-        def note(position: Position, solved: set[int] = solved) -> None:
-            solved |= {position.block} if position.stage == "solve" else set()
-
-        def resume(model: nn.Module = model, journal: Path = journal, note: OnProgress = note) -> None:
-            prune(model, tokens, plan, journal_folder=journal, resume=True, on_progress=note)
-
-        if file.name == "run.record" and damage != "remove":
-            with pytest.raises(InputError, match=r"cannot resume: .*run\.record' is damaged; start again"):
-                resume()
-            continue
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            resume()
-        if file.name == "run.record":
-            assert solved == {0, 1, 2}  # nobody knows what it is the journal of
-        else:
-            assert solved == ({int(file.stem[-1])} if file.name.startswith("block") else set())
-        told = [str(warning.message) for warning in said if "is damaged: what it stands for" in str(warning.message)]
-        expected_said = damage != "remove" or file.suffix == ".safetensors"
-        assert bool(told) == expected_said, (file.name, told)
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in straight.state_dict().items())
-
-
-def test_resuming_something_else_is_refused_and_named(
-    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = PruningPlan(Unstructured(0.5), Wanda())
-    prune(tiny_model(), tokens, plan, journal_folder=tmp_path)
-    with pytest.raises(InputError, match=r"plan\.pattern\.init_args\.sparsity was 0\.5 and is now 0\.6"):
-        prune(tiny_model(), tokens, plan.at(0.6), journal_folder=tmp_path, resume=True)
-    with pytest.raises(InputError, match="data was"):
-        prune(tiny_model(), tokens[:1], plan, journal_folder=tmp_path, resume=True)
-    with pytest.raises(InputError, match="model was"):
-        prune(tiny_model(seed=1), tokens, plan, journal_folder=tmp_path, resume=True)
-    with pytest.raises(InputError, match=r"versions\.torch was '.*' and is now '0'"), monkeypatch.context() as patch:
-        patch.setattr("lit_prune.pruning.journal.versions", lambda: {**versions(), "torch": "0"})
-        prune(tiny_model(), tokens, plan, journal_folder=tmp_path, resume=True)
-    with pytest.raises(InputError, match=r"sparsity was None and is now 0\.3"):
-        prune(tiny_model(), tokens, plan, journal_folder=tmp_path, resume=True, sparsity=0.3)
-    with pytest.raises(InputError, match=r"autocast was None and is now 'torch\.bfloat16'"):
-        half = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-        prune(tiny_model(), tokens, plan, journal_folder=tmp_path, resume=True, forward_context=half)
-    prune(tiny_model(), tokens, plan.at(0.6), journal_folder=tmp_path)  # without resume it starts afresh
-
-
 def test_the_public_names_are_the_documented_ones() -> None:
     for name in lit_prune.__all__:
         assert getattr(lit_prune, name) is not None
@@ -379,22 +275,6 @@ def test_gram_matrices_that_are_given_away_are_missed_by_nobody(
     prune(kept, tokens, replace(plan, output_error=True))
     prune(given, tokens, replace(plan, output_error=False))
     assert all(torch.equal(value, given.state_dict()[name]) for name, value in kept.state_dict().items())
-
-
-def test_a_last_block_that_cannot_be_written_is_an_error(
-    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = journal.save_tensors
-
-    def full(path: Path, tensors: dict[str, Tensor]) -> None:
-        if "0002" in path.name:
-            raise DiskError("no space left")
-        save(path, tensors)
-
-    monkeypatch.setattr(journal, "save_tensors", full)
-    with pytest.raises(DiskError, match="no space left"):
-        prune(tiny_model(), tokens, PLANS["wanda"], journal_folder=tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("block_*.record")) == ["block_0000.record", "block_0001.record"]
 
 
 def test_solves_are_dealt_out_by_what_the_block_before_took(
