@@ -33,10 +33,10 @@ class Reconstruction:
 
     .. code-block:: yaml
 
-        reconstruction: {class_path: Reconstruction, init_args: {steps: 80, rate: 0.03}}
+        reconstruction: {class_path: Reconstruction, init_args: {steps: 80, rate: 0.01}}
     """
 
-    def __init__(self, steps: int = 80, rate: float = 0.03, sequences: int = 2, norms_and_biases: bool = True) -> None:
+    def __init__(self, steps: int = 80, rate: float = 0.01, sequences: int = 2, norms_and_biases: bool = True) -> None:
         """Validate and keep the arguments.
 
         Args:
@@ -50,7 +50,7 @@ class Reconstruction:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"reconstruction {name} is {value!r}: it must be a whole number, 1 or more")
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
-            raise InputError(f"reconstruction rate is {rate!r}: it must be a number above 0, such as 0.03")
+            raise InputError(f"reconstruction rate is {rate!r}: it must be a number above 0, such as 0.01")
         if not isinstance(norms_and_biases, bool):
             raise InputError(f"reconstruction norms_and_biases is {norms_and_biases!r}: it must be true or false")
         self.steps = steps

@@ -227,16 +227,19 @@ def text(options: argparse.Namespace) -> TextDataModule:
 
 
 def table(records: list[Record]) -> str:
-    """Return the records as a Markdown table."""
+    """Return the records as a Markdown table, by pattern."""
     lines = [
-        "| model | perplexity | of the embedded text | tokens | minutes | peak memory GiB |",
-        "|---|---|---|---|---|---|",
+        "| model | perplexity | of dense | of the embedded text | tokens | minutes | peak memory GiB |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for record in records:
+    dense = next(record for record in records if record["name"] == DENSE)
+    patterns, order = [DENSE, *PATTERNS], names()
+    for record in sorted(records, key=lambda r: (patterns.index(r["name"].split()[0]), order.index(r["name"]))):
         tokens = f"{record['tokens']:,}" if "tokens" in record else ""
         minutes = f"{record['minutes']:.1f}" if "minutes" in record else ""
         memory = f"{record['peak_memory'] / 2**30:.2f}" if "peak_memory" in record else ""
-        cells = (record["name"], f"{record['perplexity']:.2f}", f"{record['embedded']:.2f}", tokens, minutes, memory)
+        perplexities = (f"{record['perplexity']:.2f}", f"{record['perplexity'] / dense['perplexity']:.2f}")
+        cells = (record["name"], *perplexities, f"{record['embedded']:.2f}", tokens, minutes, memory)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

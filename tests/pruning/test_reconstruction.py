@@ -255,7 +255,7 @@ def test_the_report_tells_and_survives_json(tiny_model: Callable[..., nn.Module]
     assert again.reconstructions == report.reconstructions and again.changed == report.changed
     assert report.as_dict()["plan"]["reconstruction"] == {
         "class_path": "Reconstruction",
-        "init_args": {"steps": 2, "rate": 0.03, "sequences": 2, "norms_and_biases": True},
+        "init_args": {"steps": 2, "rate": 0.01, "sequences": 2, "norms_and_biases": True},
     }
     assert "block_error.png" in render(report, "tiny")
     errors = report.table().columns[-1]
