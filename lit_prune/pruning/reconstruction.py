@@ -33,16 +33,17 @@ class Reconstruction:
 
     .. code-block:: yaml
 
-        reconstruction: {class_path: Reconstruction, init_args: {steps: 80, rate: 0.01}}
+        reconstruction: {class_path: Reconstruction, init_args: {steps: 80, rate: 0.08}}
     """
 
-    def __init__(self, steps: int = 80, rate: float = 0.01, sequences: int = 2, norms_and_biases: bool = True) -> None:
+    def __init__(self, steps: int = 80, rate: float = 0.08, sequences: int = 2, norms_and_biases: bool = True) -> None:
         """Validate and keep the arguments.
 
         Args:
             steps: Adam steps per block.
             rate: Highest learning rate, reached after three tenths of the steps, as a fraction of the root mean square
-                of the block's kept weights, which differs tenfold from model to model.
+                of the block's kept weights, which differs tenfold from model to model, times the block's relative error
+                (the root of the loss) before: what has lost little would else learn the calibration set by heart.
             sequences: Calibration sequences per step, and in every other pass through a block, at most.
             norms_and_biases: Train the block's norms and its layers' biases too.
         """
@@ -50,7 +51,7 @@ class Reconstruction:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"reconstruction {name} is {value!r}: it must be a whole number, 1 or more")
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
-            raise InputError(f"reconstruction rate is {rate!r}: it must be a number above 0, such as 0.01")
+            raise InputError(f"reconstruction rate is {rate!r}: it must be a number above 0, such as 0.08")
         if not isinstance(norms_and_biases, bool):
             raise InputError(f"reconstruction norms_and_biases is {norms_and_biases!r}: it must be true or false")
         self.steps = steps
@@ -86,7 +87,7 @@ class Reconstruction:
         device = next(block.module.parameters()).device
         keep = {layer.parameter[local:]: layer.mask.unpack().to(device) for layer in layers}
         before = after = replay.output_error(block.index, outputs)
-        trained = self._train(block.index, parameters, keep, replay, outputs)
+        trained = self._train(block.index, parameters, keep, replay, outputs, self.rate * before**0.5)
         for value in trained.values():
             processes.hand_out(value, 0)  # sums of processes may differ in the last bit
         error = replay.output_error(block.index, outputs, trained)
@@ -103,13 +104,14 @@ class Reconstruction:
         keep: Mapping[str, Tensor],
         replay: BlockReplay,
         outputs: Sequence[Tensor],
+        relative_rate: float,
     ) -> dict[str, Tensor]:
         """Return trained values of a block's parameters, by name in it and in their dtypes; the block is left alone."""
         # Rounded to half precision, steps this small would be lost: what is trained is a copy.
         masters = {name: working(parameter).clone().requires_grad_() for name, parameter in parameters.items()}
         # The errors are small and so are their gradients, which Adam's own eps would outweigh.
         optimizer = Adam(masters.values(), eps=1e-12)
-        rate = self.rate * _root_mean_square([masters[name][mask] for name, mask in keep.items()])
+        rate = relative_rate * _root_mean_square([masters[name][mask] for name, mask in keep.items()])
         schedule = OneCycleLR(optimizer, rate, total_steps=self.steps + 1, cycle_momentum=False)
         tokens = processes.add_up(torch.tensor([output.shape[:-1].numel() for output in outputs])).tolist()
         for batch in _shuffled(len(outputs), self.steps, seed=block):

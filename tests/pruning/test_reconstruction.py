@@ -134,9 +134,9 @@ def test_a_norm_that_blocks_share_is_left_alone(tiny_model: Callable[..., nn.Mod
 
 
 def test_half_precision_trains_in_float32(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
-    # A step of a thousandth is less than bfloat16 can tell; sixty of them are not.
+    # Times the error, a step of a thousandth at most is less than bfloat16 can tell; sixty of them are not.
     model, plain = tiny_model().bfloat16(), tiny_model().bfloat16()
-    slow = Reconstruction(steps=60, rate=1e-3)
+    slow = Reconstruction(steps=60, rate=3e-3)
     report = prune(model, tokens, plan_of(slow, device="cpu", hidden_device="cpu"))
     prune(plain, tokens, plan_of(None))
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
@@ -255,7 +255,7 @@ def test_the_report_tells_and_survives_json(tiny_model: Callable[..., nn.Module]
     assert again.reconstructions == report.reconstructions and again.changed == report.changed
     assert report.as_dict()["plan"]["reconstruction"] == {
         "class_path": "Reconstruction",
-        "init_args": {"steps": 2, "rate": 0.01, "sequences": 2, "norms_and_biases": True},
+        "init_args": {"steps": 2, "rate": 0.08, "sequences": 2, "norms_and_biases": True},
     }
     assert "block_error.png" in render(report, "tiny")
     errors = report.table().columns[-1]
