@@ -232,13 +232,13 @@ def table(records: list[Record]) -> str:
         "| model | perplexity | of dense | of the embedded text | tokens | minutes | peak memory GiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    dense = next(record for record in records if record["name"] == DENSE)
+    dense = next((record["perplexity"] for record in records if record["name"] == DENSE), float("nan"))
     patterns, order = [DENSE, *PATTERNS], names()
     for record in sorted(records, key=lambda r: (patterns.index(r["name"].split()[0]), order.index(r["name"]))):
         tokens = f"{record['tokens']:,}" if "tokens" in record else ""
         minutes = f"{record['minutes']:.1f}" if "minutes" in record else ""
         memory = f"{record['peak_memory'] / 2**30:.2f}" if "peak_memory" in record else ""
-        perplexities = (f"{record['perplexity']:.2f}", f"{record['perplexity'] / dense['perplexity']:.2f}")
+        perplexities = (f"{record['perplexity']:.2f}", f"{record['perplexity'] / dense:.2f}")
         cells = (record["name"], *perplexities, f"{record['embedded']:.2f}", tokens, minutes, memory)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
 from lit_prune.errors import InputError
 from lit_prune.models.batches import Batch, split_batch
@@ -131,6 +134,24 @@ def test_a_norm_that_blocks_share_is_left_alone(tiny_model: Callable[..., nn.Mod
     second.input_layernorm.weight = first.input_layernorm.weight
     targets = [t for t in find_targets(model, blocks) if t.block == 0]
     assert list(find_vectors(model, blocks[0], targets)) == ["model.layers.0.post_attention_layernorm.weight"]
+
+
+def test_the_rate_follows_the_weights_and_the_error(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    class Noted(OneCycleLR):
+        def __init__(self, optimizer: Optimizer, max_lr: float, **options: Any) -> None:
+            rates.append(max_lr)
+            super().__init__(optimizer, max_lr, **options)
+
+    monkeypatch.setattr("lit_prune.pruning.reconstruction.OneCycleLR", Noted)
+    plain, first = tiny_model(), {"include": ["*.layers.0.*"]}
+    masks = prune(plain, tokens, plan_of(None, **first)).masks
+    done = prune(tiny_model(), tokens, plan_of(Reconstruction(steps=2, rate=0.1), **first)).reconstructions[0]
+    kept = torch.cat([plain.get_parameter(name)[mask.unpack()] for name, mask in masks.items()])
+    assert rates[0] == pytest.approx(0.1 * done.before**0.5 * kept.square().mean().sqrt().item(), rel=1e-5)
 
 
 def test_half_precision_trains_in_float32(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
