@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rows import Record
 
 from lit_prune.allocators import Measured, Uniform
 from lit_prune.callbacks import Export, KeepMasks, StopOnDivergence
-from lit_prune.models.files import read_json
+from lit_prune.models.files import read_json, write_atomically
 from lit_prune.models.io import save_pruned
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
@@ -209,16 +210,14 @@ def evaluate(module: LitCausalLM, options: argparse.Namespace) -> Record:
 def text(options: argparse.Namespace) -> TextDataModule:
     """Return the training text, its last tenth for validation."""
     lines = options.train.read_text().splitlines(keepends=True)
-    options.work.mkdir(parents=True, exist_ok=True)
-    parts = {"train": lines[: len(lines) * 9 // 10], "validation": lines[len(lines) * 9 // 10 :]}
-    files: dict[str, Path] = {name: options.work / f"{name}.txt" for name in parts}
-    for name, part in parts.items():
-        files[name].write_text("".join(part))
+    train, validation = options.work / "train.txt", options.work / "validation.txt"
+    for file, part in ((train, lines[: len(lines) * 9 // 10]), (validation, lines[len(lines) * 9 // 10 :])):
+        write_atomically(file, partial(Path.write_text, data="".join(part)))  # the rows of other jobs read it too
     return TextDataModule(
         options.model,
-        train=str(files["train"]),
-        val=str(files["validation"]),
-        calibration=str(files["train"]),
+        train=str(train),
+        val=str(validation),
+        calibration=str(train),
         sequences=32,
         seqlen=options.seqlen,
         batch_size=options.batch_size,
