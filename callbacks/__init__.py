@@ -5,5 +5,6 @@ from lit_prune.callbacks.find_learning_rate import FindLearningRate
 from lit_prune.callbacks.keep_masks import KeepMasks
 from lit_prune.callbacks.prune import Prune
 from lit_prune.callbacks.stop_on_divergence import StopOnDivergence
+from lit_prune.callbacks.validate_at_start import ValidateAtStart
 
-__all__ = ["Export", "FindLearningRate", "KeepMasks", "Prune", "StopOnDivergence"]
+__all__ = ["Export", "FindLearningRate", "KeepMasks", "Prune", "StopOnDivergence", "ValidateAtStart"]

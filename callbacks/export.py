@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.callbacks.keep_masks import find_keep_masks
 from lit_prune.callbacks.prune import Prune, find_prune
@@ -49,7 +51,8 @@ class Export(Callback):
         Args:
             output: Folder to write.
             overwrite: Replace the folder where it exists.
-            best: Write the best checkpoint of the ``ModelCheckpoint`` since the last pruning, not the last weights.
+            best: Write the best checkpoint of the ``ModelCheckpoint`` since the last pruning, not the last weights;
+                where it has written none since, the last weights, with a warning.
         """
         self.output = output
         self.overwrite = overwrite
@@ -67,8 +70,11 @@ class Export(Callback):
             find_prune(trainer)
         elif keep_masks.source is not None:
             check_report(keep_masks.source)
-        if self.best:
-            _monitoring(trainer)
+        if self.best and _monitoring(trainer).save_weights_only and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError(
+                f"Export.best is on, and ModelCheckpoint.save_weights_only: {type(trainer.strategy).__name__} cannot "
+                "load the best checkpoint without its optimizer; make save_weights_only false"
+            )
 
     def on_pruned(self, trainer: Trainer, pl_module: LightningModule, report: PruningReport) -> None:
         """Forget the checkpoints of the model with fewer pruned weights: they are not what is to be exported."""
@@ -113,10 +119,11 @@ class Export(Callback):
     def _load_best(self, trainer: Trainer) -> None:
         path = _monitoring(trainer).best_model_path
         if not path:
-            raise InputError(
-                "Export.best is on, and no checkpoint was written since the last pruning: lower "
-                "--trainer.val_check_interval"
+            rank_zero_warn(
+                "Export.best is on, and no checkpoint was written since the last pruning: the last weights are "
+                "exported; lower --trainer.val_check_interval to have a choice"
             )
+            return
         strategy = trainer.strategy
         strategy.load_model_state_dict(strategy.load_checkpoint(path))
 
@@ -130,12 +137,14 @@ class Export(Callback):
             if str(trainer.precision).endswith("-true"):
                 whole.to(next(model.parameters()).dtype)  # and not that of the float32 masters
             if trainer.is_global_zero:
+                title = Path(str(pl_module.pretrained)).name
+                documents = render(report, title, adapters=bool(adapters)) if report else {}
                 save_pruned(
                     self.output,
                     whole,
                     pl_module.load_tokenizer(),  # type: ignore[operator]
                     masks,
-                    adapters | (render(report, title=Path(str(pl_module.pretrained)).name) if report else {}),
+                    adapters | documents,
                     self.overwrite,
                 )
         trainer.strategy.barrier("export")
@@ -152,7 +161,10 @@ def _masks_and_report(trainer: Trainer) -> tuple[Mapping[str, PackedMask], Pruni
         if report is None:
             raise InputError("nothing was pruned in this run, so there is no report to export")
         return report.masks, report
-    return keep_masks.masks, read_report(keep_masks.source or "", keep_masks.masks)
+    report = read_report(keep_masks.source or "", keep_masks.masks)
+    if report is not None:
+        report.evaluation, report.samples = {}, []  # of the weights before this training
+    return keep_masks.masks, report
 
 
 def _monitoring(trainer: Trainer) -> ModelCheckpoint:

@@ -49,7 +49,14 @@ class FindLearningRate(LearningRateFinder):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: the masks are not in force yet."""
+        """Refuse a schedule whose rates cannot be scaled. The test comes later: the masks are not in force yet."""
+        for config in trainer.lr_scheduler_configs:
+            cyclic = hasattr(config.scheduler, "max_lrs") or "max_lr" in trainer.optimizers[0].param_groups[0]
+            if cyclic or not hasattr(config.scheduler, "base_lrs"):
+                raise InputError(
+                    f"model.lr_scheduler is {type(config.scheduler).__name__}, whose rates FindLearningRate cannot "
+                    "scale: use lit_prune.training.schedules.WarmupCosine, or set the rates without FindLearningRate"
+                )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the rate before the first step."""

@@ -82,6 +82,7 @@ class KeepMasks(Callback):
             masks = masks_of_zeros(pl_module.get_submodule("model"))
         elif self.source is not None:
             masks = load_masks(self.source)
+            self._refuse_others(trainer, pl_module, masks)
         else:
             report = next(callback for callback in _callbacks(trainer) if isinstance(callback, Prune)).report
             masks = report.masks if report else {}
@@ -94,10 +95,7 @@ class KeepMasks(Callback):
     def take(self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, PackedMask]) -> None:
         """Keep these masks from now on: zero what they prune wherever it is held, and mask its gradients."""
         model = pl_module.get_submodule("model")
-        parameters = dict(model.named_parameters())
-        for name, mask in masks.items():
-            if name not in parameters or whole_shape(parameters[name]) != tuple(mask.shape):
-                raise InputError(f"masks are for another model: it has no {name} of shape {tuple(mask.shape)}")
+        parameters = _parameters_of(model, masks)
         self._remove_hooks()
         self.masks = {name: mask.to(pl_module.device) for name, mask in masks.items()}
         mask_adapters(model, self.masks)
@@ -160,6 +158,20 @@ class KeepMasks(Callback):
         shapes = state_dict["mask_shapes"]
         self._restored = {name: PackedMask(bits, tuple(shapes[name])) for name, bits in state_dict["masks"].items()}
 
+    def _refuse_others(self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, PackedMask]) -> None:
+        """Raise ``InputError`` where the model is not the one that was pruned, such as the dense one."""
+        found = [
+            f"{count} values that they prune are not zero in {name}"
+            for name, parameter in _parameters_of(pl_module.get_submodule("model"), masks).items()
+            if (count := sum(count_revived(parameter, masks[name].unpack().to(pl_module.device)).values()))
+        ]
+        first = _first_of_all_processes(found)
+        if first is not None:
+            raise InputError(
+                f"KeepMasks.masks is {self.source!r}, masks of another model: {first}; set --model.pretrained to the "
+                "pruned folder that they belong to"
+            )
+
     def _kept(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter, PackedMask]]:
         model = pl_module.get_submodule("model")
         for name, mask in self.masks.items():
@@ -190,6 +202,15 @@ def check_strategy(strategy: Strategy) -> None:
 def find_keep_masks(trainer: Trainer) -> KeepMasks | None:
     """Return the trainer's ``KeepMasks`` callback, if it has one."""
     return next((callback for callback in _callbacks(trainer) if isinstance(callback, KeepMasks)), None)
+
+
+def _parameters_of(model: nn.Module, masks: Mapping[str, PackedMask]) -> dict[str, nn.Parameter]:
+    """Return the parameters that have masks, or raise ``InputError``."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters or whole_shape(parameters[name]) != tuple(mask.shape):
+            raise InputError(f"masks are for another model: it has no {name} of shape {tuple(mask.shape)}")
+    return {name: parameters[name] for name in masks}
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

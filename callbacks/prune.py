@@ -10,7 +10,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_prune.callbacks.log_pruning import log_outcome, log_pruning
@@ -174,9 +176,21 @@ class Prune(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PruningListener):
                     callback.on_pruned(trainer, pl_module, self.report)
+                elif isinstance(callback, EarlyStopping):  # its score is that of the model with fewer pruned weights
+                    callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+                    callback.wait_count = 0
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 log_pruning(logger, self.report, before, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where the training has stopped before the schedule ended."""
+        if self.pruned_at is None or self.pruned_at < self.schedule.last:
+            rank_zero_warn(
+                f"training stopped at step {trainer.global_step}, before the schedule prunes for the last time (step "
+                f"{self.schedule.last}): the model has {self.report.sparsity if self.report else 0:.1%} sparsity, not "
+                f"{self.plan.pattern.sparsity:.1%}"
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan beside the figures that the training ended with."""

@@ -50,6 +50,8 @@ class StopOnDivergence(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise ``DivergedError`` in all processes where the loss of one of them has."""
         value = loss.item() * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        value /= scaler.get_scale() if scaler else 1.0  # 16-mixed scales the loss before this hook
         self._losses.append(value)
         mean = sum(self._losses) / len(self._losses)
         if len(self._losses) == self._losses.maxlen:

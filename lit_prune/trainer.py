@@ -163,9 +163,10 @@ class PruningTrainer(Trainer):
             report = PruningReport.from_dict(kept, by_layer(masks)) if kept else None
         else:
             report = read_report(model.pretrained, masks)
-        documents = render(report, title=Path(model.pretrained).name, to=to) if report else {}
-        with without_adapters(model.model) as adapters:
-            documents |= adapters if read else adapter_files(model.pretrained)
+        with without_adapters(model.model) as trained:
+            adapters = trained if read else adapter_files(model.pretrained)
+            title = Path(model.pretrained).name
+            documents = adapters | (render(report, title, to, adapters=bool(adapters)) if report else {})
             tokenizer = model.load_tokenizer()
             folder = save_pruned(output, model.model, tokenizer, masks, documents, overwrite, to, shard_size)
         self._show([], folder)

@@ -59,7 +59,10 @@ class Checkpoint:
             if state.get("masks"):
                 shapes = state["mask_shapes"]
                 return {f"{k}{suffix}": PackedMask(bits, tuple(shapes[k])) for k, bits in state["masks"].items()}
-        raise InputError("the checkpoint holds no masks: neither Prune nor KeepMasks was among the callbacks")
+        raise InputError(
+            "the checkpoint holds no masks: neither Prune nor KeepMasks was among the callbacks, or "
+            "ModelCheckpoint.save_weights_only is on"
+        )
 
 
 def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:

@@ -35,7 +35,7 @@ _CARD = """---
 # {title}, pruned
 
 {sparsity} of the targeted weights are zero: {method}. It opens with
-{opens}.
+{opens}.{beside}
 
 | | |
 |---|---|
@@ -50,18 +50,29 @@ every layer. The plan:
 {plan}
 ```
 """
+_BESIDE = """
+
+The model was trained with the low-rank adapters in the folder `adapter`, and is worse without them:
+`peft.PeftModel.from_pretrained(model, "FOLDER/adapter")` puts them on."""
 _PLOTS = ("sparsity", "output_error", "block_error", "validation")
 """Figures that are files too, for the model card."""
 
 
-def render(report: PruningReport, title: str, to: Format = "hf") -> dict[str, str | bytes]:
-    """Return every document of a pruned model's folder, whose weights lie there in the form ``to``: name to content."""
+def render(report: PruningReport, title: str, to: Format = "hf", adapters: bool = False) -> dict[str, str | bytes]:
+    """Return every document of a pruned model's folder: name to content.
+
+    Args:
+        report: what was done.
+        title: of the page and the card.
+        to: the form in which the weights lie there.
+        adapters: whether plain adapters lie beside them.
+    """
     figures = report_figures(report)
     plots = {f"{name}.png": as_png(figures[name]) for name in _PLOTS if name in figures}
     return {
         REPORT_FILE: json.dumps(report.as_dict(), indent=1),
         PAGE_FILE: _page(report, title, {name: as_svg(figure) for name, figure in figures.items()}),
-        "README.md": _card(report, title, list(plots), to),
+        "README.md": _card(report, title, list(plots), to, adapters),
         **plots,
     }
 
@@ -192,7 +203,7 @@ def _layers(report: PruningReport) -> str:
     return pages.table(rows, ("layer", "shape", "asked", "reached", "output error", "seconds"))
 
 
-def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format) -> str:
+def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, adapters: bool) -> str:
     """Return the model card of the Hugging Face hub."""
     scores = []
     if "perplexity_after" in report.evaluation:
@@ -217,6 +228,7 @@ def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format) -
         opens="`lit_prune.load_model`, which puts the zeros back to the bit"
         if to == "bitmask"
         else "plain `transformers.AutoModelForCausalLM.from_pretrained`; the zeros are in the weights",
+        beside=_BESIDE if adapters else "",
         method=report.method,
         sparsity=f"{report.sparsity:.2%}",
         summary="\n".join(f"| {what} | {value} |" for what, value in report.summary()),

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -16,6 +18,7 @@ from lit_prune.errors import InputError
 from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_model, load_tokenizer
 from lit_prune.models.lazy import names_on_disk
+from lit_prune.models.peft_format import adapter_files
 from lit_prune.training.data import validation_names
 from lit_prune.training.losses import LanguageModelLoss, Loss, Student, next_token_loss
 from lit_prune.training.recovery import Everything, Trainable
@@ -32,7 +35,7 @@ class LitCausalLM(LightningModule):
 
         model:
           pretrained: HuggingFaceTB/SmolLM2-135M
-          dtype: bfloat16
+          dtype: float32  # of what trains; trainer.precision: bf16-mixed makes it fast
           optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4, weight_decay: 0.1}}
           lr_scheduler: {class_path: lit_prune.training.schedules.WarmupCosine, init_args: {warmup: 20}}
           trainable: {class_path: LoRA, init_args: {rank: 16}}
@@ -89,6 +92,11 @@ class LitCausalLM(LightningModule):
         dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         # Lightning trains modules in the mode in which it finds them.
         self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code, self.lazy).train()
+        if adapter_files(self.pretrained):
+            rank_zero_warn(
+                f"model.pretrained is {self.pretrained!r}, whose plain adapters are not put on: figures are of the "
+                "model without them; peft.PeftModel puts them on"
+            )
         take_apart(self.model)
         if self.lazy is not None:  # DDP would write to placeholders to make them the same in all processes
             self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in names_on_disk(self.model)]
@@ -112,9 +120,21 @@ class LitCausalLM(LightningModule):
         """Let the loss get ready; refuse a model that stays on disk."""
         if self.lazy is not None:
             raise InputError(f"model.lazy is {self.lazy!r}: a model that stays on disk cannot be trained; leave it out")
+        self._warn_of_rounding()
         self.loss.prepare(
             Student(self.model, self.load_tokenizer(), sharding_of_frozen(self.trainer.strategy, self.device_mesh))
         )
+
+    def _warn_of_rounding(self) -> None:
+        """Say so where what trains is in half precision, without masters in float32."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which keeps masters
+            return
+        halves = {p.dtype for p in self.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+        for dtype in halves:
+            rank_zero_warn(
+                f"what trains is in {dtype}, where steps much smaller than a weight are rounded away: most weights may "
+                "never change; set --model.dtype float32, and for speed --trainer.precision bf16-mixed"
+            )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss; log it and its parts."""

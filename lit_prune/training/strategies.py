@@ -58,12 +58,13 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh, frozen: bool = False) -> nn.Module:
     """Shard a model over the data-parallel processes of ``mesh``, one group of parameters per decoder block."""
     data_parallel = mesh["data_parallel"]
     for block in find_blocks(model):
         fully_shard(block.module, mesh=data_parallel)
-    fully_shard(model, mesh=data_parallel)
+    # What is outside the blocks stays gathered for the backward pass, which a frozen model never has.
+    fully_shard(model, mesh=data_parallel, reshard_after_forward=True if frozen else None)
     return model
 
 
@@ -74,7 +75,7 @@ Sharding = Callable[[nn.Module], Any]
 def sharding_of_frozen(strategy: Strategy, mesh: DeviceMesh | None) -> Sharding | None:
     """Return what shards a frozen model as the strategy shards the one in training; None = processes hold it whole."""
     if mesh is not None:
-        return partial(shard, mesh=mesh)
+        return partial(shard, mesh=mesh, frozen=True)
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         return partial(_partition, config=strategy.config)  # type: ignore[arg-type]
     return None

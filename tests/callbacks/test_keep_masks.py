@@ -97,6 +97,14 @@ def test_masks_of_another_model_are_refused(pruned: Path) -> None:
         trainer(KeepMasks(str(pruned))).fit(lit(config={**LLAMA, "intermediate_size": 40}), data())
     with pytest.raises(InputError, match="masks are for another model"):
         trainer(KeepMasks(str(pruned))).fit(lit(config=GPT2), data())
+    module = lit()  # the dense model, whose pruned weights are not zero: the masks alone would make a worse one of it
+    with pytest.raises(
+        InputError, match=r"values that they prune are not zero in model\.layers\.0.*set --model\.pretr"
+    ):
+        trainer(KeepMasks(str(pruned))).fit(module, data())
+    dense = lit()
+    dense.configure_model()
+    assert torch.equal(module.model.get_parameter(UP), dense.model.get_parameter(UP))
 
 
 def test_masks_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -4,17 +4,19 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, SequentialLR
 
-from lit_prune.callbacks import Export, FindLearningRate, KeepMasks, Prune, StopOnDivergence
+from lit_prune.callbacks import Export, FindLearningRate, KeepMasks, Prune, StopOnDivergence, ValidateAtStart
 from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.errors import InputError
 from lit_prune.models.io import check_masks_hold, load_masks, load_model, load_tokenizer, save_pruned
@@ -32,7 +34,9 @@ from lit_prune.training import (
     Trainable,
     WarmupCosine,
 )
+from lit_prune.training.strategies import FSDP2
 
+UP = "model.layers.0.mlp.up_proj.weight"
 TRAINABLE = {"everything": Everything, "norms": NormsAndBiases, "lora": lambda: LoRA(4, norms_and_biases=True)}
 
 
@@ -103,8 +107,19 @@ def test_plain_adapters_train_beside_weights_that_stay_sparse(dense: str, tmp_pa
     module.eval()
     input_ids = torch.arange(16)[None]
     assert (module(input_ids) - exported(input_ids).logits).abs().max() > 1e-3
+    assert '"FOLDER/adapter")` puts them on' in (tmp_path / "out" / "README.md").read_text()
+    with pytest.warns(UserWarning, match="whose plain adapters are not put on"):
+        lit(str(tmp_path / "out")).configure_model()
     both = PeftModel.from_pretrained(exported, tmp_path / "out" / "adapter")
     torch.testing.assert_close(module(input_ids), both(input_ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), ("float32", False)])
+def test_weights_in_half_precision_are_warned_of(
+    dtype: Any, warned: bool, dense: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    trainer(magnitude(), KeepMasks(), max_steps=1, precision="bf16-mixed").fit(lit(dense, dtype=dtype), data())
+    assert any("steps much smaller than a weight are rounded away" in str(w.message) for w in recwarn) == warned
 
 
 def test_a_checkpoint_holds_adapters_and_no_teacher(dense: str, tmp_path: Path) -> None:
@@ -127,6 +142,10 @@ def test_a_checkpoint_holds_adapters_and_no_teacher(dense: str, tmp_path: Path) 
 def test_a_model_that_was_pruned_before_is_recovered_and_keeps_its_report(dense: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     trainer(magnitude(), KeepMasks(), Export(str(first)), max_steps=1).fit(lit(dense), data())
+    report = json.loads((first / "pruning.json").read_text())
+    report["evaluation"] = {"perplexity_before": 1.0, "perplexity_after": 2.0, "seqlen": 16, "text": "of the first"}
+    report["samples"] = [{"prompt": "A", "before": "A b", "after": "A c"}]
+    (first / "pruning.json").write_text(json.dumps(report))
     text = data()
     text.other_val = ["embedded"]
     trainer(KeepMasks(str(first)), Export(str(second))).fit(lit(str(first), LoRA(2)), text)
@@ -135,6 +154,8 @@ def test_a_model_that_was_pruned_before_is_recovered_and_keeps_its_report(dense:
     assert load_masks(second).keys() == masks.keys()
     report = json.loads((second / "pruning.json").read_text())
     assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert report["evaluation"] == {} and report["samples"] == []  # they were of the weights before
+    assert "of the first" not in (second / "README.md").read_text()
     curves = report["validation"]
     assert curves["validation text"] == curves["embedded"]  # the same text twice, to see that both are measured
     assert [step for step, _ in curves["embedded"]] == [4, 8] and (second / "validation.png").is_file()
@@ -178,6 +199,52 @@ def test_the_best_model_is_exported(dense: str, tmp_path: Path) -> None:
     assert perplexity == pytest.approx(checkpoint.best_model_score.item(), rel=1e-4)
 
 
+def test_a_training_that_stops_before_its_last_pruning_says_so(dense: str, tmp_path: Path) -> None:
+    # Spoiled at step 4, the model is worse at the validation there: no patience is left, and the pruning at step 20
+    # never comes.
+    early = EarlyStopping("val/perplexity", patience=1)
+    callbacks = [magnitude(Cubic(start=0, end=20, every=20, initial=0.2)), KeepMasks(), Spoil(3), early]
+    with pytest.warns(
+        UserWarning, match=r"stopped at step 4, before .* \(step 20\): the model has 20\.0% sparsity, not 50"
+    ):
+        trainer(*callbacks, max_steps=40, val_check_interval=1).fit(lit(dense), data(200))
+
+
+def test_a_pruning_begins_the_patience_anew(dense: str) -> None:
+    class Scores(Callback):
+        """Logs a score that is worse at every validation: the step."""
+
+        def on_validation_epoch_end(self, trainer: Trainer, module: Any) -> None:
+            module.log("score", float(trainer.global_step))
+
+    early = EarlyStopping("score", patience=3)
+    runner = trainer(
+        Scores(), magnitude(Cubic(start=0, end=3, every=3)), KeepMasks(), early, max_steps=40, val_check_interval=1
+    )
+    runner.fit(lit(dense), data(200))
+    # The best is that of step 1, and that of step 3 once the pruning there is done; three worse ones follow.
+    assert runner.global_step == 6 and early.best_score.item() == 3
+
+
+def test_the_course_of_a_training_begins_before_it(dense: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    trainer(magnitude(), KeepMasks(), Export(str(first)), max_steps=1).fit(lit(dense), data())
+    pruned = trainer().validate(lit(str(first)), data(), verbose=False)[0]["val/perplexity"]
+    runner = trainer(KeepMasks(str(first)), ValidateAtStart(), best(tmp_path), Export(str(second), best=True))
+    runner.fit(lit(str(first)), data())
+    course = json.loads((second / "pruning.json").read_text())["validation"]["validation text"]
+    assert [step for step, _ in course] == [0, 4, 8]
+    assert course[0][1] == pytest.approx(pruned, rel=1e-6)
+    assert runner.global_step == 8 and course[-1][1] < pruned
+    straight = lit(str(first))
+    trainer(KeepMasks(str(first))).fit(straight, data())
+    again = lit(str(first))
+    trainer(KeepMasks(str(first)), ValidateAtStart()).fit(again, data())
+    assert torch.equal(again.model.get_parameter(UP), straight.model.get_parameter(UP))  # it changes nothing
+    with pytest.raises(InputError, match="ValidateAtStart has nothing to do"):
+        trainer(KeepMasks(str(first)), ValidateAtStart(), limit_val_batches=0).fit(lit(str(first)), data())
+
+
 def test_the_best_model_is_one_with_the_last_masks(dense: str, tmp_path: Path) -> None:
     # The last pruning is at step 6, so the checkpoint of step 4, better or not, is not what is asked for.
     out, checkpoint = tmp_path / "out", best(tmp_path)
@@ -192,8 +259,22 @@ def test_the_best_model_needs_to_be_known(dense: str, tmp_path: Path) -> None:
     export = Export(str(tmp_path / "out"), best=True)
     with pytest.raises(InputError, match="has 0 ModelCheckpoints with a monitor"):
         trainer(magnitude(), KeepMasks(), export).fit(lit(dense), data())
-    with pytest.raises(InputError, match="no checkpoint was written since the last pruning"):
-        trainer(magnitude(), KeepMasks(), best(tmp_path), export, val_check_interval=20).fit(lit(dense), data())
+
+    class Sharded:
+        strategy = FSDP2()
+        callbacks: ClassVar = [magnitude(), ModelCheckpoint(monitor="val/perplexity", save_weights_only=True)]
+
+    with pytest.raises(InputError, match="FSDP2 cannot load the best checkpoint without its optimizer"):
+        export.setup(Sharded(), lit(dense), "fit")  # type: ignore[arg-type]
+
+
+def test_without_a_best_model_the_last_one_is_exported(dense: str, tmp_path: Path) -> None:
+    out, module = tmp_path / "out", lit(dense)
+    runner = trainer(magnitude(), KeepMasks(), best(tmp_path), Export(str(out), best=True), val_check_interval=20)
+    with pytest.warns(UserWarning, match="no checkpoint was written since the last pruning: the last weights"):
+        runner.fit(module, data())
+    check_masks_hold(load_model(str(out)), load_masks(out))
+    assert torch.equal(load_model(str(out)).state_dict()[UP], module.model.get_parameter(UP))
 
 
 @pytest.mark.parametrize("how", ["nan", "rate"])
@@ -217,6 +298,15 @@ def test_a_training_that_does_not_diverge_goes_on(dense: str) -> None:
     runner = trainer(magnitude(Cubic(start=0, end=6, every=3)), KeepMasks(), StopOnDivergence(1.5, window=1))
     runner.fit(lit(dense), data())
     assert runner.global_step == 8
+
+
+def test_a_scaled_loss_that_grows_with_its_scale_does_not_diverge(dense: str) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)  # twice as large after every step
+    runner = trainer(
+        magnitude(), KeepMasks(), StopOnDivergence(1.5, window=1), plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
+    )
+    runner.fit(lit(dense), data())
+    assert runner.global_step == 8 and scaler.get_scale() > 1024
 
 
 @pytest.mark.parametrize(("factor", "window"), [(1.0, 20), (3.0, 0)])
@@ -249,7 +339,7 @@ def test_a_range_test_finds_the_rate_and_leaves_no_trace(dense: str, caplog: pyt
     check_masks_hold(module.model, prune.report.masks)
 
 
-def test_bad_range_tests_are_refused() -> None:
+def test_bad_range_tests_are_refused(dense: str) -> None:
     class Sharded(DeepSpeedStrategy):
         def __init__(self) -> None: ...
 
@@ -258,6 +348,13 @@ def test_bad_range_tests_are_refused() -> None:
 
     with pytest.raises(InputError, match="Sharded: FindLearningRate works on one device and with ddp"):
         FindLearningRate().setup(Run(), lit("random"), "fit")  # type: ignore[arg-type]
+    fixed = {
+        "OneCycleLR": lambda optimizer: OneCycleLR(optimizer, 1e-2, total_steps=8),
+        "SequentialLR": lambda optimizer: SequentialLR(optimizer, [ConstantLR(optimizer), ConstantLR(optimizer)], [4]),
+    }
+    for name, schedule in fixed.items():
+        with pytest.raises(InputError, match=f"{name}, whose rates FindLearningRate cannot scale: use .*WarmupCosine"):
+            trainer(magnitude(), KeepMasks(), FindLearningRate()).fit(lit(dense, lr_scheduler=schedule), data())
     with pytest.raises(InputError, match="0 < lowest < highest"):
         FindLearningRate(1e-2, 1e-3)
     with pytest.raises(InputError, match="steps is 5"):

@@ -1,5 +1,6 @@
-"""Recovery with distillation in two processes, as the command line runs it: ZeRO-3 on CPUs."""
+"""Recovery with distillation in two processes, as the command line runs it: ZeRO-3 and FSDP2 on CPUs."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from torch import nn
 
+from lit_prune.models.checkpoints import read_checkpoint
 from lit_prune.models.io import check_masks_hold, load_masks, load_model, load_tokenizer, save_pruned
 
 ROOT = Path(__file__).parents[2]
@@ -21,15 +22,31 @@ from lightning.pytorch import Callback
 class TeacherSize(Callback):
     def on_train_batch_end(self, trainer, module, *args):
         parameters = list(module.loss.teacher.model.parameters())
-        held = sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in parameters)
-        whole = sum(parameter.ds_numel for parameter in parameters)
+        if hasattr(parameters[0], "ds_numel"):
+            held = sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in parameters)
+            whole = sum(parameter.ds_numel for parameter in parameters)
+        else:
+            held = sum(parameter.to_local().numel() for parameter in parameters)
+            whole = sum(parameter.numel() for parameter in parameters)
         pathlib.Path(f"held-{trainer.global_rank}").write_text(f"{held / whole}")
 """
 
 
+AT_ONCE = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+ZERO = {"stage": 3, **{f"stage3_{name}": 0 for name in AT_ONCE}}  # whole weights are let go as soon as possible
+STRATEGIES = {
+    "DeepSpeed": {"config": {"zero_optimization": ZERO, "zero_allow_untested_optimizer": True}},
+    "FSDP2": {},
+}
+
+
 @pytest.mark.timeout(600)  # DeepSpeed may have to build its shared-memory communication first
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_zero_3_distils_and_exports_the_best_model(tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_sharded_model_is_distilled_and_its_best_exported(
+    strategy: str, tmp_path: Path, tiny_model: Callable[..., nn.Module]
+) -> None:
+    if strategy == "DeepSpeed" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     save_pruned(tmp_path / "dense", tiny_model("llama"), load_tokenizer("random"), {}, {})
     config = yaml.safe_load((ROOT / "configs" / "smollm2" / "recover_distill_zero3.yaml").read_text())
     config["model"]["pretrained"] = config["model"]["loss"]["init_args"]["teacher"] = str(tmp_path / "dense")
@@ -37,10 +54,9 @@ def test_zero_3_distils_and_exports_the_best_model(tmp_path: Path, tiny_model: C
     config["trainer"] |= {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 2}
     config["trainer"] |= {"logger": False, "default_root_dir": str(tmp_path)}
     config["trainer"]["callbacks"][-1]["init_args"]["output"] = str(tmp_path / "out")
-    at_once = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-    zero = {"stage": 3, **{f"stage3_{name}": 0 for name in at_once}}  # whole weights are let go as soon as possible
-    config["trainer"]["strategy"]["init_args"] = {
-        "config": {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    config["trainer"]["strategy"] = {
+        "class_path": f"lit_prune.training.strategies.{strategy}",
+        "init_args": STRATEGIES[strategy],
     }
     (tmp_path / "watch.py").write_text(WATCH)
     config["trainer"]["callbacks"].append({"class_path": "watch.TeacherSize"})
@@ -55,6 +71,8 @@ def test_zero_3_distils_and_exports_the_best_model(tmp_path: Path, tiny_model: C
     check_masks_hold(load_model(str(tmp_path / "out")), masks)
     kept = sum(int(mask.unpack().sum()) for mask in masks.values())
     assert kept == pytest.approx(0.3 * sum(mask.unpack().numel() for mask in masks.values()), rel=1e-2)
-    (saved,) = (tmp_path / "checkpoints").rglob("zero_pp_rank_0_mp_rank_00_model_states.pt")
-    (shapes,) = torch.load(saved, weights_only=False)["param_shapes"]
-    assert set(shapes) == {f"model.{name}" for name, _ in tiny_model("llama").named_parameters()}  # and no teacher
+    course = json.loads((tmp_path / "out" / "pruning.json").read_text())["validation"]
+    assert [[step for step, _ in points] for points in course.values()] == [[0, 4, 8]] * 2
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    names = {name for name, _ in tiny_model("llama").named_parameters()}
+    assert set(read_checkpoint(checkpoint, trust=True).weights) == names  # and no teacher
