@@ -60,10 +60,13 @@ def test_a_sharded_model_is_distilled_and_its_best_exported(
     }
     (tmp_path / "watch.py").write_text(WATCH)
     config["trainer"]["callbacks"].append({"class_path": "watch.TeacherSize"})
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "lit_prune", "fit", "--config", str(path)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def fit(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lit_prune", "fit", "--config", "config.yaml", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    result = fit()
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in (0, 1):  # each process holds half of the teacher, too
         assert float((tmp_path / f"held-{rank}").read_text()) == pytest.approx(0.5, abs=0.1)
@@ -76,3 +79,12 @@ def test_a_sharded_model_is_distilled_and_its_best_exported(
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
     names = {name for name, _ in tiny_model("llama").named_parameters()}
     assert set(read_checkpoint(checkpoint, trust=True).weights) == names  # and no teacher
+
+    keep = {"class_path": "KeepMasks", "init_args": {"masks": str(tmp_path / "out")}}
+    config["trainer"]["callbacks"] = [keep, {"class_path": "Export", "init_args": {"output": str(tmp_path / "more")}}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    refused = fit()  # the dense model, which the masks were made for but whose weights are not zero
+    assert refused.returncode == 2 and "masks of another model" in refused.stderr
+    result = fit("--model.pretrained", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    check_masks_hold(load_model(str(tmp_path / "more")), masks)
