@@ -27,6 +27,11 @@ def without_adapters(model: nn.Module) -> Iterator[dict[str, str | bytes]]:
         yield files
 
 
+def has_adapters(folder: str | Path) -> bool:
+    """Tell whether plain adapters lie beside a saved model."""
+    return (Path(folder).expanduser() / FOLDER).is_dir()
+
+
 def adapter_files(folder: str | Path) -> dict[str, str | bytes]:
     """Return the files of plain adapters that lie beside a saved model, by name below its folder."""
     files = (Path(folder).expanduser() / FOLDER).glob("*")

@@ -18,7 +18,7 @@ from lit_prune.errors import InputError
 from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_model, load_tokenizer
 from lit_prune.models.lazy import names_on_disk
-from lit_prune.models.peft_format import adapter_files
+from lit_prune.models.peft_format import has_adapters
 from lit_prune.training.data import validation_names
 from lit_prune.training.losses import LanguageModelLoss, Loss, Student, next_token_loss
 from lit_prune.training.recovery import Everything, Trainable
@@ -92,10 +92,10 @@ class LitCausalLM(LightningModule):
         dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         # Lightning trains modules in the mode in which it finds them.
         self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code, self.lazy).train()
-        if adapter_files(self.pretrained):
+        if has_adapters(self.pretrained):
             rank_zero_warn(
-                f"model.pretrained is {self.pretrained!r}, whose plain adapters are not put on: figures are of the "
-                "model without them; peft.PeftModel puts them on"
+                f"model.pretrained is {self.pretrained!r}, whose plain adapters are not put on: it runs without "
+                "them here, and with them after peft.PeftModel.from_pretrained"
             )
         take_apart(self.model)
         if self.lazy is not None:  # DDP would write to placeholders to make them the same in all processes
