@@ -48,7 +48,10 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
 
 
 class Unstructured(Pattern):
-    """Any weight may go: exactly ``round(sparsity * n)`` of the ``n`` weights of each group.
+    """Any weight may go: exactly ``round(sparsity * o * i)`` of a weight ``[o, i]``.
+
+    By row, the rows' counts add up to that and differ by at most one: the rows whose next score is the smallest lose
+    one weight more than the others.
 
     .. code-block:: yaml
 
@@ -81,9 +84,13 @@ class Unstructured(Pattern):
 
     def mask(self, scores: Tensor) -> Tensor:
         """Select by rank, never by a threshold that ties could overshoot."""
-        groups = scores if self.group == "row" else scores.reshape(1, -1)
-        pruned = round(self.sparsity * groups.shape[1])
-        return drop_smallest(groups, pruned).reshape(scores.shape)
+        if self.group != "row":
+            return drop_smallest(scores.reshape(1, -1), round(self.sparsity * scores.numel())).reshape(scores.shape)
+        fewest, more = divmod(round(self.sparsity * scores.numel()), len(scores))
+        counts = torch.full((len(scores),), fewest)
+        if more:
+            counts[_kth_smallest(scores, fewest + 1).squeeze(1).argsort(stable=True)[:more].cpu()] += 1
+        return drop_smallest_each(scores, counts)
 
     def __repr__(self) -> str:
         """Read as the constructor call."""
@@ -157,9 +164,20 @@ def _kth_smallest(groups: Tensor, k: int) -> Tensor:
 
 
 def drop_smallest_each(groups: Tensor, counts: Tensor) -> Tensor:
-    """Return the keep mask of ``groups`` ``[g, n]`` that drops ``counts`` ``[g]`` of the smallest of each group."""
-    if (counts == counts[0]).all():
-        return drop_smallest(groups, int(counts[0]))
+    """Return the keep mask of ``groups`` ``[g, n]`` that drops ``counts`` ``[g]`` of the smallest of each group.
+
+    Counts that differ by more than one are slower: all groups are sorted.
+    """
+    fewest, most = int(counts.min()), int(counts.max())
+    if fewest == most:
+        return drop_smallest(groups, fewest)
+    counts = counts.to(groups.device)
+    if most == fewest + 1:
+        keep = torch.empty_like(groups, dtype=torch.bool)
+        for count in (fewest, most):
+            those = counts == count
+            keep[those] = drop_smallest(groups[those], count)
+        return keep
     order = groups.argsort(1)
     kept = torch.arange(groups.shape[1], device=groups.device) >= counts.unsqueeze(1)
     return torch.empty_like(groups, dtype=torch.bool).scatter_(1, order, kept)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import ClassVar, Literal, final
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
 from lit_prune.ops.linalg import NormalisedGram, check_damping, conjugate_gradient
-from lit_prune.ops.masks import check_allowed, drop_smallest, keep_only, only
+from lit_prune.ops.masks import check_allowed, drop_smallest, drop_smallest_each, keep_only, only
 from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
@@ -125,12 +127,16 @@ class ADMM(Solver):
         start = None if score is None else select(score, pattern, allowed)
         if self.mask == "fixed" and start is None:
             start = select(dense.abs(), pattern, allowed)
+        counts = None
+        if isinstance(pattern, Unstructured) and pattern.group == "row":
+            # Which rows lose one weight more is settled here, so that rows can be solved apart.
+            counts = (~pattern.mask(only(allowed, dense.abs()))).sum(1)
         size = self.rows_at_once if self.rows_at_once and self._splits(pattern) else len(dense)
         parts = [
             self._solve_rows(
                 dense[rows],
                 problem,
-                pattern,
+                partial(self._choose, pattern, None if counts is None else counts[rows]),
                 None if start is None else start[rows],
                 None if allowed is None else allowed[rows],
             )
@@ -163,7 +169,7 @@ class ADMM(Solver):
         self,
         dense: Tensor,
         problem: NormalisedGram,
-        pattern: Pattern,
+        choose: Callable[[Tensor, Tensor, float], Tensor],
         start: Tensor | None,
         allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -175,9 +181,7 @@ class ADMM(Solver):
         for step in range(updates):
             free = current + dual
             if self.mask == "gradual" and not (step == 0 and start is not None):
-                keep = self._choose(
-                    only(allowed, free.abs()), pattern, keep, (step + 1) / max(1, round(0.75 * updates))
-                )
+                keep = choose(only(allowed, free.abs()), keep, (step + 1) / max(1, round(0.75 * updates)))
             split = keep_only(free, keep)
             dual = free - split
             # (H + rho I)^-1 (H dense + rho (split - dual)), with H dense = (H + rho I) dense - rho dense
@@ -189,17 +193,28 @@ class ADMM(Solver):
             solved = conjugate_gradient(problem.gram, dense, solved, keep, self.polish)
         return solved, keep
 
-    def _choose(self, magnitude: Tensor, pattern: Pattern, keep: Tensor, progress: float) -> Tensor:
-        """Return the mask of an iteration; ``progress`` is 1 where the paper's schedule reaches the full sparsity."""
+    def _choose(
+        self, pattern: Pattern, counts: Tensor | None, magnitude: Tensor, keep: Tensor, progress: float
+    ) -> Tensor:
+        """Return the mask of an iteration.
+
+        Args:
+            pattern: its counts.
+            counts: how many weights go from each row, if the pattern is by row.
+            magnitude: ``|W + U|``, ``[rows, i]``.
+            keep: the mask of the iteration before.
+            progress: 1 when the paper's schedule reaches the full sparsity.
+        """
+        reached = pattern.mask if counts is None else partial(drop_smallest_each, counts=counts)
         if not self._published:
-            return pattern.mask(magnitude)
+            return reached(magnitude)
         if progress > 1:
             return keep
-        by_matrix = isinstance(pattern, Unstructured) and pattern.group != "row"
+        by_matrix = isinstance(pattern, Unstructured) and counts is None
         if progress == 1 or (self.as_released and by_matrix):
-            return pattern.mask(magnitude)
+            return reached(magnitude)
         sparsity = pattern.sparsity * (1 - (1 - progress) ** 3)
         if isinstance(pattern, NM):  # what N:M keeps in the end is out of the question from the start
             magnitude = magnitude.masked_fill(pattern.mask(magnitude), float("inf"))
-        groups = magnitude.reshape(1, -1) if by_matrix or isinstance(pattern, NM) else magnitude
+        groups = magnitude.reshape(1, -1) if counts is None else magnitude
         return drop_smallest(groups, int(sparsity * groups.shape[1])).reshape(magnitude.shape)

@@ -78,11 +78,15 @@ class SparseGPT(Solver):
         allowed = None if allowed is None else allowed.T
         run = pattern.of if isinstance(pattern, NM) else 1
         width = -(-self.block_size // run) * run  # whole runs of N:M
-        pruned: Tensor | int = 0  # so far, in each group
+        total = torch.tensor([round(pattern.sparsity * weight.numel())])
+        if score is None and isinstance(pattern, Unstructured) and pattern.group == "row":
+            saliency = only(allowed, (work / factor.diagonal()[:, None]).square())
+            total = _missing(pattern.mask(saliency.T).T, pattern)
+        pruned = torch.zeros_like(total)
         for start in range(0, len(work), width):
             columns = slice(start, min(start + width, len(work)))
             if score is None and isinstance(pattern, Unstructured):
-                keep[columns] = _unstructured_mask(work, factor, columns, pattern, pruned, allowed)
+                keep[columns] = _unstructured_mask(work, factor, columns, pattern, total, pruned, allowed)
                 pruned = pruned + _missing(keep[columns], pattern)
             errors = _sweep_block(work, factor, keep, columns, pattern if score is None else None, allowed)
             work[columns.stop :].addmm_(factor[columns, columns.stop :].T, errors, alpha=-1)
@@ -97,40 +101,40 @@ def _unstructured_mask(
     factor: Tensor,
     columns: slice,
     pattern: Unstructured,
-    pruned: Tensor | int,
+    total: Tensor,
+    pruned: Tensor,
     allowed: Tensor | None,
 ) -> Tensor:
-    """Choose a block's mask so that the counts of all blocks so far are ``round(sparsity * weights so far)``.
+    """Choose a block's mask so that of all weights so far the same share has gone as goes in the end.
 
-    Where weights that are not allowed are spread unevenly, a block gives up at least its own, and leaves as much of the
+    If weights that are not allowed are spread unevenly, a block gives up at least its own, and leaves as much of the
     count as the later blocks' are.
 
     Args:
         work: ``[i, o]``, like ``allowed`` and what is returned.
         factor: ``[i, i]``.
         columns: of the weight; rows here.
-        pattern: what to reach in the end.
-        pruned: how many weights have gone in the blocks before this one: of each row, or one number.
+        pattern: its group.
+        total: how many weights go in the end: of each row, or one number.
+        pruned: how many have gone in the blocks before this one.
         allowed: what may be kept; None = any.
     """
-    by_row = pattern.group == "row"
-    inputs, outputs = work.shape
-    competing = 1 if by_row else outputs  # rows of the weight that share one count
-    groups = outputs if by_row else 1
-    counts = torch.full((groups,), round(pattern.sparsity * (competing * columns.stop)), device=work.device) - pruned
+    counts = (total.double() * columns.stop / len(work)).round().long() - pruned
     saliency = (work[columns] / factor.diagonal()[columns, None]).square()
     if allowed is not None:
         saliency = only(allowed[columns], saliency)
-        most = round(pattern.sparsity * (competing * inputs)) - pruned - _missing(allowed[columns.stop :], pattern)
+        most = total - pruned - _missing(allowed[columns.stop :], pattern)
         counts = counts.clamp_min(_missing(allowed[columns], pattern)).minimum(most)
+    by_row = pattern.group == "row"
     compared = saliency.T.contiguous() if by_row else saliency.reshape(1, -1)
     mask = drop_smallest_each(compared, counts)
     return mask.T if by_row else mask.reshape(saliency.shape)
 
 
 def _missing(mask: Tensor, pattern: Unstructured) -> Tensor:
-    """Return how many weights a mask ``[i, o]`` removes: of each row of the weight, or one number."""
-    return mask.shape[0] - mask.sum(0) if pattern.group == "row" else (mask.numel() - mask.sum()).reshape(1)
+    """Return how many weights a mask ``[i, o]`` removes: of each row of the weight, or one number; in CPU memory."""
+    removed = mask.shape[0] - mask.sum(0) if pattern.group == "row" else (mask.numel() - mask.sum()).reshape(1)
+    return removed.cpu()
 
 
 def _sweep_block(

@@ -21,7 +21,15 @@ from lit_prune.scorers.base import Scorer
 from lit_prune.solvers.base import Solver
 
 METHODS = [*scorers.METHODS.values(), *allocators.METHODS.values(), *solvers.METHODS.values()]
-PATTERNS = [Unstructured(0.5), Unstructured(0.3, "row"), Unstructured(0.9), Unstructured(0.0), NM(2, 4), NM(1, 4)]
+PATTERNS = [
+    Unstructured(0.5),
+    Unstructured(0.3, "row"),
+    Unstructured(0.52, "row"),
+    Unstructured(0.9),
+    Unstructured(0.0),
+    NM(2, 4),
+    NM(1, 4),
+]
 OUTPUTS, INPUTS = 10, 24  # not square, on purpose
 
 
@@ -92,6 +100,8 @@ class TestSolvers:
             assert solution.weight.isfinite().all()
             assert (solution.weight[~solution.keep] == 0).all()
             assert (solution.keep == pattern.mask(solution.keep.float())).all()  # the counts are the pattern's
+            if isinstance(pattern, Unstructured):
+                assert (~solution.keep).sum() == round(pattern.sparsity * weight.numel())
 
     @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.6, "row"), NM(2, 4)], ids=repr)
     @pytest.mark.parametrize("scored", [False, True])

@@ -57,10 +57,9 @@ def test_unstructured_equals_the_reference_but_for_its_extra_weight(
 def test_the_counts_of_uneven_blocks_add_up(sparsity: float, group: str) -> None:
     weight, stats = torch.randn(7, 50), LayerStats.from_inputs(torch.randn(4, 40, 50))
     keep = SparseGPT(block_size=16).solve(weight, stats, Unstructured(sparsity, group)).keep
+    assert keep.sum() == 350 - round(sparsity * 350)
     if group == "row":
-        assert (keep.sum(1) == 50 - round(sparsity * 50)).all()
-    else:
-        assert keep.sum() == 350 - round(sparsity * 350)
+        assert keep.sum(1).max() - keep.sum(1).min() <= 1
 
 
 def test_a_block_size_that_splits_runs_is_widened() -> None:
