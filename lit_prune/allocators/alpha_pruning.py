@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, final
 
@@ -29,6 +30,7 @@ MetricName = Literal[
 
 
 @final
+@dataclass(frozen=True)
 class AlphaPruning(Allocator):
     """``r = η [(α - α_min) / (α_max - α_min) 2ε + 1 - ε]``: less goes where the spectrum's tail is heavy.
 
@@ -43,44 +45,35 @@ class AlphaPruning(Allocator):
         allocator: {class_path: AlphaPruning, init_args: {metric: alpha_peak, epsilon: 0.2}}
     """
 
-    def __init__(
-        self,
-        metric: MetricName = "alpha_peak",
-        epsilon: float = 0.2,
-        mapping: Literal["block", "matrix", "mixed"] = "block",
-        windows: bool = False,
-        values: str | None = None,
-        min_sparsity: float = 0.0,
-        max_sparsity: float = 0.99,
-    ) -> None:
-        """Validate and keep the arguments.
+    metric: MetricName = "alpha_peak"
+    """Shape metric of the spectrum."""
+    epsilon: float = 0.2
+    """How far sparsities spread around the target, as a fraction of it, in [0, 1)."""
+    mapping: Literal["block", "matrix", "mixed"] = "block"
+    """Map the mean of each ``block``, each ``matrix`` by itself, or ``mixed``: blocks first, then the matrices of a
+    block around its sparsity."""
+    windows: bool = False
+    """Read the metric off the pooled spectra of square windows (FARMS) and not of the whole matrix."""
+    values: str | None = None
+    """``.npy`` file with the metric of every matrix in the order of the model, such as the files that are published
+    with the paper; null = computed from the weights."""
+    min_sparsity: float = 0.0
+    """Lowest sparsity of a layer."""
+    max_sparsity: float = 0.99
+    """Highest sparsity of a layer."""
+    _read: Tensor | None = field(init=False, repr=False, compare=False, default=None)
 
-        Args:
-            metric: What is read off the spectrum.
-            epsilon: How far sparsities spread around the target, as a fraction of it, in [0, 1).
-            mapping: Map the mean of each ``block``, each ``matrix`` by itself, or ``mixed``: blocks first, then the
-                matrices of a block around its sparsity.
-            windows: Read the metric off the pooled spectra of square windows (FARMS) and not of the whole matrix.
-            values: ``.npy`` file with the metric of every matrix in the order of the model, in place of working it
-                out, such as the files that are published with the paper; null = work it out.
-            min_sparsity: No layer gets less.
-            max_sparsity: No layer gets more.
-        """
-        if metric not in METRICS:
-            raise InputError(f"metric is {metric!r}: it must be one of {', '.join(METRICS)}")
-        if not 0 <= epsilon < 1:
-            raise InputError(f"epsilon is {epsilon!r}: it must be in [0, 1), such as 0.2")
-        if mapping not in ("block", "matrix", "mixed"):
-            raise InputError(f"mapping is {mapping!r}: it must be 'block', 'matrix' or 'mixed'")
-        check_bounds(min_sparsity, max_sparsity)
-        self.metric = metric
-        self.epsilon = epsilon
-        self.mapping = mapping
-        self.windows = windows
-        self.values = values
-        self.min_sparsity = min_sparsity
-        self.max_sparsity = max_sparsity
-        self._read = None if values is None else _read(values)
+    def __post_init__(self) -> None:
+        """Validate the arguments, and read ``values``."""
+        if self.metric not in METRICS:
+            raise InputError(f"metric is {self.metric!r}: it must be one of {', '.join(METRICS)}")
+        if not 0 <= self.epsilon < 1:
+            raise InputError(f"epsilon is {self.epsilon!r}: it must be in [0, 1), such as 0.2")
+        if self.mapping not in ("block", "matrix", "mixed"):
+            raise InputError(f"mapping is {self.mapping!r}: it must be 'block', 'matrix' or 'mixed'")
+        check_bounds(self.min_sparsity, self.max_sparsity)
+        if self.values is not None:
+            object.__setattr__(self, "_read", _read(self.values))
 
     @property
     def metric_name(self) -> str | None:

@@ -41,11 +41,15 @@ class Layer:
 class Allocator(ABC):
     """How much of each layer goes?"""
 
-    needs: frozenset[str] = frozenset()
-    """What must be known of the dense model before the allocation, of ``input_sq_norm``, ``gram``, ``output_error``."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics of the dense model to collect first, of ``input_sq_norm``, ``gram``, ``output_error``."""
+        return frozenset()
 
-    observed_sequences: int | None = None
-    """How many calibration sequences, the first ones, ``observe`` is told about; None = all."""
+    @property
+    def observed_sequences(self) -> int | None:
+        """How many calibration sequences, the first ones, ``observe`` is told about; None = all."""
+        return None
 
     def observe(
         self,

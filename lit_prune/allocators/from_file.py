@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, final
@@ -13,6 +14,7 @@ from lit_prune.errors import InputError
 
 
 @final
+@dataclass(frozen=True)
 class FromFile(Allocator):
     """Sparsities by layer from a JSON file, scaled to the target.
 
@@ -25,19 +27,18 @@ class FromFile(Allocator):
         allocator: {class_path: FromFile, init_args: {path: allocation.json, max_sparsity: 0.95}}
     """
 
-    def __init__(self, path: str, min_sparsity: float = 0.0, max_sparsity: float = 0.99) -> None:
-        """Read the file.
+    path: str
+    """JSON file: an object of name or shell pattern to sparsity, or a ``pruning.json``."""
+    min_sparsity: float = 0.0
+    """Lowest sparsity of a layer."""
+    max_sparsity: float = 0.99
+    """Highest sparsity of a layer."""
+    _sparsities: dict[str, float] = field(init=False, repr=False, compare=False)
 
-        Args:
-            path: JSON file: an object of name or shell pattern to sparsity, or a ``pruning.json``.
-            min_sparsity: No layer gets less.
-            max_sparsity: No layer gets more.
-        """
-        self.path = str(path)
-        self.min_sparsity = min_sparsity
-        self.max_sparsity = max_sparsity
-        check_bounds(min_sparsity, max_sparsity)
-        self._sparsities = _read(Path(path))
+    def __post_init__(self) -> None:
+        """Validate the arguments, and read the file."""
+        check_bounds(self.min_sparsity, self.max_sparsity)
+        object.__setattr__(self, "_sparsities", _read(Path(self.path)))
 
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
         """Return the file's proportions at the target; every entry must match a layer, and every layer an entry."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, final
 
@@ -21,6 +21,7 @@ _NO_ERROR = 1e-12
 
 
 @final
+@dataclass(frozen=True)
 class Measured(Allocator):
     """``min Σ_b e_b(s_b)`` at the budget: every block loses as much as it can lose more cheaply than the others.
 
@@ -39,39 +40,38 @@ class Measured(Allocator):
         allocator: {class_path: Measured, init_args: {spread: 0.1, prior: {class_path: AlphaPruning}, trust: 0.5}}
     """
 
-    def __init__(
-        self,
-        spread: float = 0.1,
-        prior: Allocator | None = None,
-        trust: float = 0.5,
-        sequences: int | None = 8,
-        min_sparsity: float = 0.0,
-        max_sparsity: float = 0.99,
-    ) -> None:
-        """Validate and keep the arguments.
+    spread: float = 0.1
+    """How far below and above the target blocks are tried."""
+    prior: Allocator | None = None
+    """Another allocator that has a say; null = none."""
+    trust: float = 0.5
+    """Share of the measured allocation beside a prior, in [0, 1]."""
+    sequences: int | None = 8
+    """Calibration sequences that blocks, and a prior that observes, are tried on; null = all."""
+    min_sparsity: float = 0.0
+    """Lowest sparsity of a layer."""
+    max_sparsity: float = 0.99
+    """Highest sparsity of a layer."""
 
-        Args:
-            spread: How far below and above the target blocks are tried.
-            prior: Another allocator that has a say; null = none.
-            trust: Share of the measured allocation beside a prior, in [0, 1].
-            sequences: Calibration sequences that blocks, and a prior that observes, are tried on; null = all.
-            min_sparsity: No layer gets less.
-            max_sparsity: No layer gets more.
-        """
-        if not 0 < spread < 1:
-            raise InputError(f"spread is {spread!r}: it must be in (0, 1), such as 0.1")
-        if not 0 <= trust <= 1:
-            raise InputError(f"trust is {trust!r}: it must be in [0, 1], such as 0.5")
-        if sequences is not None and sequences < 1:
-            raise InputError(f"sequences is {sequences!r}: it must be 1 or more, or null for all")
-        check_bounds(min_sparsity, max_sparsity)
-        self.spread = spread
-        self.prior = prior
-        self.trust = trust
-        self.sequences = self.observed_sequences = sequences
-        self.min_sparsity = min_sparsity
-        self.max_sparsity = max_sparsity
-        self.needs = frozenset({"output_error"}) | (prior.needs if prior else frozenset())
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if not 0 < self.spread < 1:
+            raise InputError(f"spread is {self.spread!r}: it must be in (0, 1), such as 0.1")
+        if not 0 <= self.trust <= 1:
+            raise InputError(f"trust is {self.trust!r}: it must be in [0, 1], such as 0.5")
+        if self.sequences is not None and self.sequences < 1:
+            raise InputError(f"sequences is {self.sequences!r}: it must be 1 or more, or null for all")
+        check_bounds(self.min_sparsity, self.max_sparsity)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The output errors of the dense blocks, and the prior's needs."""
+        return frozenset({"output_error"}) | (self.prior.needs if self.prior else frozenset())
+
+    @property
+    def observed_sequences(self) -> int | None:
+        """``sequences``."""
+        return self.sequences
 
     @property
     def metric_name(self) -> str | None:

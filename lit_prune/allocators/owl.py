@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 
@@ -14,6 +15,7 @@ from lit_prune.ops.precision import working
 
 
 @final
+@dataclass(frozen=True)
 class OWL(Allocator):
     """``s = target - (2λ (D - D_min) / (D_max - D_min) - mean)``: the more outliers a block has, the less of it goes.
 
@@ -25,28 +27,24 @@ class OWL(Allocator):
         allocator: {class_path: OWL, init_args: {spread: 0.08, threshold: 5}}
     """
 
-    needs = frozenset({"input_sq_norm"})
+    needs: ClassVar[frozenset[str]] = frozenset({"input_sq_norm"})
 
-    def __init__(
-        self, spread: float = 0.08, threshold: float = 5.0, min_sparsity: float = 0.0, max_sparsity: float = 0.99
-    ) -> None:
-        """Validate and keep the arguments.
+    spread: float = 0.08
+    """λ of the paper: sparsities span ``2λ`` around the target."""
+    threshold: float = 5.0
+    """M of the paper: how many times the mean makes an outlier."""
+    min_sparsity: float = 0.0
+    """Lowest sparsity of a layer."""
+    max_sparsity: float = 0.99
+    """Highest sparsity of a layer."""
 
-        Args:
-            spread: λ of the paper: sparsities span ``2λ`` around the target.
-            threshold: M of the paper: how many times the mean makes an outlier.
-            min_sparsity: No layer gets less.
-            max_sparsity: No layer gets more.
-        """
-        if not 0 <= spread < 0.5:
-            raise InputError(f"spread is {spread!r}: it must be in [0, 0.5), such as 0.08")
-        if not 0 < threshold < float("inf"):
-            raise InputError(f"threshold is {threshold!r}: it must be a positive number, such as 5")
-        check_bounds(min_sparsity, max_sparsity)
-        self.spread = spread
-        self.threshold = threshold
-        self.min_sparsity = min_sparsity
-        self.max_sparsity = max_sparsity
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if not 0 <= self.spread < 0.5:
+            raise InputError(f"spread is {self.spread!r}: it must be in [0, 0.5), such as 0.08")
+        if not 0 < self.threshold < float("inf"):
+            raise InputError(f"threshold is {self.threshold!r}: it must be a positive number, such as 5")
+        check_bounds(self.min_sparsity, self.max_sparsity)
 
     def observe(
         self,

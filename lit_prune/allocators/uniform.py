@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import final
 
 from lit_prune.allocators.base import Allocator, Layer
 
 
 @final
+@dataclass(frozen=True)
 class Uniform(Allocator):
     """Every layer gets the target sparsity, as in the SparseGPT and Wanda papers.
 

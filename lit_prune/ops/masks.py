@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Literal, final
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     return float(sparsity)
 
 
+@final
+@dataclass(frozen=True)
 class Unstructured(Pattern):
     """Any weight may go: exactly ``round(sparsity * o * i)`` of a weight ``[o, i]``.
 
@@ -58,18 +60,17 @@ class Unstructured(Pattern):
         pattern: {class_path: Unstructured, init_args: {sparsity: 0.6, group: row}}
     """
 
-    def __init__(self, sparsity: float, group: Group | None = None) -> None:
-        """Validate and keep the arguments.
+    sparsity: float
+    """Fraction of the weights to remove, in [0, 1)."""
+    group: Group | None = None
+    """Which weights compete: those of one output (``row``), or all of the ``matrix``; null = the group that the method
+    is used to: rows for Wanda and GBLM, the matrix for the others."""
 
-        Args:
-            sparsity: Fraction of the weights to remove, in [0, 1).
-            group: Which weights compete: those of one output (``row``), or all of the ``matrix``. ``null`` is what the
-                method is used to: rows for Wanda and GBLM, the matrix for the others.
-        """
-        self.sparsity = check_sparsity(sparsity)
-        if group not in (None, "row", "matrix"):
-            raise InputError(f"group is {group!r}: it must be 'row', 'matrix' or null")
-        self.group = group
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
+        if self.group not in (None, "row", "matrix"):
+            raise InputError(f"group is {self.group!r}: it must be 'row', 'matrix' or null")
 
     def at(self, sparsity: float) -> Unstructured:
         """Return the same grouping at another sparsity."""
@@ -92,11 +93,9 @@ class Unstructured(Pattern):
             counts[_kth_smallest(scores, fewest + 1).squeeze(1).argsort(stable=True)[:more].cpu()] += 1
         return drop_smallest_each(scores, counts)
 
-    def __repr__(self) -> str:
-        """Read as the constructor call."""
-        return f"Unstructured(sparsity={self.sparsity:g}, group={self.group!r})"
 
-
+@final
+@dataclass(frozen=True)
 class NM(Pattern):
     """At most ``keep`` nonzeros in every ``of`` consecutive inputs of a row: ``NM(2, 4)`` is "2:4".
 
@@ -105,18 +104,19 @@ class NM(Pattern):
         pattern: {class_path: NM, init_args: {keep: 2, of: 4}}
     """
 
-    def __init__(self, keep: int, of: int) -> None:
-        """Validate and keep the arguments.
+    keep: int
+    """Weights kept in each run, from 1 to ``of``."""
+    of: int
+    """Length of a run of consecutive inputs; it must divide the layer's inputs."""
+    sparsity: float = field(init=False, repr=False, compare=False)
 
-        Args:
-            keep: Weights kept in each run, from 1 to ``of``.
-            of: Length of a run of consecutive inputs; it must divide the layer's inputs.
-        """
-        if not all(isinstance(value, int) for value in (keep, of)) or not 1 <= keep <= of:
-            raise InputError(f"N:M is {keep}:{of}: N (weights kept) must be a whole number from 1 to M, such as 2:4")
-        self.keep = keep
-        self.of = of
-        self.sparsity = 1 - keep / of
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if not all(isinstance(value, int) for value in (self.keep, self.of)) or not 1 <= self.keep <= self.of:
+            raise InputError(
+                f"N:M is {self.keep}:{self.of}: N (weights kept) must be a whole number from 1 to M, such as 2:4"
+            )
+        object.__setattr__(self, "sparsity", 1 - self.keep / self.of)
 
     def at(self, sparsity: float) -> NM:
         """Return the N:M with the same M whose sparsity is nearest, with at least one weight kept."""
@@ -135,10 +135,6 @@ class NM(Pattern):
         self.check(scores.shape)
         runs = scores.reshape(-1, self.of)
         return drop_smallest(runs, self.of - self.keep).reshape(scores.shape)
-
-    def __repr__(self) -> str:
-        """Read as the constructor call."""
-        return f"NM(keep={self.keep}, of={self.of})"
 
 
 def drop_smallest(groups: Tensor, count: int) -> Tensor:

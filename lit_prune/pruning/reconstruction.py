@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from lit_prune.ops.precision import working
 from lit_prune.pruning.report import LayerReport, ReconstructionReport
 
 
+@final
+@dataclass(frozen=True)
 class Reconstruction:
     """Trains the kept weights of each block after it has been pruned, before the next block is calibrated.
 
@@ -36,28 +40,27 @@ class Reconstruction:
         reconstruction: {class_path: Reconstruction, init_args: {steps: 80, rate: 0.08}}
     """
 
-    def __init__(self, steps: int = 80, rate: float = 0.08, sequences: int = 2, norms_and_biases: bool = True) -> None:
-        """Validate and keep the arguments.
+    steps: int = 80
+    """Adam steps per block."""
+    rate: float = 0.08
+    """Highest learning rate, reached after three tenths of the steps, as a fraction of the root mean square of the
+    block's kept weights, which differs tenfold from model to model, times the block's relative error (the root of the
+    loss) before: it avoids overfitting blocks that lost little."""
+    sequences: int = 2
+    """Calibration sequences per step, and in every other pass through a block, at most."""
+    norms_and_biases: bool = True
+    """Train the block's norms and its layers' biases too."""
 
-        Args:
-            steps: Adam steps per block.
-            rate: Highest learning rate, reached after three tenths of the steps, as a fraction of the root mean square
-                of the block's kept weights, which differs tenfold from model to model, times the block's relative error
-                (the root of the loss) before: what has lost little would else learn the calibration set by heart.
-            sequences: Calibration sequences per step, and in every other pass through a block, at most.
-            norms_and_biases: Train the block's norms and its layers' biases too.
-        """
-        for name, value in (("steps", steps), ("sequences", sequences)):
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        for name, value in (("steps", self.steps), ("sequences", self.sequences)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"reconstruction {name} is {value!r}: it must be a whole number, 1 or more")
+        rate = self.rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
             raise InputError(f"reconstruction rate is {rate!r}: it must be a number above 0, such as 0.08")
-        if not isinstance(norms_and_biases, bool):
-            raise InputError(f"reconstruction norms_and_biases is {norms_and_biases!r}: it must be true or false")
-        self.steps = steps
-        self.rate = rate
-        self.sequences = sequences
-        self.norms_and_biases = norms_and_biases
+        if not isinstance(self.norms_and_biases, bool):
+            raise InputError(f"reconstruction norms_and_biases is {self.norms_and_biases!r}: it must be true or false")
 
     @torch.no_grad()
     def run(

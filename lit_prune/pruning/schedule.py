@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import final
 
 from lit_prune.errors import InputError
@@ -27,6 +28,7 @@ class Schedule(ABC):
 
 
 @final
+@dataclass(frozen=True)
 class OneShot(Schedule):
     """Prune once, to the plan's sparsity.
 
@@ -35,13 +37,12 @@ class OneShot(Schedule):
         schedule: {class_path: OneShot, init_args: {step: 0}}
     """
 
-    def __init__(self, step: int = 0) -> None:
-        """Validate and keep the arguments.
+    step: int = 0
+    """Optimizer steps before the pruning; 0 = at the start."""
 
-        Args:
-            step: Optimizer steps before the pruning; 0 = at the start.
-        """
-        self.step = _check_step("step", step)
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        _check_step("step", self.step)
 
     def due(self, step: int) -> bool:
         """Only at ``step``."""
@@ -57,26 +58,28 @@ class OneShot(Schedule):
         return self.step
 
 
+@dataclass(frozen=True)
 class _Ramp(Schedule):
     """Prunes at ``start``, every ``every`` steps, and at ``end``, further each time."""
 
-    def __init__(self, start: int, end: int, every: int, initial: float = 0.0) -> None:
-        """Validate and keep the arguments.
+    start: int
+    """Optimizer step of the first pruning."""
+    end: int
+    """Optimizer step of the last pruning, which reaches the plan's sparsity exactly."""
+    every: int
+    """Optimizer steps between two prunings."""
+    initial: float = 0.0
+    """Sparsity at ``start``."""
 
-        Args:
-            start: Optimizer step of the first pruning.
-            end: Optimizer step of the last pruning, which reaches the plan's sparsity exactly.
-            every: Optimizer steps between two prunings.
-            initial: Sparsity at ``start``.
-        """
-        self.start = _check_step("start", start)
-        self.end = _check_step("end", end)
-        self.every = every
-        self.initial = check_sparsity(initial, "initial")
-        if end <= start:
-            raise InputError(f"schedule end is {end}: it must be after start, {start}")
-        if every < 1:
-            raise InputError(f"schedule every is {every}: it must be at least 1 optimizer step")
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        _check_step("start", self.start)
+        _check_step("end", self.end)
+        object.__setattr__(self, "initial", check_sparsity(self.initial, "initial"))
+        if self.end <= self.start:
+            raise InputError(f"schedule end is {self.end}: it must be after start, {self.start}")
+        if self.every < 1:
+            raise InputError(f"schedule every is {self.every}: it must be at least 1 optimizer step")
 
     def due(self, step: int) -> bool:
         """At ``start``, every ``every`` steps after it, and at ``end``."""
@@ -99,6 +102,7 @@ class _Ramp(Schedule):
 
 
 @final
+@dataclass(frozen=True)
 class Cubic(_Ramp):
     """Fast at first, slower towards the end: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))³``.
 
@@ -114,6 +118,7 @@ class Cubic(_Ramp):
 
 
 @final
+@dataclass(frozen=True)
 class Linear(_Ramp):
     """At an even pace: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))``.
 
@@ -129,6 +134,7 @@ class Linear(_Ramp):
 
 
 @final
+@dataclass(frozen=True)
 class Step(Schedule):
     """Equal jumps: ``times`` prunings, ``every`` steps apart, each adding the same share of the sparsity.
 
@@ -137,20 +143,19 @@ class Step(Schedule):
         schedule: {class_path: Step, init_args: {start: 0, every: 100, times: 3}}
     """
 
-    def __init__(self, every: int, times: int, start: int = 0) -> None:
-        """Validate and keep the arguments.
+    every: int
+    """Optimizer steps between two jumps."""
+    times: int
+    """Number of jumps; the last reaches the plan's sparsity exactly."""
+    start: int = 0
+    """Optimizer step of the first jump."""
 
-        Args:
-            every: Optimizer steps between two jumps.
-            times: Number of jumps; the last reaches the plan's sparsity exactly.
-            start: Optimizer step of the first jump.
-        """
-        self.start = _check_step("start", start)
-        for name, value in (("every", every), ("times", times)):
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        _check_step("start", self.start)
+        for name, value in (("every", self.every), ("times", self.times)):
             if value < 1:
                 raise InputError(f"schedule {name} is {value}: it must be at least 1")
-        self.every = every
-        self.times = times
 
     def due(self, step: int) -> bool:
         """At ``start`` and ``times - 1`` times ``every`` steps after it."""
@@ -167,6 +172,7 @@ class Step(Schedule):
 
 
 @final
+@dataclass(frozen=True)
 class Table(Schedule):
     """The sparsities that you give, at the steps that you give.
 
@@ -175,17 +181,16 @@ class Table(Schedule):
         schedule: {class_path: Table, init_args: {sparsities: {0: 0.3, 100: 0.5, 300: 0.7}}}
     """
 
-    def __init__(self, sparsities: dict[int, float]) -> None:
-        """Validate and keep the arguments.
+    sparsities: dict[int, float]
+    """Optimizer step to sparsity; the last must be the plan's own."""
 
-        Args:
-            sparsities: Optimizer step to sparsity; the last must be the plan's own.
-        """
-        if not sparsities:
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if not self.sparsities:
             raise InputError("schedule sparsities is empty: give at least one step, such as {0: 0.5}")
-        for step, sparsity in sparsities.items():
+        for step, sparsity in self.sparsities.items():
             check_sparsity(sparsity, f"at step {_check_step('step', step)}, sparsities")
-        self.sparsities = dict(sorted(sparsities.items()))
+        object.__setattr__(self, "sparsities", dict(sorted(self.sparsities.items())))
 
     def due(self, step: int) -> bool:
         """At the steps of the table."""

@@ -21,8 +21,10 @@ class Scorer(ABC):
     group: ClassVar[Group] = "matrix"
     """Which weights the method is used to compare; a pattern's own ``group`` wins."""
 
-    gradient_norm: GradientNorm = "l2"
-    """Which norm the gradient pass adds up, where ``needs`` names ``gradient``."""
+    @property
+    def gradient_norm(self) -> GradientNorm:
+        """Which norm the gradient pass adds up, if ``needs`` names ``gradient``."""
+        return "l2"
 
     @abstractmethod
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:

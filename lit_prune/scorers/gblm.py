@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from lit_prune.scorers.base import Scorer
 
 
 @final
+@dataclass(frozen=True)
 class GBLM(Scorer):
     """``|W| * ||X_j||₂ + |W| * G``, compared within each row (Das et al., "Beyond Size: GBLM-Pruner", 2023).
 
@@ -29,22 +31,24 @@ class GBLM(Scorer):
     needs: ClassVar[frozenset[str]] = frozenset({"input_sq_norm", "gradient"})
     group: ClassVar[Group] = "row"
 
-    def __init__(self, norm: GradientNorm = "l2", alpha: float = 100.0, gradient_only: bool = False) -> None:
-        """Validate and keep the arguments.
+    norm: GradientNorm = "l2"
+    """Norm over samples of the gradients: ``l1`` or ``l2``."""
+    alpha: float = 100.0
+    """Factor of the gradients, which balances them with the activations."""
+    gradient_only: bool = False
+    """Leave the activations out: ``|W| * G``."""
 
-        Args:
-            norm: How gradients are added up over samples: ``l1`` or ``l2``.
-            alpha: Factor of the gradients, which balances them with the activations.
-            gradient_only: Leave the activations out: ``|W| * G``.
-        """
-        if norm not in ("l1", "l2"):
-            raise InputError(f"norm is {norm!r}: it must be 'l1' or 'l2'")
-        if not 0 < alpha < float("inf"):
-            raise InputError(f"alpha is {alpha!r}: it must be a positive number, such as 100")
-        self.norm = norm
-        self.alpha = alpha
-        self.gradient_only = gradient_only
-        self.gradient_norm = norm
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if self.norm not in ("l1", "l2"):
+            raise InputError(f"norm is {self.norm!r}: it must be 'l1' or 'l2'")
+        if not 0 < self.alpha < float("inf"):
+            raise InputError(f"alpha is {self.alpha!r}: it must be a positive number, such as 100")
+
+    @property
+    def gradient_norm(self) -> GradientNorm:
+        """``norm``."""
+        return self.norm
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
         """Return the scores.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from lit_prune.scorers.base import Scorer
 
 
 @final
+@dataclass(frozen=True)
 class Magnitude(Scorer):
     """``|W|``: the smallest weights go. Needs no data (Han et al., "Learning both Weights and Connections", 2015).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from lit_prune.scorers.base import Scorer
 
 
 @final
+@dataclass(frozen=True)
 class SparseGPTSaliency(Scorer):
     """``(W_rj / U_jj)²``, with ``UᵀU`` the inverse of the damped Gram matrix (Frantar & Alistarh, "SparseGPT", 2023).
 
@@ -26,13 +28,12 @@ class SparseGPTSaliency(Scorer):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
-    def __init__(self, damping: float = 0.01) -> None:
-        """Validate and keep the arguments.
+    damping: float = 0.01
+    """Added to the diagonal of the Gram matrix, as a fraction of its mean."""
 
-        Args:
-            damping: Added to the diagonal of the Gram matrix, as a fraction of its mean.
-        """
-        self.damping = check_damping(damping)
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        check_damping(self.damping)
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
         """Return the saliency ``[o, i]``; ``stats`` must hold the Gram matrix ``[i, i]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from lit_prune.scorers.base import Scorer
 
 
 @final
+@dataclass(frozen=True)
 class Wanda(Scorer):
     """``|W_rj| * ||X_j||₂``, compared within each row (Sun et al., "A Simple and Effective Pruning Approach", 2023).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, final
 
@@ -26,6 +26,7 @@ _DRAFT_ITERATIONS, _DRAFT_POLISH = 6, 2
 
 
 @final
+@dataclass(frozen=True)
 class ADMM(Solver):
     """Alternating directions on the layer-wise problem: the least ``||X (W' - W)ᵀ||²`` over all W' with the pattern.
 
@@ -56,54 +57,44 @@ class ADMM(Solver):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
-    def __init__(
-        self,
-        iterations: int = 20,
-        schedule: Literal["continuation", "cubic"] = "continuation",
-        mask: Literal["gradual", "fixed"] = "gradual",
-        polish: int | None = None,
-        damping: float | None = None,
-        as_released: bool = False,
-        rows_at_once: int | None = None,
-    ) -> None:
-        """Validate and keep the arguments.
+    iterations: int = 20
+    """Weight updates in all, the polish included; each costs one or two products with H."""
+    schedule: Literal["continuation", "cubic"] = "continuation"
+    """How the mask is found: ``continuation`` of ρ, or the paper's ``cubic`` rise of the sparsity."""
+    mask: Literal["gradual", "fixed"] = "gradual"
+    """Choose the mask anew in every iteration (``gradual``), or keep that of the score, or of ``|Ŵ|`` without a score,
+    from the start (``fixed``)."""
+    polish: int | None = None
+    """Conjugate-gradient steps at the end; null = 4 for the continuation and none for the others."""
+    damping: float | None = None
+    """Added to the diagonal of H, as a fraction of its mean; null = 0.003 for the continuation and 0.1, the paper's,
+    for the others."""
+    as_released: bool = False
+    """Reproduce the published code."""
+    rows_at_once: int | None = None
+    """Rows of W that are solved together, to save memory, if the mask is chosen by row, as N:M, or fixed; null =
+    all."""
 
-        Args:
-            iterations: Weight updates in all, the polish included; each costs one or two products with H.
-            schedule: How the mask is found: ``continuation`` of ρ, or the paper's ``cubic`` rise of the sparsity.
-            mask: Choose the mask anew in every iteration (``gradual``), or keep the one of the score, or of ``|Ŵ|``
-                without a score, from the start (``fixed``).
-            polish: Conjugate-gradient steps at the end; null = 4 for the continuation and none for the others.
-            damping: Added to the diagonal of H, as a fraction of its mean; null = 0.003 for the continuation and 0.1,
-                the paper's, for the others.
-            as_released: Reproduce the published code.
-            rows_at_once: Rows of W that are worked on together, to save memory, where the mask is chosen by row, as
-                N:M, or fixed; null = all.
-        """
-        published = as_released or schedule == "cubic"
-        if schedule not in ("continuation", "cubic"):
-            raise InputError(f"schedule is {schedule!r}: it must be 'continuation' or 'cubic'")
-        if mask not in ("gradual", "fixed"):
-            raise InputError(f"mask is {mask!r}: it must be 'gradual' or 'fixed'")
-        if iterations < 1:
-            raise InputError(f"iterations is {iterations!r}: it must be at least 1, such as 20")
-        if polish is not None and not 0 <= polish < iterations:
-            raise InputError(f"polish is {polish!r}: it must be from 0 to {iterations - 1}, one less than iterations")
-        if rows_at_once is not None and rows_at_once < 1:
-            raise InputError(f"rows_at_once is {rows_at_once!r}: it must be at least 1, or null")
-        self.iterations = iterations
-        self.schedule = schedule
-        self.mask = mask
-        self.polish = (0 if published else min(4, iterations - 1)) if polish is None else polish
-        self.damping = check_damping((0.1 if published else 0.003) if damping is None else damping)
-        self.as_released = as_released
-        self.rows_at_once = rows_at_once
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if self.schedule not in ("continuation", "cubic"):
+            raise InputError(f"schedule is {self.schedule!r}: it must be 'continuation' or 'cubic'")
+        if self.mask not in ("gradual", "fixed"):
+            raise InputError(f"mask is {self.mask!r}: it must be 'gradual' or 'fixed'")
+        last = self.iterations - 1
+        if last < 0:
+            raise InputError(f"iterations is {self.iterations!r}: it must be at least 1, such as 20")
+        if self.polish is not None and not 0 <= self.polish <= last:
+            raise InputError(f"polish is {self.polish!r}: it must be from 0 to {last}, one less than iterations")
+        if self.rows_at_once is not None and self.rows_at_once < 1:
+            raise InputError(f"rows_at_once is {self.rows_at_once!r}: it must be at least 1, or null")
+        check_damping(self._damping)
 
     def flops(self, outputs: int, inputs: int) -> float:
         """Return those of the products: ``4 o i²`` per update or ``2 o i² + 2 i³``, and ``2 o i²`` per polish step."""
         update = 4 * outputs * inputs**2 if outputs <= inputs else 2 * (outputs + inputs) * inputs**2
-        polish = 2 * outputs * inputs**2 * (self.polish + 1) if self.polish else 0
-        return (self.iterations - self.polish) * update + polish
+        polish = 2 * outputs * inputs**2 * (self._polish + 1) if self._polish else 0
+        return (self.iterations - self._polish) * update + polish
 
     def shared_flops(self, inputs: int) -> float:
         """Return those of an eigendecomposition: ``9 i³``."""
@@ -120,7 +111,7 @@ class ADMM(Solver):
         """Choose the mask of ``weight`` ``[o, i]`` and update what stays; the result is in the dtype of ``weight``."""
         pattern.check(weight.shape)
         dense = working(weight)
-        norm, problem = stats.normalised(self.damping)
+        norm, problem = stats.normalised(self._damping)
         norm, problem = norm.to(dense), problem.to(dense)
         dense = dense * norm
         check_allowed(allowed, pattern, weight.shape)
@@ -145,15 +136,13 @@ class ADMM(Solver):
         keep = torch.cat([part_keep for _, part_keep in parts])
         solved = torch.cat([part for part, _ in parts]) / norm
         if not solved.isfinite().all():
-            raise NumericalError(f"ADMM diverged at damping {self.damping:g}: use a larger one")
+            raise NumericalError(f"ADMM diverged at damping {self._damping:g}: use a larger one")
         return Solution(keep_only(solved.to(weight.dtype), keep), keep)
 
     def draft(self) -> ADMM:
         """Return one with fewer iterations: which block bears how much pruning shows long before the end."""
-        draft = copy(self)
-        draft.iterations = min(self.iterations, _DRAFT_ITERATIONS)
-        draft.polish = min(self.polish, _DRAFT_POLISH, draft.iterations - 1)
-        return draft
+        iterations = min(self.iterations, _DRAFT_ITERATIONS)
+        return replace(self, iterations=iterations, polish=min(self._polish, _DRAFT_POLISH, iterations - 1))
 
     def _splits(self, pattern: Pattern) -> bool:
         """Tell whether rows can be solved apart from each other."""
@@ -165,6 +154,16 @@ class ADMM(Solver):
     def _published(self) -> bool:
         return self.as_released or self.schedule == "cubic"
 
+    @property
+    def _polish(self) -> int:
+        default = 0 if self._published else min(4, self.iterations - 1)
+        return default if self.polish is None else self.polish
+
+    @property
+    def _damping(self) -> float:
+        default = 0.1 if self._published else 0.003
+        return default if self.damping is None else self.damping
+
     def _solve_rows(
         self,
         dense: Tensor,
@@ -174,7 +173,7 @@ class ADMM(Solver):
         allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the solution ``[rows, i]`` in units of ``Ŵ``, and its mask."""
-        updates = self.iterations - self.polish
+        updates = self.iterations - self._polish
         rho, growth = (1.0, 1.0) if self._published else (_RHO[0], (_RHO[1] / _RHO[0]) ** (1 / max(1, updates - 1)))
         current, dual = dense, torch.zeros_like(dense)
         keep = torch.ones_like(dense, dtype=torch.bool) if start is None else start
@@ -189,8 +188,8 @@ class ADMM(Solver):
             dual = dual.div_(growth)
             rho *= growth
         solved = keep_only(current + dual, keep)
-        if self.polish:
-            solved = conjugate_gradient(problem.gram, dense, solved, keep, self.polish)
+        if self._polish:
+            solved = conjugate_gradient(problem.gram, dense, solved, keep, self._polish)
         return solved, keep
 
     def _choose(

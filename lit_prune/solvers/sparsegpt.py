@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -19,6 +20,7 @@ _COLUMNS_AT_ONCE = 16
 
 
 @final
+@dataclass(frozen=True)
 class SparseGPT(Solver):
     """One optimal-brain-surgeon sweep over the columns (Frantar & Alistarh, "SparseGPT", 2023).
 
@@ -38,17 +40,16 @@ class SparseGPT(Solver):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     takes_gram: ClassVar[bool] = True
 
-    def __init__(self, block_size: int = 128, damping: float = 0.01) -> None:
-        """Validate and keep the arguments.
+    block_size: int = 128
+    """Columns per lazy update, and per choice of an unstructured mask."""
+    damping: float = 0.01
+    """Added to the diagonal of the Gram matrix, as a fraction of its mean."""
 
-        Args:
-            block_size: Columns per lazy update, and per choice of an unstructured mask.
-            damping: Added to the diagonal of the Gram matrix, as a fraction of its mean.
-        """
-        if block_size < 1:
-            raise InputError(f"block_size is {block_size!r}: it must be at least 1, such as 128")
-        self.block_size = block_size
-        self.damping = check_damping(damping)
+    def __post_init__(self) -> None:
+        """Validate the arguments."""
+        if self.block_size < 1:
+            raise InputError(f"block_size is {self.block_size!r}: it must be at least 1, such as 128")
+        check_damping(self.damping)
 
     def flops(self, outputs: int, inputs: int) -> float:
         """Return those of the updates to the right: ``o i²``."""

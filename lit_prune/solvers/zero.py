@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from lit_prune.solvers.base import Solution, Solver
 
 
 @final
+@dataclass(frozen=True)
 class Zero(Solver):
     """Zero the weights with the smallest scores and leave the others as they are, as Wanda and magnitude pruning do.
 

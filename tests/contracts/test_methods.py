@@ -3,12 +3,13 @@
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from docstring_parser import parse_from_object
 from torch import Tensor
 
 from lit_prune import allocators, scorers, solvers
@@ -54,8 +55,9 @@ def test_a_method_is_final_documented_and_alone_in_its_file(method: type) -> Non
     in_file = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == method.__module__]
     assert in_file == [method]
     assert "class_path: " + method.__name__ in (method.__doc__ or "")
-    for parameter in inspect.signature(method).parameters:
-        assert f"{parameter}: " in (method.__init__.__doc__ or "")
+    assert is_dataclass(method) and method.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    documented = {entry.arg_name: entry.description for entry in parse_from_object(method).params}
+    assert all(documented.get(parameter) for parameter in inspect.signature(method).parameters)
 
 
 @pytest.mark.parametrize("scorer", scorers.METHODS.values(), ids=by_name)
