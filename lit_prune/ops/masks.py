@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -224,14 +225,33 @@ class PackedMask:
     Attributes:
         bits: uint8 ``[ceil(n / 8)]``; bit ``k`` (least significant first) of byte ``b`` is weight ``8 b + k``.
         shape: the mask's shape.
+
+    Raises:
+        InputError: if the bits are not uint8, or not as many as the shape needs; masks are read from strangers' files.
     """
 
     bits: Tensor
     shape: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        """Refuse bits that do not fit the shape, before anything of that size is allocated."""
+        shape = self.shape
+        if not (isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)):
+            raise InputError(f"a mask has the shape {shape!r}: a tuple of sizes, 0 or more, is needed")
+        if not isinstance(self.bits, Tensor) or self.bits.dtype != torch.uint8:
+            found = getattr(self.bits, "dtype", type(self.bits).__name__)
+            raise InputError(f"the bits of a mask are {found}: a uint8 tensor is needed, with one bit for each weight")
+        needed = -(-math.prod(shape) // 8)
+        if tuple(self.bits.shape) != (needed,):
+            raise InputError(
+                f"a mask of the shape {list(shape)} has bits of the shape {list(self.bits.shape)}: [{needed}] is needed"
+            )
+
     @classmethod
     def pack(cls, keep: Tensor) -> PackedMask:
         """Pack a bool mask of any shape."""
+        if keep.dtype != torch.bool:
+            raise InputError(f"a mask is {keep.dtype}: bool is needed, True for what is kept")
         flat = keep.reshape(-1).to(torch.uint8)
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
         return cls((flat << _bit_positions(keep.device)).sum(1, dtype=torch.uint8), tuple(keep.shape))

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -149,3 +151,29 @@ def test_only_what_is_kept_is_left_bit_for_bit(dtype: torch.dtype, seed: int) ->
         kept = keep if layout is values else keep.T
         expected = layout.masked_fill(~kept, 0.0)
         torch.testing.assert_close(keep_only(layout, kept), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("bits", "shape", "said"),
+    [
+        (torch.zeros(1, dtype=torch.uint8), (2, 9), r"shape \[2, 9\] has bits of the shape \[1\]: \[3\] is needed"),
+        (torch.zeros(4, dtype=torch.uint8), (2, 9), r"bits of the shape \[4\]"),
+        (torch.zeros(1, dtype=torch.uint8), (10**9, 10**9), r"\[125000000000000000\] is needed"),
+        (torch.zeros(1, 3, dtype=torch.uint8), (2, 9), r"bits of the shape \[1, 3\]"),
+        (torch.zeros(3), (2, 9), r"are torch\.float32: a uint8 tensor is needed"),
+        ([0, 0, 0], (2, 9), "are list: a uint8 tensor is needed"),
+        (torch.zeros(1, dtype=torch.uint8), (-2, -4), "a tuple of sizes, 0 or more, is needed"),
+        (torch.zeros(1, dtype=torch.uint8), ("2", 4), "a tuple of sizes"),
+        (torch.zeros(1, dtype=torch.uint8), (2.0, 4), "a tuple of sizes"),
+        (torch.zeros(1, dtype=torch.uint8), (True, 4), "a tuple of sizes"),
+        (torch.zeros(1, dtype=torch.uint8), [2, 4], "a tuple of sizes"),
+    ],
+)
+def test_bits_that_do_not_fit_the_shape_are_refused(bits: Any, shape: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        PackedMask(bits, shape)
+
+
+def test_a_mask_of_floats_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a mask is torch\.float32: bool is needed"):
+        PackedMask.pack(torch.ones(2, 4))
