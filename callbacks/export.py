@@ -125,7 +125,7 @@ class Export(Callback):
             )
             return
         strategy = trainer.strategy
-        strategy.load_model_state_dict(strategy.load_checkpoint(path))
+        strategy.load_model_state_dict(strategy.load_checkpoint(path, weights_only=False))  # this run wrote it
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         masks, report = _masks_and_report(trainer)

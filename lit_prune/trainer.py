@@ -40,6 +40,7 @@ from lit_prune.pruning.journal import Journal
 from lit_prune.pruning.report import Recipe, Sample, scores_table, speed_table
 from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.training.strategies import FSDP2, DeepSpeed
 from lit_prune.training.tasks import Harness, Scores
 
 PROMPTS = ("The capital of France is", "The most important thing about a good bridge is")
@@ -177,7 +178,9 @@ class PruningTrainer(Trainer):
             return None
         if Path(ckpt_path).expanduser().exists():
             check_trusted(ckpt_path, trust)
-        elif not trust and isinstance(self.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
+        elif not (trust or isinstance(self.strategy, (DeepSpeed, FSDP2))) and isinstance(
+            self.strategy, (DeepSpeedStrategy, ModelParallelStrategy)
+        ):  # which do not look through what they load
             raise InputError(f"ckpt_path is {str(ckpt_path)!r}: give the folder of the checkpoint, or add --trust")
         return not trust
 

@@ -1,9 +1,17 @@
-"""Read training checkpoints, whole or sharded, without running any code that a stranger may have put into them."""
+"""Read training checkpoints, whole or sharded, without running any code that a stranger may have put into them.
+
+Unless a checkpoint is trusted, every file that is going to be loaded is looked through before: ``.pt`` files and single
+checkpoints with torch's weights-only unpickler, the ``.metadata`` of a sharded checkpoint with one that knows its
+classes alone, and each entry of a ``.distcp`` file that is no tensor as a weights-only file of its own. Links, paths in
+``.metadata`` and DeepSpeed's ``latest`` may not lead out of the checkpoint's folder.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lit_prune.errors import InputError, first_line
@@ -38,6 +46,8 @@ _METADATA_NAMES = (
     ("pathlib", "WindowsPath"),
 )
 _DTYPES = (torch.dtype, torch.layout, torch.memory_format)
+_LATEST = "latest"
+"""DeepSpeed's file that names the folder of the newest checkpoint."""
 _MODEL = "model."
 """What the names of the language model's weights begin with in a LitCausalLM."""
 
@@ -56,9 +66,12 @@ class Checkpoint:
         """Keep masks by parameter name."""
         for name, suffix in (("KeepMasks", ""), ("Prune", ".weight")):
             state = self.callbacks.get(name, {})
-            if state.get("masks"):
-                shapes = state["mask_shapes"]
-                return {f"{k}{suffix}": PackedMask(bits, tuple(shapes[k])) for k, bits in state["masks"].items()}
+            try:
+                if state.get("masks"):
+                    shapes = state["mask_shapes"]
+                    return {f"{k}{suffix}": PackedMask(bits, tuple(shapes[k])) for k, bits in state["masks"].items()}
+            except (InputError, AttributeError, KeyError, TypeError) as error:
+                raise InputError(f"the checkpoint's masks, of {name}, are damaged ({_reason(error)})") from error
         raise InputError(
             "the checkpoint holds no masks: neither Prune nor KeepMasks was among the callbacks, or "
             "ModelCheckpoint.save_weights_only is on"
@@ -77,15 +90,25 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
     """
     path = Path(path).expanduser()
     check_trusted(path, trust)
-    if path.is_file():
-        content = _load(path, trust)
-        weights, extra = content["state_dict"], content
-    elif (path / _METADATA).is_file():
-        weights, extra = _read_sharded(path), _load(path / _EXTRA, trust)
-    else:
-        weights, extra = _read_deepspeed(path), _load(_model_states(path)[0], trust)
-    weights = {name.removeprefix(_MODEL): value for name, value in weights.items() if name.startswith(_MODEL)}
-    return Checkpoint(weights, {key.split("{")[0]: state for key, state in extra.get("callbacks", {}).items()})
+    try:
+        if path.is_file():
+            content = _load(path, trust)
+            weights, extra = content["state_dict"], content
+        elif (path / _METADATA).is_file():
+            weights, extra = _read_sharded(path), _load(path / _EXTRA, trust)
+        else:
+            weights, extra = _read_deepspeed(path), _load(_model_states(path)[0], trust)
+        weights = {name.removeprefix(_MODEL): value for name, value in weights.items() if name.startswith(_MODEL)}
+        callbacks = {key.split("{")[0]: state for key, state in extra.get("callbacks", {}).items()}
+    except (AttributeError, KeyError, TypeError, OSError) as error:
+        raise InputError(
+            f"checkpoint is {str(path)!r}: it is no checkpoint of Lightning, or damaged ({_reason(error)})"
+        ) from error
+    return Checkpoint(weights, callbacks)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
 
 
 def by_layer(masks: Mapping[str, PackedMask]) -> dict[str, PackedMask]:
@@ -99,23 +122,78 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
     Files are read with unpicklers that know tensors and plain data alone; what else they name is never imported.
     """
     path = Path(path).expanduser()
-    files = [path] if path.is_file() else [*path.rglob("*.pt"), *path.rglob(_METADATA)]
+    files = [path] if path.is_file() else [file for file in _files_of(path) if _is_loaded(file)]
     if not files:
         raise InputError(f"checkpoint is {str(path)!r}: there is no such file, and no folder with a checkpoint in it")
     if trust:
         return
     for file in files:
         try:
-            if file.name == _METADATA:
-                with file.open("rb") as handle:
-                    _MetadataUnpickler(handle).load()
-            else:
-                _load(file)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            _check_file(file)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
                 f"checkpoint is {str(path)!r}: {file.name} holds more than tensors and plain data, or is damaged "
                 f"({first_line(error)}); if you know where it comes from, add --trust"
             ) from error
+
+
+def _files_of(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder; raise ``InputError`` if a link or ``latest`` leads out of it."""
+    root = folder.resolve()
+    for parent, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            path = Path(parent, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise InputError(
+                    f"checkpoint is {str(folder)!r}: {str(path.relative_to(root))!r} is a link to "
+                    f"{str(path.resolve())!r}, outside of it; copy what it needs into the folder"
+                )
+        yield from (Path(parent, name) for name in names)
+    latest = root / _LATEST
+    if latest.is_file():
+        tag = latest.read_text(errors="replace").strip()
+        if "\0" in tag or not (root / tag).resolve().is_relative_to(root):
+            raise InputError(f"checkpoint is {str(folder)!r}: its {_LATEST!r} names {tag!r}, outside of it")
+
+
+def _is_loaded(file: Path) -> bool:
+    """Tell whether a file is unpickled when its folder is loaded; ``.distcp`` files are, by way of their index."""
+    return file.suffix == ".pt" or file.name.endswith(_METADATA)
+
+
+def _check_file(file: Path) -> None:
+    """Raise an error if a file holds anything but tensors and plain data."""
+    if file.name.endswith(_METADATA):
+        with file.open("rb") as handle:
+            _check_entries(file, _MetadataUnpickler(handle).load())
+    else:
+        _load(file)
+
+
+def _check_entries(index: Path, metadata: Any) -> None:
+    """Raise an error if a sharded checkpoint's index leads out of its folder, or names an entry that holds code.
+
+    torch unpickles entries that are no tensors without any restriction.
+    """
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise pickle.UnpicklingError("it is no index of a sharded checkpoint")
+    for entry, place in metadata.storage_data.items():
+        file = index.parent / place.relative_path
+        if not file.resolve().is_relative_to(index.parent.resolve()):
+            raise pickle.UnpicklingError(f"it leads to {place.relative_path!r}, outside of the folder")
+        if not isinstance(metadata.state_dict_metadata.get(entry.fqn), BytesStorageMetadata):
+            continue
+        if getattr(place, "transform_descriptors", None):
+            raise pickle.UnpicklingError(f"{entry.fqn} is compressed")
+        with file.open("rb") as handle:
+            handle.seek(place.offset)
+            content = handle.read(place.length)
+        try:
+            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            raise pickle.UnpicklingError(f"{entry.fqn} in {place.relative_path}: {first_line(error)}") from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):

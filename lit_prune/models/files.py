@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_prune.errors import DiskError, first_line
+from lit_prune.errors import DiskError, InputError, first_line
 
 
 @contextmanager
@@ -76,8 +76,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+    """Read a JSON file; raise ``InputError`` that names it if it holds something else."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as JSON ({first_line(error)})") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -88,11 +91,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def tensor_names(path: Path) -> set[str]:
     """Return the names of the tensors in a file, without reading them."""
-    with safe_open(path, framework="pt") as handle:
+    with _opened(path) as handle:
         return set(handle.keys())
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read tensors by name."""
-    with safe_open(path, framework="pt") as handle:
+    with _opened(path) as handle:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; raise ``InputError`` that names it if it holds something else."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as safetensors ({first_line(error)})") from error

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -167,6 +168,11 @@ def _explained(pretrained: str, remedy: str = _MODEL_REMEDY) -> Iterator[None]:
         raise
     except ImportError as error:
         raise InputError(f"model.pretrained is {pretrained!r}: {first_line(error)}") from error
+    except UnpicklingError as error:
+        raise InputError(
+            f"model.pretrained is {pretrained!r}: its weights hold more than tensors, so they may run code, and are "
+            "not loaded; give a model in safetensors files"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"model.pretrained is {pretrained!r}: it cannot be loaded ({first_line(error)}); {remedy}"

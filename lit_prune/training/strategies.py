@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lit_prune.models.blocks import find_blocks
+from lit_prune.models.checkpoints import check_trusted
 
 
 class FSDP2(ModelParallelStrategy):
@@ -56,6 +58,12 @@ class FSDP2(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        # torch unpickles what is no tensor in shards whatever ``weights_only`` says.
+        check_trusted(checkpoint_path, trust=weights_only is False)
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, frozen: bool = False) -> nn.Module:
@@ -166,6 +174,12 @@ class DeepSpeed(DeepSpeedStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided the loss by the number of accumulated batches; DeepSpeed would do so once more.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        # DeepSpeed unpickles everything whatever ``weights_only`` says.
+        check_trusted(checkpoint_path, trust=weights_only is False)
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
     @contextmanager
     @override

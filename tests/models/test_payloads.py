@@ -1,0 +1,339 @@
+"""Code in any kind of entry of any kind of file that is read does not run, and is one line for the user."""
+
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint import save
+
+from lit_prune.cli import main
+from lit_prune.errors import InputError
+from lit_prune.models.checkpoints import check_trusted, read_checkpoint
+from lit_prune.models.files import load_tensors
+from lit_prune.models.io import load_masks, load_model, load_tokenizer
+from lit_prune.ops import PackedMask
+from lit_prune.training.strategies import FSDP2, DeepSpeed
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+class Payload:
+    """Makes a folder if it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.mark,)
+
+
+def state() -> dict[str, Tensor]:
+    return {"model.layer.weight": torch.arange(6.0).reshape(2, 3)}
+
+
+def single(folder: Path, **content: Any) -> Path:
+    torch.save({"state_dict": state(), "callbacks": {}, **content}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def in_weights(folder: Path, payload: Payload) -> Path:
+    return single(folder, state_dict={**state(), "model.other": payload})
+
+
+def in_callbacks(folder: Path, payload: Payload) -> Path:
+    return single(folder, callbacks={"Prune{}": {"masks": payload}})
+
+
+def in_hyper_parameters(folder: Path, payload: Payload) -> Path:
+    return single(folder, hyper_parameters={"x": payload})
+
+
+def in_learning_rate(folder: Path, payload: Payload) -> Path:
+    return single(folder, optimizer_states=[{"state": {}, "param_groups": [{"lr": payload}]}])
+
+
+def in_plain_pickle(folder: Path, payload: Payload) -> Path:
+    (folder / "last.ckpt").write_bytes(pickle.dumps(payload))
+    return folder / "last.ckpt"
+
+
+def in_old_torch_file(folder: Path, payload: Payload) -> Path:
+    torch.save(payload, folder / "last.ckpt", _use_new_zipfile_serialization=False)
+    return folder / "last.ckpt"
+
+
+def in_tar_of_old_torch(folder: Path, payload: Payload) -> Path:
+    for name in ("sys_info", "pickle", "storages", "tensors"):
+        (folder / name).write_bytes(pickle.dumps(payload, protocol=2))
+    with tarfile.open(folder / "last.ckpt", "w:", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            tar.add(folder / name, arcname=name)
+    return folder / "last.ckpt"
+
+
+def sharded(folder: Path, lr: Any = 0.1) -> Path:
+    path = folder / "sharded.ckpt"
+    save({"state_dict": state(), "optimizer_0": {"lr": lr}}, checkpoint_id=path, no_dist=True)
+    torch.save({"callbacks": {}}, path / "meta.pt")
+    return path
+
+
+def in_shard(folder: Path, payload: Payload) -> Path:
+    return sharded(folder, lr=payload)
+
+
+def in_metadata(folder: Path, payload: Payload) -> Path:
+    (sharded(folder) / ".metadata").write_bytes(pickle.dumps(payload))
+    return folder / "sharded.ckpt"
+
+
+def in_metadata_of_a_rank(folder: Path, payload: Payload) -> Path:
+    (sharded(folder) / "__0.metadata").write_bytes(pickle.dumps(payload))
+    return folder / "sharded.ckpt"
+
+
+def in_meta(folder: Path, payload: Payload) -> Path:
+    torch.save({"callbacks": payload}, sharded(folder) / "meta.pt")
+    return folder / "sharded.ckpt"
+
+
+def in_shard_elsewhere(folder: Path, payload: Payload) -> Path:
+    inside, outside = sharded(folder), folder / "outside.distcp"
+    (shard,) = inside.glob("*.distcp")
+    shard.rename(outside)
+    shard.symlink_to(outside)
+    torch.save(payload, inside / "unused.bin")
+    return inside
+
+
+def behind_a_path_of_metadata(folder: Path, payload: Payload) -> Path:
+    inside = sharded(folder, lr=payload)
+    (shard,) = inside.glob("*.distcp")
+    shard.rename(folder / "outside.distcp")
+    index = inside / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = "../outside.distcp"
+    index.write_bytes(pickle.dumps(metadata))
+    return inside
+
+
+def deepspeed(folder: Path, model: Any = None, optimizer: Any = None) -> Path:
+    path = folder / "zero.ckpt"
+    (path / "checkpoint").mkdir(parents=True)
+    (path / "latest").write_text("checkpoint")
+    torch.save({"module": model}, path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    torch.save({"optimizer": optimizer}, path / "checkpoint" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    return path
+
+
+def in_model_states(folder: Path, payload: Payload) -> Path:
+    return deepspeed(folder, model=payload)
+
+
+def in_optimizer_states(folder: Path, payload: Payload) -> Path:
+    return deepspeed(folder, optimizer=payload)
+
+
+def in_a_linked_folder(folder: Path, payload: Payload) -> Path:
+    path = deepspeed(folder, model=payload)
+    (path / "checkpoint").rename(folder / "elsewhere")
+    (path / "checkpoint").symlink_to(folder / "elsewhere")
+    return path
+
+
+def in_a_folder_that_latest_names(folder: Path, payload: Payload) -> Path:
+    path = deepspeed(folder)
+    (path / "latest").write_text("../elsewhere")
+    (folder / "elsewhere").mkdir()
+    torch.save(payload, folder / "elsewhere" / "mp_rank_00_model_states.pt")
+    return path
+
+
+CHECKPOINTS = [
+    in_weights,
+    in_callbacks,
+    in_hyper_parameters,
+    in_learning_rate,
+    in_plain_pickle,
+    in_old_torch_file,
+    in_tar_of_old_torch,
+    in_shard,
+    in_metadata,
+    in_metadata_of_a_rank,
+    in_meta,
+    in_shard_elsewhere,
+    behind_a_path_of_metadata,
+    in_model_states,
+    in_optimizer_states,
+    in_a_linked_folder,
+    in_a_folder_that_latest_names,
+]
+Write = Callable[[Path, Payload], Path]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("write", CHECKPOINTS, ids=lambda write: write.__name__)
+def test_a_checkpoint_runs_no_code(write: Write, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    path = write(tmp_path, Payload(mark))
+    for load in (check_trusted, read_checkpoint, FSDP2().load_checkpoint, DeepSpeed().load_checkpoint):
+        with pytest.raises(InputError, match=f"{path.name}.*(holds more than|is a link|outside)") as raised:
+            load(path)
+        assert "\n" not in str(raised.value)
+    assert not mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("write", [in_learning_rate, in_shard, in_a_linked_folder], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("command", ["fit", "test", "export"])
+def test_the_command_line_runs_no_code(
+    command: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "ran"
+    path = write(tmp_path, Payload(mark))
+    option = "--checkpoint" if command == "export" else "--ckpt_path"
+    assert main([command, "-c", config(tmp_path), option, str(path), *output(command, tmp_path)]) == 2
+    assert len(errors(capsys)) == 1
+    assert not mark.exists() and not (tmp_path / "out").exists()
+
+
+def test_what_is_trusted_is_loaded(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    read_checkpoint(in_hyper_parameters(tmp_path, Payload(mark)), trust=True)
+    assert mark.exists()
+
+
+def config(folder: Path, **plan: Any) -> str:
+    plan = {"pattern": {"class_path": "Unstructured", "init_args": {"sparsity": 0.5}}, "output_error": False, **plan}
+    content = {
+        "model": {"pretrained": "random", "config": LLAMA},
+        "data": {"dataset": "embedded", "sequences": 2, "seqlen": 8, "max_windows": 2},
+        "trainer": {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "callbacks": [{"class_path": "Prune", "init_args": {"plan": {"scorer": {"class_path": "Wanda"}, **plan}}}],
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return str(folder / "config.yaml")
+
+
+def output(command: str, folder: Path) -> list[str]:
+    return ["--output", str(folder / "out")] if command in ("prune", "export") else []
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("lit-prune: error: ")]
+
+
+@pytest.fixture
+def model_folder(tiny_model: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    load_tokenizer("random").save_pretrained(folder)
+    return folder
+
+
+def as_bin(folder: Path, payload: Payload) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**weights, "more": payload}, folder / "pytorch_model.bin")
+
+
+def as_sharded_bin(folder: Path, payload: Payload) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**weights, "more": payload}, folder / "pytorch_model-00001-of-00001.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model-00001-of-00001.bin")}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def in_place_of_safetensors(folder: Path, payload: Payload) -> None:
+    (folder / "model.safetensors").write_bytes(pickle.dumps(payload))
+
+
+def as_remote_code(folder: Path, payload: Payload) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    content |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "mine.py").write_text(f"import os\nos.mkdir({payload.mark!r})\n")
+
+
+MODELS = [as_bin, as_sharded_bin, in_place_of_safetensors, as_remote_code]
+
+
+@pytest.mark.parametrize("write", MODELS, ids=lambda write: write.__name__)
+def test_a_model_folder_runs_no_code(
+    write: Callable[[Path, Payload], None], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "n")
+    mark = tmp_path / "ran"
+    write(model_folder, Payload(mark))
+    with pytest.raises(InputError, match=r"model\.pretrained is .*model'") as raised:
+        load_model(str(model_folder))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 700, str(raised.value)
+    assert not mark.exists()
+
+
+def test_masks_and_records_run_no_code(tmp_path: Path) -> None:
+    mark, file = tmp_path / "ran", tmp_path / "masks.safetensors"
+    file.write_bytes(pickle.dumps(Payload(mark)))
+    with pytest.raises(InputError, match="not a safetensors file"):
+        load_masks(file)
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_tensors(file)  # caches of gradients and of a teacher's outputs, and the tensors of a journal
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["gradients", "alpha_peak"])
+def test_a_cache_runs_no_code(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, mark = tmp_path / "cache", tmp_path / "ran"
+    plan = {"scorer": {"class_path": "GBLM"}, "allocator": {"class_path": "AlphaPruning"}, "cache": str(cache)}
+    path = config(tmp_path, **plan)
+    assert main(["prune", "-c", path, "--output", str(tmp_path / "first")]) == 0
+    (file,) = cache.glob(f"{name}*")
+    file.write_bytes(pickle.dumps(Payload(mark)))
+    errors(capsys)
+    assert main(["prune", "-c", path, "--output", str(tmp_path / "out")]) == 2
+    assert [file.name in line for line in errors(capsys)] == [True]
+    assert not mark.exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {"masks": {"layer": torch.zeros(1, dtype=torch.uint8)}},
+        {"masks": {"layer": torch.zeros(1, dtype=torch.uint8)}, "mask_shapes": {"layer": [10**9, 10**9]}},
+        {"masks": {"layer": torch.zeros(6)}, "mask_shapes": {"layer": [2, 3]}},
+        {"masks": [1], "mask_shapes": {}},
+        [1],
+    ],
+)
+def test_masks_that_a_checkpoint_only_claims_are_refused(masks: Any, tmp_path: Path) -> None:
+    path = single(tmp_path, callbacks={"Prune{}": masks})
+    with pytest.raises(InputError, match="the checkpoint's masks, of Prune, are damaged"):
+        _ = read_checkpoint(path).masks
+
+
+def test_sound_masks_are_read(tmp_path: Path) -> None:
+    mask = PackedMask.pack(torch.tensor([[True, False, True], [False, False, True]]))
+    path = single(tmp_path, callbacks={"Prune{}": {"masks": {"layer": mask.bits}, "mask_shapes": {"layer": [2, 3]}}})
+    assert torch.equal(read_checkpoint(path).masks["layer.weight"].unpack(), mask.unpack())
