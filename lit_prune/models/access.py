@@ -162,6 +162,13 @@ def plain_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
+def copy_buffers(model: nn.Module, twin: nn.Module) -> None:
+    """Give a twin the model's buffers, which no strategy shards: values that are not trained, but may be learned."""
+    buffers = dict(model.named_buffers())
+    for name, buffer in twin.named_buffers():
+        buffer.data = buffers[name].data.clone()
+
+
 @contextmanager
 def whole_model(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model with whole weights: itself, or a copy where a strategy holds its weights elsewhere.
@@ -176,6 +183,7 @@ def whole_model(model: nn.Module) -> Iterator[nn.Module]:
     values = {name: read_whole(parameter) for name, parameter in model.named_parameters()}
     first = next(iter(values.values()))
     copy.to(device=first.device, dtype=first.dtype)
+    copy_buffers(model, copy)
     copy_adapters(model, copy)
     for name, parameter in copy.named_parameters():
         parameter.data.copy_(values.pop(name))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lit_prune.models.access import is_managed, plain_twin, read_whole, write_whole
+from lit_prune.models.access import copy_buffers, is_managed, plain_twin, read_whole, write_whole
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.lora import copy_adapters
 
@@ -250,9 +250,7 @@ def _hollow_copy(live: nn.Module) -> tuple[nn.Module, Home]:
     first = read_whole(next(live.parameters()))
     home = Shared(live, first.dtype)
     make_hollow(copy, home, lambda name: read_whole(live.get_parameter(name)), first.dtype, first.device)
-    buffers = dict(live.named_buffers())
-    for name, buffer in copy.named_buffers():
-        buffer.data = buffers[name].data.clone()
+    copy_buffers(live, copy)
     return copy.train(live.training), home
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,12 @@ def open_lazily(
         )
     if has_fused_experts(model):
         raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
-    home = Disk(dict(_matched(model, files, folder)), Path(changes).expanduser(), _ends(model))
+    buffers = _persistent_buffers(model)
+    names = [*dict(model.named_parameters()), *buffers]
+    home = Disk(dict(_matched(model, names, files, folder)), Path(changes).expanduser(), _ends(model))
     make_hollow(model, home, home.read)
+    for name, buffer in buffers.items():
+        buffer.data = home.read(name).to(buffer.dtype)
     for block in home.parts(model):
         block.module.register_forward_pre_hook(_holder(home, block))
         block.module._apply = _placeholders_moved(home, block)  # type: ignore[method-assign]
@@ -205,9 +209,17 @@ def _files(folder: Path) -> dict[str, Path]:
     )
 
 
-def _matched(model: Any, files: Mapping[str, Path], folder: Path) -> Iterator[tuple[str, tuple[Path, str]]]:
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint holds, by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def _matched(
+    model: Any, names: Iterable[str], files: Mapping[str, Path], folder: Path
+) -> Iterator[tuple[str, tuple[Path, str]]]:
     prefix = f"{model.base_model_prefix}."  # a checkpoint of the model without its head has names without it
-    for name, _ in model.named_parameters():
+    for name in names:
         there = next((known for known in (name, name.removeprefix(prefix)) if known in files), None)
         if there is None:
             raise InputError(
