@@ -38,14 +38,23 @@ def masks(folder: Path, rank: int = 0) -> dict[str, Tensor]:
     return {name: mask.unpack() for name, mask in load_masks(folder / f"masks{rank}.safetensors").items()}
 
 
-def check_equal(one: Path, other: Path) -> None:
-    """Check that masks are the same but for near ties, and weights to rounding where both keep them."""
-    theirs = masks(other)
-    assert sum(int((mask != theirs[name]).sum()) for name, mask in masks(one).items()) <= 4
-    values = load_tensors(other / "weights0.safetensors")
+# Sums over at most 320 tokens, in float64, and solves with matrices whose condition the damping keeps below 10,000.
+ROUNDING = 320 * 1e4 * torch.finfo(torch.float64).eps
+# Adam divides a gradient by its size plus 1e-8, so a gradient near zero carries its rounding there, at each step.
+BY_ADAM = 6 * torch.finfo(torch.float64).eps / 1e-8
+
+
+def check_equal(one: Path, other: Path, bound: float) -> None:
+    """Check that masks are the same, and weights to within rounding; no two scores are as near as that."""
+    theirs, values = masks(other), load_tensors(other / "weights0.safetensors")
+    assert all(torch.equal(mask, theirs[name]) for name, mask in masks(one).items())
     for name, value in load_tensors(one / "weights0.safetensors").items():
-        kept = (value != 0) & (values[name] != 0)
-        assert (value - values[name])[kept].norm() <= 1e-5 * value.norm(), name
+        assert value.dtype == torch.float64
+        assert (value - values[name]).norm() <= bound * value.norm(), name
+
+
+def bound(plan: str) -> float:
+    return BY_ADAM if plan == "reconstructed" else ROUNDING
 
 
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["whole", "FSDP2"])
@@ -54,7 +63,7 @@ def test_two_processes_agree_with_one(shard: list[str], tmp_path: Path) -> None:
     assert run(tmp_path / "two", *PLANS, *shard, processes=2) == []
     for plan in PLANS:
         two = tmp_path / "two" / plan
-        check_equal(tmp_path / "one" / plan, two)
+        check_equal(tmp_path / "one" / plan, two, bound(plan))
         first, second = (load_tensors(two / f"weights{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(value, second[name]) for name, value in first.items())
         assert all(torch.equal(mask, masks(two, 1)[name]) for name, mask in masks(two).items())
@@ -76,7 +85,7 @@ def test_all_processes_are_heard(plans: list[str], arguments: list[str], shard: 
     assert run(tmp_path / "one", *plans, *arguments) == []
     assert run(tmp_path / "two", *plans, *arguments, *shard, processes=2) == []
     for plan in plans:
-        check_equal(tmp_path / "one" / plan, tmp_path / "two" / plan)
+        check_equal(tmp_path / "one" / plan, tmp_path / "two" / plan, bound(plan))
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,12 @@ def batches(sequences: int, length: int) -> list[torch.Tensor]:
 def pruned(name: str, out: Path, options: argparse.Namespace) -> None:
     """Carry a plan out on a new model, and write weights, masks and report of this process."""
     torch.manual_seed(0)
-    model = load_model("random", config=config(options.model))
+    # In float64, so that processes differ by much less than any two scores or sparsities do.
+    model = load_model("random", torch.float64, config(options.model))
     take_apart(model)
     if name == "overflow":
-        model.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(1e10)
-        model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0] = 3e38
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(1e100)
+        model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0] = 1e300
     if options.shard:
         mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
         for block in find_blocks(model):
