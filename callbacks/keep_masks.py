@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -69,6 +70,11 @@ class KeepMasks(Callback):
         if stage != "fit":
             return
         check_strategy(trainer.strategy)
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in _callbacks(trainer)):
+            raise InputError(
+                "StochasticWeightAveraging copies the model before it is loaded, so it would average nothing: use "
+                "WeightAveraging or EMAWeightAveraging"
+            )
         if self.source is None and not any(isinstance(callback, Prune) for callback in _callbacks(trainer)):
             raise InputError(
                 "KeepMasks has no masks to keep: add a Prune callback, or set its masks to a pruned folder or 'zeros'"
@@ -99,9 +105,12 @@ class KeepMasks(Callback):
         self._remove_hooks()
         self.masks = {name: mask.to(pl_module.device) for name, mask in masks.items()}
         mask_adapters(model, self.masks)
+        averages = [dict(model.named_parameters()) for model in averaged_models(trainer)]
         for name, mask in self.masks.items():
             parameter = parameters[name]
             zero_pruned(parameter, mask.unpack(), _optimizer(trainer))
+            for average in averages:
+                zero_pruned(average[name], mask.unpack())
             if parameter.requires_grad and not sets_sharded_gradients(parameter):
                 self._hooks[name] = parameter.register_hook(self._masked(mask))
 
@@ -120,7 +129,8 @@ class KeepMasks(Callback):
         self.audit(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the parameters."""
+        """Audit again, for other callbacks may have changed weights at the end; let go of the parameters."""
+        self.audit(trainer, pl_module)
         self._remove_hooks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -141,6 +151,12 @@ class KeepMasks(Callback):
             for place, count in count_revived(parameter, mask.unpack(), _optimizer(trainer)).items()
             if count
         ]
+        for model in averaged_models(trainer):
+            found += [
+                f"{name}: {count} pruned weights are not zero in its average"
+                for name, mask in self.masks.items()
+                if (count := count_revived(model.get_parameter(name), mask.unpack())["weight"])
+            ]
         first = _first_of_all_processes(found)
         if first is not None:
             raise RuntimeError(f"{first}: the masks no longer hold")
@@ -202,6 +218,13 @@ def check_strategy(strategy: Strategy) -> None:
 def find_keep_masks(trainer: Trainer) -> KeepMasks | None:
     """Return the trainer's ``KeepMasks`` callback, if it has one."""
     return next((callback for callback in _callbacks(trainer) if isinstance(callback, KeepMasks)), None)
+
+
+def averaged_models(trainer: Trainer) -> Iterator[nn.Module]:
+    """Yield the language models of callbacks that average weights, which become the model's in the end."""
+    for callback in _callbacks(trainer):
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            yield callback._average_model.module.get_submodule("model")
 
 
 def _parameters_of(model: nn.Module, masks: Mapping[str, PackedMask]) -> dict[str, nn.Parameter]:

@@ -21,6 +21,7 @@ from lit_prune.interruption import stopping_on_signals
 from lit_prune.models.lora import adapted_layers
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
+from lit_prune.pruning.journal import differences
 from lit_prune.pruning.preflight import preflight
 from lit_prune.pruning.progress import progress
 
@@ -206,18 +207,33 @@ class Prune(Callback):
         for logger in trainer.loggers if trainer.is_global_zero and self.report else []:
             log_outcome(logger, self.report, metrics)
 
+    def _asked(self) -> dict[str, Any]:
+        """Return what decides on the masks, as plain data."""
+        return {
+            "plan": self.plan.describe(),
+            "schedule": repr(self.schedule),
+            "allocation": self.allocation,
+            "regrowth": self.regrowth,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return the step of the latest pruning, what it did, and the packed masks."""
         report = self.report
         return {
             "pruned_at": self.pruned_at,
+            "asked": self._asked(),
             "report": report.as_dict() if report else None,
             "masks": {layer.name: layer.mask.bits for layer in report.layers} if report else {},
             "mask_shapes": {layer.name: list(layer.mask.shape) for layer in report.layers} if report else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned; refuse what another plan or schedule has done."""
+        if found := list(differences(state_dict.get("asked", self._asked()), self._asked())):
+            raise InputError(
+                f"cannot go on from this checkpoint: {'; '.join(found[:3])}; give the plan and schedule that it was "
+                "written with, or begin anew without --ckpt_path"
+            )
         self.pruned_at = state_dict["pruned_at"]
         shapes = state_dict["mask_shapes"]
         masks = {name: PackedMask(bits, tuple(shapes[name])) for name, bits in state_dict["masks"].items()}

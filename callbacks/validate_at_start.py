@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_prune.errors import InputError
 
@@ -11,7 +12,8 @@ class ValidateAtStart(Callback):
     """Validates the model as training begins with it, once a pruning at step 0 is done.
 
     Without it the first validation comes after ``trainer.val_check_interval`` steps, and nothing tells what the
-    training has gained. ``EarlyStopping`` compares with it from then on.
+    training has gained. ``EarlyStopping`` compares with it from then on, and a ``ModelCheckpoint`` with a monitor saves
+    it: if training only does harm, ``Export`` with ``best`` writes the model that it began with.
 
     .. code-block:: yaml
 
@@ -29,6 +31,9 @@ class ValidateAtStart(Callback):
         """Run the validation loop as training does between two steps."""
         if trainer.global_step > 0:
             return
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor is not None:
+                checkpoint._last_global_step_saved = -1  # else it takes step 0 for saved
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True

@@ -102,10 +102,16 @@ def zero_pruned(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | No
 
 @torch.no_grad()
 def count_revived(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | None = None) -> dict[str, int]:
-    """Return how many values that ``keep`` prunes are not exactly zero in this process, by place."""
+    """Return how many values that ``keep`` prunes are not exactly zero in this process, by place.
+
+    Optimizer state without a negative value anywhere scales steps (second moments, Adamax's norms, Rprop's step sizes)
+    and gives them no direction: a weight whose gradient is zero does not move by it, so it is not looked at.
+    """
     revived = {}
     for share in shares(parameter, optimizer):
         values = share.read()
+        if share.place not in _VALUES and bool((values >= 0).all()):
+            continue
         revived[share.place] = int(values[~share.cut(keep).to(values.device)].count_nonzero())
     return revived
 

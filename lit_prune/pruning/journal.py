@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,12 +92,12 @@ class Journal:
             _write_record(run, identity)
             return
         try:
-            differences = list(_differences(_read_record(run), json.loads(json.dumps(identity))))
+            found = list(differences(_read_record(run), json.loads(json.dumps(identity))))
         except DamagedError as error:
             raise InputError(f"cannot resume: {error}; start again without --resume") from error
-        if differences:
+        if found:
             raise InputError(
-                f"cannot resume from {str(self._folder)!r}: {'; '.join(differences[:3])}; "
+                f"cannot resume from {str(self._folder)!r}: {'; '.join(found[:3])}; "
                 "resume with what the run was started with, or start again without --resume"
             )
 
@@ -223,9 +223,10 @@ def _warn_damaged(path: Path) -> None:
     warnings.warn(f"{str(path)!r} is damaged: what it stands for is done again", stacklevel=2)
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Any:
+def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Yield in words what differs between two pieces of plain data."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+            yield from differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif before != now:
         yield f"{path} was {before!r} and is now {now!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,11 +11,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_model, load_tokenizer
 from lit_prune.models.lazy import names_on_disk
@@ -84,6 +86,8 @@ class LitCausalLM(LightningModule):
         self.model: Any = None
         self._mean_losses: list[MeanMetric] = []
         self._batch_start = 0.0
+        self._optimizer_name: str | None = None
+        self._resumed_name: str | None = None
 
     def configure_model(self) -> None:
         """Load the model, once."""
@@ -195,12 +199,41 @@ class LitCausalLM(LightningModule):
             self.log_dict(values, prog_bar=not index, sync_dist=True)
         self._mean_losses = []
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the optimizer whose state is saved."""
+        checkpoint["optimizer_name"] = self._optimizer_name
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the state of another optimizer."""
+        self._resumed_name = checkpoint.get("optimizer_name")
+        self._check_resumed()
+
+    def _check_resumed(self) -> None:
+        names = self._resumed_name, self._optimizer_name
+        if None not in names and len(set(names)) == 2 and self.trainer.state.fn == TrainerFn.FITTING:
+            raise InputError(
+                f"cannot go on from this checkpoint: it was written with the optimizer {names[0]}, and model.optimizer "
+                f"is {names[1]}; give the same one, or begin anew without --ckpt_path"
+            )
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the learning-rate scheduler, if there is one."""
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        trains = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        try:
+            optimizer = self.optimizer(trains)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.optimizer cannot be used: {first_line(error)}") from error
+        for group in optimizer.param_groups:
+            if not 0 <= float(group["lr"]) < math.inf:
+                raise InputError(f"model.optimizer has the learning rate {group['lr']}: give a number, such as 1.0e-4")
+        self._optimizer_name = type(optimizer).__name__
+        self._check_resumed()
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        try:
+            scheduler = self.lr_scheduler(optimizer)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(f"model.lr_scheduler cannot be used: {first_line(error)}") from error
         if isinstance(scheduler, WarmupCosine):
             scheduler.fill_total(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -75,9 +75,11 @@ def test_zeroing_reaches_weight_and_moments_and_nothing_that_is_kept(
     weight, stepper = trained(optimizer)
     before = {share.place: share.read().clone() for share in shares(weight, stepper)}
     assert list(before) == ["weight", *moments]
-    assert count_revived(weight, KEEP, stepper) == dict.fromkeys(before, 2)
+    looked_at = [place for place, values in before.items() if (values < 0).any()]  # the others only scale steps
+    assert "weight" in looked_at and "exp_avg_sq" not in looked_at
+    assert count_revived(weight, KEEP, stepper) == dict.fromkeys(looked_at, 2)
     zero_pruned(weight, KEEP, stepper)
-    assert count_revived(weight, KEEP, stepper) == dict.fromkeys(before, 0)
+    assert not any(count_revived(weight, KEEP, stepper).values())
     for share in shares(weight, stepper):
         assert torch.equal(share.read()[KEEP], before[share.place][KEEP])
 
@@ -100,9 +102,9 @@ def test_gradients_are_masked_where_there_are_any() -> None:
 def test_shards_of_fsdp2_are_zeroed_masked_and_counted() -> None:
     weight, stepper = trained(adamw, shard=True)
     assert sets_sharded_gradients(weight) and is_managed(weight) and whole_shape(weight) == (2, 3)
-    assert count_revived(weight, KEEP, stepper) == {"weight": 2, "exp_avg": 2, "exp_avg_sq": 2}
+    assert count_revived(weight, KEEP, stepper) == {"weight": 2, "exp_avg": 2}
     zero_pruned(weight, KEEP, stepper)
-    assert count_revived(weight, KEEP, stepper) == {"weight": 0, "exp_avg": 0, "exp_avg_sq": 0}
+    assert count_revived(weight, KEEP, stepper) == {"weight": 0, "exp_avg": 0}
     mask_gradient(weight, KEEP)
     gradient = weight.grad.full_tensor()  # type: ignore[union-attr]
     assert torch.equal(gradient != 0, KEEP)

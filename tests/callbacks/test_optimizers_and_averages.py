@@ -1,0 +1,159 @@
+"""Masks under every optimizer of torch and under averages of weights; what a resumed training may not change."""
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+
+from lit_prune.callbacks import Export, KeepMasks, Prune, ValidateAtStart
+from lit_prune.errors import InputError
+from lit_prune.models.access import count_revived
+from lit_prune.models.io import load_model
+from lit_prune.ops import Unstructured
+from lit_prune.pruning import OneShot, PruningPlan
+from lit_prune.scorers import Magnitude
+from lit_prune.training import LitCausalLM, TextDataModule
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+}
+UP = "model.layers.0.mlp.up_proj.weight"
+MIXING = {"Muon"}
+"""Optimizers that mix the elements of a matrix, so that a weight without a gradient moves."""
+NOT_FOR_THIS = {"SparseAdam", "LBFGS", "Optimizer"}
+"""SparseAdam wants sparse gradients; LBFGS calls the model again within a step."""
+OPTIMIZERS = sorted(
+    name
+    for name, cls in vars(torch.optim).items()
+    if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name not in NOT_FOR_THIS
+)
+
+
+def plan(sparsity: float = 0.5) -> PruningPlan:
+    return PruningPlan(Unstructured(sparsity), Magnitude(), output_error=False)
+
+
+def fit(
+    *callbacks: Callback, optimizer: Any = None, steps: int = 4, resume: Path | None = None, **options: Any
+) -> tuple[Trainer, LitCausalLM]:
+    torch.manual_seed(0)
+    module = LitCausalLM("random", config=LLAMA, optimizer=optimizer or partial(torch.optim.AdamW, lr=1e-2))
+    data = TextDataModule("random", dataset="embedded", seqlen=16, sequences=2, max_windows=32, batch_size=2)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    few = {"limit_val_batches": 1, "val_check_interval": 2, "enable_checkpointing": False, "max_steps": steps}
+    trainer = Trainer(**{**quiet, **few, **options}, callbacks=list(callbacks))
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    return trainer, module
+
+
+def optimizer_of(name: str) -> Any:
+    cls = getattr(torch.optim, name)
+    known = inspect.signature(cls).parameters
+    wanted = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}
+    if name == "Muon":  # for matrices alone
+        return lambda parameters: cls([p for p in parameters if p.dim() == 2], lr=1e-2)
+    return partial(cls, **{key: value for key, value in wanted.items() if key in known})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masks_hold_under_every_optimizer_of_torch_or_training_stops(name: str) -> None:
+    keep_masks = KeepMasks()
+    run = partial(fit, Prune(plan()), keep_masks, optimizer=optimizer_of(name))
+    if name in MIXING:
+        with pytest.raises(RuntimeError, match=r"pruned weights are not zero.*the masks no longer hold"):
+            run()
+        return
+    trainer, module = run()
+    for parameter, mask in keep_masks.masks.items():
+        weight = module.model.get_parameter(parameter)
+        assert not any(count_revived(weight, mask.unpack(), trainer.optimizers[0]).values())
+        assert weight[~mask.unpack()].count_nonzero() == 0
+
+
+def test_a_moment_that_could_move_a_pruned_weight_fails_the_audit() -> None:
+    keep_masks = KeepMasks()
+    trainer, module = fit(Prune(plan()), keep_masks)
+    weight, keep = module.model.get_parameter(UP), keep_masks.masks[UP].unpack()
+    keep_masks.audit(trainer, module)
+    trainer.optimizers[0].state[weight]["exp_avg"][~keep] = 1e-3
+    with pytest.raises(RuntimeError, match=rf"{UP}: \d+ pruned weights are not zero in its exp_avg"):
+        keep_masks.audit(trainer, module)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_do_not_bring_pruned_weights_back(first: bool, tmp_path: Path) -> None:
+    keep_masks, average = KeepMasks(), EMAWeightAveraging(decay=0.9)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2)
+    mine = [Prune(plan(), OneShot(2)), keep_masks]
+    callbacks = [average, *mine] if first else [*mine, average]
+    _, module = fit(*callbacks, checkpoint, steps=-1, max_epochs=3, enable_checkpointing=True, limit_train_batches=2)
+    saved = torch.load(checkpoint.last_model_path, weights_only=True)["state_dict"]
+    for parameter, mask in keep_masks.masks.items():
+        for weight in (module.model.get_parameter(parameter), saved[f"model.{parameter}"]):
+            assert weight[~mask.unpack()].count_nonzero() == 0
+            assert weight[mask.unpack()].count_nonzero() > 0
+
+
+def test_an_average_of_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="use WeightAveraging or EMAWeightAveraging"):
+        fit(Prune(plan()), KeepMasks(), StochasticWeightAveraging(1e-2))
+
+
+class Reviver(Callback):
+    """Brings a pruned weight back when training ends, as callbacks that average weights do."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.model.get_parameter(UP).data.fill_(1.0)
+
+
+def test_the_last_callback_is_audited_too() -> None:
+    with pytest.raises(RuntimeError, match="the masks no longer hold"):
+        fit(Prune(plan()), KeepMasks(), Reviver())
+
+
+@pytest.fixture
+def halfway(tmp_path: Path) -> Path:
+    checkpoint = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2, save_top_k=-1)
+    fit(Prune(plan()), KeepMasks(), checkpoint, steps=2, enable_checkpointing=True)
+    return tmp_path / "half.ckpt"
+
+
+def test_another_plan_or_schedule_is_refused_when_training_goes_on(halfway: Path) -> None:
+    fit(Prune(plan()), KeepMasks(), resume=halfway)
+    with pytest.raises(InputError, match=r"plan\.pattern.*sparsity was 0\.5 and is now 0\.8; give the plan"):
+        fit(Prune(plan(0.8)), KeepMasks(), resume=halfway)
+    with pytest.raises(InputError, match=r"schedule was 'OneShot\(step=0\)' and is now 'OneShot\(step=3\)'"):
+        fit(Prune(plan(), OneShot(3)), KeepMasks(), resume=halfway)
+
+
+def test_another_optimizer_is_refused_when_training_goes_on(halfway: Path) -> None:
+    with pytest.raises(InputError, match=r"written with the optimizer AdamW, and model\.optimizer is SGD"):
+        fit(Prune(plan()), KeepMasks(), resume=halfway, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
+def test_a_learning_rate_that_means_nothing_is_refused(rate: float) -> None:
+    with pytest.raises(InputError, match=r"model\.optimizer"):
+        fit(optimizer=partial(torch.optim.AdamW, lr=rate))
+
+
+def test_the_start_is_the_best_if_training_only_does_harm(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val/perplexity")
+    callbacks = [Prune(plan()), KeepMasks(), ValidateAtStart(), best, Export(str(tmp_path / "out"), best=True)]
+    harm = partial(torch.optim.SGD, lr=100.0)
+    fit(*callbacks, optimizer=harm, enable_checkpointing=True)
+    assert best.best_model_path.endswith("step=0.ckpt")
+    start = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    exported = load_model(str(tmp_path / "out")).state_dict()
+    assert torch.equal(exported[UP], start[f"model.{UP}"])
+    assert exported[UP].count_nonzero() > 0
