@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.ops import PackedMask
 
 BITMASK_FILE = "model.bitmask.safetensors"
@@ -57,14 +57,19 @@ def read_bitmask(path: str | Path) -> dict[str, Tensor]:
         InputError: where there is no such file, or it holds something else.
     """
     with opened(path, BITMASK_FILE, _FORMAT, "a bitmask model is") as (handle, metadata):
-        shapes, tied = json.loads(metadata["shapes"]), json.loads(metadata["tied"])
-        parts = {f"{name}.{part}" for name in shapes for part in ("kept", "mask")}
-        found = {name: handle.get_tensor(name) for name in handle.keys() if name not in parts}  # noqa: SIM118
-        for name, shape in shapes.items():
-            kept = handle.get_tensor(f"{name}.kept")
-            keep = PackedMask(handle.get_tensor(f"{name}.mask"), tuple(shape)).unpack()
-            found[name] = kept.new_zeros(shape).masked_scatter_(keep, kept)
-    return found | {name: found[owner] for name, owner in tied.items()}
+        try:
+            shapes, tied = json.loads(metadata["shapes"]), json.loads(metadata["tied"])
+            parts = {f"{name}.{part}" for name in shapes for part in ("kept", "mask")}
+            found = {name: handle.get_tensor(name) for name in handle.keys() if name not in parts}  # noqa: SIM118
+            for name, shape in shapes.items():
+                kept = handle.get_tensor(f"{name}.kept")
+                keep = PackedMask(handle.get_tensor(f"{name}.mask"), tuple(shape)).unpack()
+                if kept.shape != (int(keep.sum()),):
+                    raise InputError(f"{name} keeps {int(keep.sum())} weights, and the file has {list(kept.shape)}")
+                found[name] = kept.new_zeros(shape).masked_scatter_(keep, kept)
+            return found | {name: found[owner] for name, owner in tied.items()}
+        except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the bitmask model {str(path)!r} is damaged ({first_line(error)})") from error
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -25,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -35,9 +38,10 @@ from lit_prune.models.bitmask import BITMASK_FILE, opened, read_bitmask, save_bi
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.configs import load_generation_config, save_configs
 from lit_prune.models.experts import apart, together
-from lit_prune.models.files import replacing_folder, write_atomically
+from lit_prune.models.files import read_json, replacing_folder, write_atomically
 from lit_prune.models.homes import Home, home_of
 from lit_prune.models.lazy import disk_of, open_lazily, save_lazily
+from lit_prune.models.peft_format import FOLDER as ADAPTER_FOLDER
 from lit_prune.ops import PackedMask
 
 Format = Literal["hf", "hf-sharded", "bitmask"]
@@ -75,23 +79,61 @@ def load_model(
     """
     if lazy is not None:
         with _explained(pretrained):
+            if Path(pretrained).expanduser().is_dir():
+                _locate(pretrained)
             return open_lazily(pretrained, lazy, dtype, trust_remote_code)
     if pretrained == RANDOM:
-        return AutoModelForCausalLM.from_config(_config_of(config), dtype=dtype or torch.float32).eval()
+        return _random_model(config, dtype or torch.float32).eval()
     if (Path(pretrained).expanduser() / BITMASK_FILE).is_file():
         return _load_bitmask(Path(pretrained).expanduser(), dtype, trust_remote_code).eval()
     options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     with _explained(pretrained):
         location, extra = _locate(pretrained)
-        model = AutoModelForCausalLM.from_pretrained(location, **extra, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **extra, **options)
+        model, found = loaded
+        _check_complete(found, pretrained)
     if extra:  # transformers has dequantised the GGUF file: what it holds now is a plain float model
         del model.config.quantization_config
-        model.hf_quantizer = None  # type: ignore[assignment]
+        model.hf_quantizer = None
     return model.eval()
+
+
+def _check_complete(found: Mapping[str, Any], pretrained: str) -> None:
+    """Raise ``InputError`` if a model's files lack weights, which would be random, or hold some of another model."""
+    for fault, names in (
+        ("lacks {}, so it would be random", found["missing_keys"]),
+        ("holds {}, which a model of its config does not have", found["unexpected_keys"]),
+        ("holds {} in another shape than its config says", [key[0] for key in found["mismatched_keys"]]),
+    ):
+        if names:
+            first = sorted(names)[0]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(
+                f"model.pretrained is {pretrained!r}: it {fault.format(f'{first}{more}')}; its weights and its "
+                "config.json do not belong together, or a file is incomplete"
+            )
+
+
+def _check_links(folder: Path, pretrained: str) -> None:
+    """Raise ``InputError`` if a local model's files are outside of its folder.
+
+    Links within a folder are fine, and those of the hub's cache, from ``snapshots/x/`` to ``blobs/``.
+    """
+    root = folder.resolve()
+    allowed = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    outside = f"model.pretrained is {pretrained!r}: {{}} is outside of the folder; copy it into the folder"
+    for path in (*folder.glob("*"), *folder.glob(f"{ADAPTER_FOLDER}/*")):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise InputError(outside.format(f"{str(path.resolve())!r}, to which the link {path.name!r} leads,"))
+    for index in folder.glob("*.index.json"):
+        for name in read_json(index)["weight_map"].values():
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise InputError(outside.format(f"{name!r}, which {index.name} names,"))
 
 
 def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
     with _explained(str(folder)):
+        _locate(str(folder))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         as_stored = dtype is None
         dtype = dtype or config.dtype
@@ -99,8 +141,14 @@ def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bo
         load_generation_config(folder, model)
     weights = read_bitmask(folder)
     with apart(model) if not model.state_dict().keys() <= weights.keys() else nullcontext():
-        # In the dtypes of the file, which may differ from tensor to tensor.
-        model.load_state_dict(weights, assign=as_stored)
+        try:
+            # In the dtypes of the file, which may differ from tensor to tensor.
+            model.load_state_dict(weights, assign=as_stored)
+        except RuntimeError as error:
+            raise InputError(
+                f"model.pretrained is {str(folder)!r}: its {BITMASK_FILE} and its config.json do not belong together "
+                f"({' '.join(str(error).split())[:300]})"
+            ) from error
     model.tie_weights()
     return model
 
@@ -128,16 +176,31 @@ def _byte_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
-def _config_of(config: Mapping[str, Any] | None) -> Any:
+def _random_model(config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Module:
     if not config or "model_type" not in config:
         raise InputError("model.pretrained is 'random': model.config must name a model_type, such as llama")
     values = dict(config)
     model_type = values.pop("model_type")
     values.setdefault("vocab_size", len(_byte_tokenizer()))
     try:
-        return AutoConfig.for_model(model_type, **values)
-    except ValueError as error:
-        raise InputError(f"model.config: {first_line(error)}") from error
+        made = AutoConfig.for_model(model_type, **values)
+        _refuse_unknown(values, made)
+        return AutoModelForCausalLM.from_config(made, dtype=dtype)
+    except InputError:
+        raise
+    except Exception as error:  # each architecture finds out in its own way that its values do not fit
+        raise InputError(
+            f"model.config makes no causal language model ({' '.join(str(error).split())[:300]})"
+        ) from error
+
+
+def _refuse_unknown(values: Mapping[str, Any], made: PreTrainedConfig) -> None:
+    """Raise ``InputError`` if a config was given a value that its model does not know."""
+    known = {*vars(type(made)()), *made.attribute_map, *inspect.signature(type(made)).parameters}
+    for name in values.keys() - known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"model.config.{name} is no value of {type(made).__name__}{hint}")
 
 
 def _locate(pretrained: str) -> tuple[str, dict[str, str]]:
@@ -152,6 +215,7 @@ def _locate(pretrained: str) -> tuple[str, dict[str, str]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model.pretrained is {pretrained!r}: the folder has no config.json, so it is no model")
+        _check_links(path, pretrained)
         return str(path), {}
     if pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
         raise InputError(f"model.pretrained is {pretrained!r}: there is no such file or folder")
@@ -173,7 +237,7 @@ def _explained(pretrained: str, remedy: str = _MODEL_REMEDY) -> Iterator[None]:
             f"model.pretrained is {pretrained!r}: its weights hold more than tensors, so they may run code, and are "
             "not loaded; give a model in safetensors files"
         ) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"model.pretrained is {pretrained!r}: it cannot be loaded ({first_line(error)}); {remedy}"
         ) from error
@@ -291,8 +355,14 @@ def _write_documents(folder: Path, documents: Mapping[str, str | bytes]) -> None
 
 
 def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
-    """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero."""
-    home = home_of(model)
+    """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero.
+
+    A mask of a parameter that the model does not have, or of another shape, is an ``InputError``.
+    """
+    home, parameters = home_of(model), dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters or tuple(parameters[name].shape) != mask.shape:
+            raise InputError(f"the masks are of another model: it has no {name} of the shape {list(mask.shape)}")
     for block in find_blocks(model):
         with home.resident(block):
             for name, parameter in block.module.named_parameters(prefix=block.name):
@@ -319,8 +389,11 @@ def save_masks(path: Path, masks: Mapping[str, PackedMask]) -> None:
 def load_masks(path: str | Path) -> dict[str, PackedMask]:
     """Read keep masks by parameter name; a pruned folder may be given for its ``masks.safetensors``."""
     with opened(path, MASKS_FILE, _FORMAT, "masks are") as (handle, metadata):
-        shapes = json.loads(metadata["shapes"])
-        return {name: PackedMask(handle.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
+        try:
+            shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            return {name: PackedMask(handle.get_tensor(name), shape) for name, shape in shapes.items()}
+        except (InputError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise InputError(f"the masks of {str(path)!r} are damaged ({first_line(error)})") from error
 
 
 def model_fingerprint(model: nn.Module, home: Home | None = None) -> str:

@@ -10,9 +10,11 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import nn
 
+from lit_prune.errors import InputError
 from lit_prune.models.lora import Adapted, adapted_layers, merged
 
 FOLDER = "adapter"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @contextmanager
@@ -34,8 +36,11 @@ def has_adapters(folder: str | Path) -> bool:
 
 def adapter_files(folder: str | Path) -> dict[str, str | bytes]:
     """Return the files of plain adapters that lie beside a saved model, by name below its folder."""
-    files = (Path(folder).expanduser() / FOLDER).glob("*")
-    return {f"{FOLDER}/{file.name}": file.read_bytes() for file in files}
+    files = [Path(folder).expanduser() / FOLDER / name for name in (_CONFIG, _WEIGHTS)]
+    for file in files:
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise InputError(f"{str(file)!r} is a link or a folder: adapters are plain files; copy it there")
+    return {f"{FOLDER}/{file.name}": file.read_bytes() for file in files if file.exists()}
 
 
 def _files(layers: Mapping[str, Adapted]) -> dict[str, str | bytes]:
@@ -58,4 +63,4 @@ def _files(layers: Mapping[str, Adapted]) -> dict[str, str | bytes]:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         (file,) = Path(folder).iterdir()
-        return {f"{FOLDER}/{file.name}": file.read_text(), f"{FOLDER}/adapter_model.safetensors": save(tensors)}
+        return {f"{FOLDER}/{file.name}": file.read_text(), f"{FOLDER}/{_WEIGHTS}": save(tensors)}

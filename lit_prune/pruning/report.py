@@ -6,18 +6,21 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import repeat
 from statistics import fmean
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rich.table import Table
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.models.sparse import Speed
 from lit_prune.ops import PackedMask
 from lit_prune.ops.spectrum import PowerLaw
 
 _FORMAT = 1
 """Of ``pruning.json``; docs/pruning.schema.json describes it."""
+_FILE = "pruning.json"
 _VERSIONED = ("lit-prune", "torch", "transformers")
 
 
@@ -210,10 +213,21 @@ class PruningReport:
         """Rebuild a report from ``as_dict`` and the masks by layer name.
 
         Raises:
-            InputError: where another version wrote it, in another format.
+            InputError: another version wrote it, in another format; or it is damaged.
         """
         check_format(content)
-        return cls(
+        try:
+            return cls._from_dict(content, masks)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+            raise InputError(f"the report of this model, {_FILE}, is damaged ({reason})") from error
+
+    @classmethod
+    def _from_dict(cls, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> PruningReport:
+        known = cls(identity={"plan": {}, "model": "", "data": ""})
+        if unknown := content.keys() - known.as_dict().keys():
+            raise ValueError(f"it has the unknown field {sorted(unknown)[0]!r}")
+        report = cls(
             identity={name: content[name] for name in ("plan", "model", "data")},
             layers=[LayerReport.from_dict(layer, masks[layer["name"]]) for layer in content["layers"]],
             reconstructions=[ReconstructionReport(**done) for done in content["reconstructions"]],
@@ -233,6 +247,9 @@ class PruningReport:
                 for text, curve in content["validation"].items()
             },
         )
+        for part in (report, *report.layers, *report.reconstructions, *report.samples, *report.recipes):
+            _check_types(part)
+        return report
 
     @property
     def method(self) -> str:
@@ -308,8 +325,34 @@ class PruningReport:
         return table
 
 
+def _check_types(part: Any) -> None:
+    """Raise ``TypeError`` that names the first field of a dataclass whose value is not of its type."""
+    for name, hint in get_type_hints(type(part)).items():
+        if not _fits(getattr(part, name), hint):
+            raise TypeError(f"{name} is {getattr(part, name)!r:.80}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether plain data is of a type, its elements included."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is Any or not isinstance(value, kind):
+        return kind is Any
+    parts: Iterable[tuple[Any, Any]] = ()
+    if kind is dict:
+        parts = [pair for item in value.items() for pair in zip(item, inner, strict=True)]
+    elif kind in (list, tuple):
+        parts = zip(value, inner if kind is tuple else repeat(inner[0]), strict=False)
+    return (kind is not tuple or len(value) == len(inner)) and all(_fits(part, its) for part, its in parts)
+
+
 def check_format(content: Mapping[str, Any]) -> None:
     """Raise ``InputError`` where another version wrote a report, in another format."""
+    if not isinstance(content, Mapping):
+        raise InputError(f"{_FILE} holds no report, but {type(content).__name__}")
     if content.get("format") != _FORMAT:
         writer = content.get("versions", {}).get("lit-prune", "another program")
         raise InputError(

@@ -1,0 +1,38 @@
+"""Which tokens a model can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.models.access import whole_shape
+
+
+def check_tokens(model: Any, input_ids: Tensor) -> None:
+    """Raise ``InputError`` if a model has no embedding for a token, or learned no position for it.
+
+    Args:
+        model: a causal language model of transformers; its weights may be sharded.
+        input_ids: ``[sequences, t]`` (int64), best while they are in CPU memory.
+    """
+    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
+    highest = int(input_ids.max())
+    if highest >= vocabulary:
+        raise InputError(
+            f"the text has the token {highest}, and the model a vocabulary of {vocabulary}: set --data.tokenizer to "
+            "that of the model"
+        )
+    positions = _learned_positions(model)
+    if positions is not None and input_ids.shape[-1] > positions:
+        raise InputError(
+            f"data.seqlen is {input_ids.shape[-1]}, and the model has learned {positions} positions: lower it"
+        )
+
+
+def _learned_positions(model: Any) -> int | None:
+    """Return how long a sequence may be; None if positions are computed, so that any length is possible."""
+    embeddings = {module for module in model.modules() if isinstance(module, nn.Embedding)}
+    others = embeddings - {model.get_input_embeddings()}
+    return getattr(model.config, "max_position_embeddings", None) if others else None
