@@ -164,19 +164,37 @@ def project_onto_budget(ratios: Tensor, sizes: Tensor, target: float, low: float
 
 
 def in_whole_levels(
-    layers: Sequence[Layer], sparsity: Mapping[str, float], target: float, levels: int
+    layers: Sequence[Layer],
+    sparsity: Mapping[str, float],
+    target: float,
+    levels: int,
+    least: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Round sparsities to multiples of ``1 / levels``, as N:M needs, meeting the budget as nearly as that allows.
 
     Every layer is rounded down, and those that lost most are rounded up while that brings the total nearer the target.
     None gets to 1. Worked: 0.3 and 0.45 at equal sizes in fourths are 0.25 and 0.25, and the second, which lost more,
     goes up to 0.5: a mean of 0.375 like that of the two.
+
+    Args:
+        layers: the layers.
+        sparsity: what is rounded, by layer name.
+        target: the weighted mean to meet.
+        levels: M of N:M.
+        least: sparsities that no layer may fall below, such as those that an earlier pruning has reached; where that
+            takes more than the target, other layers get less. None = no bounds.
     """
-    floors = {layer.name: min(int(sparsity[layer.name] * levels + 1e-9), levels - 1) for layer in layers}
-    missing = sum(layer.numel * (target - floors[layer.name] / levels) for layer in layers)
-    for layer in sorted(layers, key=lambda layer: floors[layer.name] - sparsity[layer.name] * levels):
-        step = layer.numel / levels
-        if missing >= step / 2 and floors[layer.name] < levels - 1:
-            floors[layer.name] += 1
-            missing -= step
-    return {name: floor / levels for name, floor in floors.items()}
+    lowest = {layer.name: round((least or {}).get(layer.name, 0.0) * levels) for layer in layers}
+    found = {
+        layer.name: max(min(int(sparsity[layer.name] * levels + 1e-9), levels - 1), lowest[layer.name])
+        for layer in layers
+    }
+    missing = sum(layer.numel * (target - found[layer.name] / levels) for layer in layers)
+    by_loss = sorted(layers, key=lambda layer: found[layer.name] - sparsity[layer.name] * levels)
+    for direction, order in ((1, by_loss), (-1, by_loss[::-1])):
+        for layer in order:
+            step, level = layer.numel / levels, found[layer.name] + direction
+            if direction * missing >= step / 2 and lowest[layer.name] <= level < levels:
+                found[layer.name] = level
+                missing -= direction * step
+    return {name: level / levels for name, level in found.items()}

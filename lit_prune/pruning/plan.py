@@ -7,16 +7,17 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lit_prune.allocators import Allocator, Uniform
 from lit_prune.allocators.base import Layer, in_whole_levels, meet_budget
-from lit_prune.errors import InputError, NumericalError
+from lit_prune.errors import InputError, NumericalError, first_line
 from lit_prune.introspection import describe
 from lit_prune.models.access import read_weight
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.targets import Target, find_targets
-from lit_prune.ops import NM, LayerStats, Pattern
+from lit_prune.ops import NM, LayerStats, PackedMask, Pattern
 from lit_prune.pruning.reconstruction import Reconstruction
 from lit_prune.scorers import Scorer
 from lit_prune.solvers import Solver, Zero
@@ -89,6 +90,8 @@ class PruningPlan:
                 "plan.propagate is 'dense': correction and reconstruction make up for what pruned blocks do to the "
                 "inputs of later ones, so they need 'pruned'"
             )
+        for name in ("device", "hidden_device"):
+            _check_device(f"plan.{name}", getattr(self, name))
         if self.hidden_dtype is not None and self.hidden_dtype not in get_args(HiddenDtype):
             raise InputError(f"plan.hidden_dtype is {self.hidden_dtype!r}: it must be one of {get_args(HiddenDtype)}")
         for name in ("include", "exclude"):
@@ -155,7 +158,11 @@ class PruningPlan:
         return self.allocator.allocate(layers, self.pattern.sparsity)
 
     def patterns(
-        self, targets: Sequence[Target], allocation: Mapping[str, float], sparsity: float | None = None
+        self,
+        targets: Sequence[Target],
+        allocation: Mapping[str, float],
+        sparsity: float | None = None,
+        within: Mapping[str, PackedMask] | None = None,
     ) -> dict[str, Pattern]:
         """Return the pattern of every layer, by name.
 
@@ -163,13 +170,19 @@ class PruningPlan:
             targets: the layers.
             allocation: their sparsities, as ``allocate`` returns them.
             sparsity: what the proportions of ``allocation`` are scaled to; None = the plan's own.
+            within: keep masks by parameter name; no layer gets less than they prune.
         """
         pattern, layers = self.grouped_pattern, [as_layer(target) for target in targets]
         if sparsity is not None:
             allocation = meet_budget(layers, allocation, sparsity, 0.0, max(sparsity, _MAX_SCALED))
         if isinstance(pattern, NM):
-            target = pattern.sparsity if sparsity is None else sparsity
-            allocation = in_whole_levels(layers, allocation, target, pattern.of)
+            goal = pattern.sparsity if sparsity is None else sparsity
+            least = {
+                target.name: 1 - within[target.parameter].unpack().double().mean().item()
+                for target in targets
+                if within and target.parameter in within
+            }
+            allocation = in_whole_levels(layers, allocation, goal, pattern.of, least)
         return {name: pattern.at(value) for name, value in allocation.items()}
 
     def with_gradients(self, stats: dict[str, LayerStats], gradients: Mapping[str, Tensor]) -> dict[str, LayerStats]:
@@ -194,6 +207,21 @@ class PruningPlan:
         for name in ("pattern", "scorer", "allocator", "solver", "reconstruction"):
             described[name] = describe(described[name]) if described[name] is not None else None
         return {**described, "include": list(self.include), "exclude": list(self.exclude)}
+
+
+def _check_device(option: str, value: str | None) -> None:
+    """Raise ``InputError`` if tensors cannot be put on a device."""
+    if value is None:
+        return
+    try:
+        device = torch.device(value)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"{option} is {value!r}, which cannot be used here ({first_line(error)}): give cpu, or cuda with a GPU"
+        ) from error
 
 
 def as_layer(target: Target, evidence: Any = None, metric: float | None = None) -> Layer:

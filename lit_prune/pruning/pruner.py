@@ -16,6 +16,7 @@ from lit_prune.models.calibrate import BlockReplay, ForwardContext, evaluation_m
 from lit_prune.models.experts import apart
 from lit_prune.models.homes import at_work
 from lit_prune.models.io import data_fingerprint, model_fingerprint
+from lit_prune.models.limits import check_tokens
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, Pattern, processes
 from lit_prune.pruning.dense import DenseModel
@@ -70,6 +71,8 @@ def prune(
     with at_work(model) as (whole, home), apart(whole), evaluation_mode(whole), ExitStack() as stack:
         blocks, targets = plan.find_targets(whole)
         calibration = list(batches) if plan.needs_data else []
+        for batch in calibration:
+            check_tokens(whole, batch["input_ids"] if isinstance(batch, Mapping) else batch)
         identity = identity_of(plan.describe(), model_fingerprint(whole, home), calibration)
         journal = None
         if journal_folder is not None:
@@ -80,7 +83,7 @@ def prune(
         dense = DenseModel(whole, home, blocks, targets, calibration, plan, stages, forward_context, identity)
         gradients = dense.gradients()
         report.allocation, report.metrics = _allocate(dense, gradients, allocation, journal)
-        patterns = plan.patterns(targets, report.allocation, sparsity)
+        patterns = plan.patterns(targets, report.allocation, sparsity, within)
         replay = dense.replay() if plan.needs_replay else None
         reference = replay.fork() if replay and plan.needs_reference else None
         layers: Sequence[LayerReport] = ()

@@ -15,8 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError
 from lit_prune.models.io import load_tokenizer
+from lit_prune.models.limits import check_tokens
 from lit_prune.training.resumable import ResumableLoader
 from lit_prune.training.text import Split, hub_name, read_documents
+
+_MOST_WORKERS = 512
+_MOST_TOKENS = 10**9
+"""Of a calibration set, 8 GB of token ids; its hidden states take a thousand times that."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -68,6 +73,7 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
         max_windows: int | None = None,
         other_val: Sequence[str] = (),
+        trust_remote_code: bool | None = None,
     ) -> None:
         """Validate and keep the arguments; text is read when it is first needed.
 
@@ -91,6 +97,8 @@ class TextDataModule(LightningDataModule):
             max_windows: Evaluate and train on the first windows only; null = all of them.
             other_val: Further texts that validation measures, to notice over-fitting to the training text; logged as
                 ``val/perplexity/NAME``, and drawn in the report.
+            trust_remote_code: Let code that comes with the tokenizer run; null = as for the model on the command line,
+                else not.
         """
         super().__init__()
         counts = {
@@ -103,6 +111,15 @@ class TextDataModule(LightningDataModule):
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise InputError(f"data.{name} is {value}: it must be at least 1")
+        if not 0 <= num_workers <= _MOST_WORKERS:
+            raise InputError(f"data.num_workers is {num_workers}: it must be from 0 to {_MOST_WORKERS}")
+        if not 0 <= seed < 2**63:
+            raise InputError(f"data.seed is {seed}: it must be from 0 to 2^63 - 1")
+        if sequences * seqlen > _MOST_TOKENS:
+            raise InputError(
+                f"data.sequences is {sequences} and data.seqlen {seqlen}: their {8 * sequences * seqlen / 1e9:,.0f} GB "
+                "are more than any calibration needs; the papers take 128 x 2,048"
+            )
         if isinstance(other_val, str):
             raise InputError(f"data.other_val is {other_val!r}: it must be a list of text sources, such as [embedded]")
         names = validation_names(other_val)
@@ -128,12 +145,13 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.max_windows = max_windows
         self.other_val = other_val
+        self.trust_remote_code = bool(trust_remote_code)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise InputError("data.tokenizer is null: name the model that the text is for")
-        return load_tokenizer(self.tokenizer)
+        return load_tokenizer(self.tokenizer, self.trust_remote_code)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return shuffled training windows, each process its share; it can be resumed in the middle of an epoch."""
@@ -141,6 +159,8 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None:
             share = self.trainer.distributed_sampler_kwargs or share
         windows = Windows(self._windows(self.sources["train"], "train"))
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return DataLoader(windows, self.batch_size, num_workers=self.num_workers)  # the same batches in each epoch
         return ResumableLoader(
             windows, self.batch_size, self.seed, share["num_replicas"], share["rank"], self.num_workers
         )
@@ -153,6 +173,13 @@ class TextDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the test windows in order."""
         return self._loader(self._windows(self.sources["test"], "test"))
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Refuse tokens that the model in training cannot read, while they are in CPU memory."""
+        model = getattr(self.trainer and self.trainer.lightning_module, "model", None)
+        if model is not None:
+            check_tokens(model, batch["input_ids"])
+        return batch
 
     def hub_names(self, training: bool) -> list[str]:
         """Return the names on the hub of the sets that calibrate and, where there is a ``training``, train."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -40,6 +41,7 @@ class WarmupCosine(LRScheduler):
         self.warmup = warmup
         self.final = final
         self.total = total
+        self._given = total is not None
         super().__init__(optimizer)
 
     def fill_total(self, steps: float) -> None:
@@ -49,6 +51,11 @@ class WarmupCosine(LRScheduler):
         if not math.isfinite(steps):
             raise InputError("WarmupCosine needs to know when training ends: set --trainer.max_steps, or its total")
         self.total = int(steps)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the schedule, but for a total that was the trainer's: a resumed training may take more steps."""
+        own = {"_given", *(() if self._given else ("total",))}
+        super().load_state_dict({name: value for name, value in state_dict.items() if name not in own})
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rates of the step that comes next."""

@@ -77,12 +77,27 @@ def _embedded(split: Split) -> list[str]:
 
 def _read_file(path: Path, column: str) -> list[str]:
     if path.suffix in _TEXT_SUFFIXES:
-        return [path.read_text(encoding="utf-8")]
+        return [_read_text(path)]
     if path.suffix not in _TABLES:
         raise InputError(f"the text source is {str(path)!r}: it must end in {', '.join([*_TEXT_SUFFIXES, *_TABLES])}")
     with _explained(str(path)):
         table = datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train")
-    return list(_column(table, column, str(path)))
+    documents = list(_column(table, column, str(path)))
+    if not documents:
+        raise InputError(f"the text source {str(path)!r} has no rows")
+    return documents
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the text source {str(path)!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it, for "
+            "example with iconv"
+        ) from error
+    except OSError as error:
+        raise InputError(f"the text source {str(path)!r} cannot be read ({error.strerror})") from error
 
 
 def _read_hub(source: str, split: Split, column: str, limit: int) -> list[str]:
@@ -95,10 +110,14 @@ def _read_hub(source: str, split: Split, column: str, limit: int) -> list[str]:
 
 
 def _column(rows: Iterable[dict[str, str]], column: str, source: str) -> Iterator[str]:
-    for row in rows:
+    for number, row in enumerate(rows):
         if column not in row:
             raise InputError(
                 f"{source!r} has no column {column!r}, only {sorted(row)}: name one with --data.text_column"
+            )
+        if not isinstance(row[column], str):
+            raise InputError(
+                f"{source!r} has no text in row {number}, column {column!r}, but {row[column]!r}: give every row text"
             )
         yield row[column]
 
@@ -110,7 +129,7 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"the text source {source!r} cannot be read ({first_line(error)}); without a hub in reach, give the path "
             "of a .txt, .jsonl or .parquet file, or 'embedded'"

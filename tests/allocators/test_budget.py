@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_prune.allocators import FromFile
-from lit_prune.allocators.base import Layer, in_whole_levels, project_onto_budget
+from lit_prune.allocators.base import Layer, in_whole_levels, meet_budget, project_onto_budget
 from lit_prune.errors import InputError
 
 LAYERS = [Layer("a.q", 0, (2, 3), lambda: torch.zeros(2, 3)), Layer("a.k", 0, (4, 3), lambda: torch.zeros(4, 3))]
@@ -104,3 +104,23 @@ def test_whole_levels_meet_the_budget_to_one_step(sparsity: list[float], seed: i
     assert all(value * levels == int(value * levels) and value < 1 for value in rounded.values())
     mean = sum(rounded[layer.name] * layer.numel for layer in layers) / total
     assert abs(mean - target) * total <= max(layer.numel for layer in layers) / levels + 1e-6
+
+
+@given(
+    proportions=st.lists(st.floats(0.2, 1.0), min_size=2, max_size=8),
+    seed=st.integers(0, 99),
+    targets=st.lists(st.floats(0.05, 0.6), min_size=2, max_size=6),
+)
+def test_whole_levels_of_a_growing_sparsity_never_fall(
+    proportions: list[float], seed: int, targets: list[float]
+) -> None:
+    widths = torch.randint(1, 9, (len(proportions),), generator=torch.Generator().manual_seed(seed)).tolist()
+    layers = [Layer(str(k), 0, (width, 8), lambda: torch.zeros(0)) for k, width in enumerate(widths)]
+    total, before = sum(layer.numel for layer in layers), dict.fromkeys((layer.name for layer in layers), 0.0)
+    for target in sorted(targets):
+        asked = meet_budget(layers, dict(zip(before, proportions, strict=True)), target, 0.0, 0.99)
+        now = in_whole_levels(layers, asked, target, 8, before)
+        assert all(now[name] >= before[name] for name in now)
+        mean = sum(now[layer.name] * layer.numel for layer in layers) / total
+        assert (mean - target) * total <= max(layer.numel for layer in layers) / 8 + 1e-6
+        before = now
