@@ -6,15 +6,17 @@ import logging
 import shlex
 import sys
 import warnings
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from jsonargparse import set_parsing_settings
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
-from lit_prune.cli_errors import explain
+from lit_prune.cli_errors import ArgumentsError, explain
 from lit_prune.freed_memory import keep_freed_memory
 from lit_prune.interruption import Interrupted
 from lit_prune.models.io import disable_model_progress_bars, hub_model
@@ -36,7 +38,17 @@ _SUBCOMMANDS = {
 _FLAGS = {"--overwrite": "true", "--trust": "true", "--resume": "auto"}
 """What options that want a value mean without one."""
 
+load_any_yaml = get_loader("yaml")
+
 _VALUES = ("true", "false", "auto", "never")
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the configuration beside the logs; without a logger there is no folder of the run's own to save it to."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 class PruningCLI(LightningCLI):
@@ -65,9 +77,15 @@ class PruningCLI(LightningCLI):
         # LitCausalLM keeps none there.
         pass
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; whatever is raised meanwhile is about an argument."""
+        with _mistakes():
+            super().parse_arguments(parser, args)
+
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, and tell the trainer how it was started."""
-        super().instantiate_classes()
+        with _mistakes():
+            super().instantiate_classes()
         parser = self._parser(self.subcommand)
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         self.trainer.quiet = config.quiet  # type: ignore[attr-defined]
@@ -83,6 +101,8 @@ class PruningCLI(LightningCLI):
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
+        if config.data.trust_remote_code is None:
+            config.data.trust_remote_code = config.model.trust_remote_code
         if config.quiet:
             config.trainer.enable_progress_bar = config.trainer.enable_model_summary = False
 
@@ -90,11 +110,13 @@ class PruningCLI(LightningCLI):
 def build(arguments: list[str], run: bool = True) -> PruningCLI:
     """Parse the arguments, build model, data and trainer, and carry the subcommand out (unless ``run`` is off)."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
     _silence_libraries()
     return PruningCLI(
         LitCausalLM,
         TextDataModule,
         trainer_class=PruningTrainer,
+        save_config_callback=_SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         auto_configure_optimizers=False,
@@ -117,11 +139,11 @@ def main(args: Sequence[str] | None = None) -> int:
         else:
             build(arguments)
     except Exception as error:
-        message = explain(error)
-        if message is None or "--debug" in arguments:
+        if "--debug" in arguments:
             raise
+        message, status = explain(error)
         print(f"lit-prune: error: {message}", file=sys.stderr)
-        return 2
+        return status
     except Interrupted as stop:
         print(f"lit-prune: {stop}", file=sys.stderr)
         return 128 + stop.number
@@ -130,7 +152,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _compare(arguments: Sequence[str]) -> None:
     """Carry out the one subcommand that needs no model, data or trainer."""
-    parser = ArgumentParser(prog="lit-prune compare", description="Set pruned folders side by side on one page.")
+    parser = ArgumentParser(
+        prog="lit-prune compare", description="Set pruned folders side by side on one page.", exit_on_error=False
+    )
     parser.add_argument("runs", nargs="+", help="Folders that lit-prune wrote.")
     parser.add_argument("--output", default="compare.html", help="HTML file to write; an older one is replaced.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
@@ -140,11 +164,38 @@ def _compare(arguments: Sequence[str]) -> None:
 
 def _with_flags(arguments: Sequence[str]) -> list[str]:
     """Let ``--overwrite`` alone mean ``--overwrite=true``, and ``--resume`` alone ``--resume=auto``."""
-    following = [*arguments[1:], ""]
+    following = [*arguments[1:], ""][: len(arguments)]
     return [
-        f"{argument}={_FLAGS[argument]}" if argument in _FLAGS and value not in _VALUES else argument
+        f"{argument}={_FLAGS[argument]}" if argument in _FLAGS and value.startswith(("-", "")[not value]) else argument
         for argument, value in zip(arguments, following, strict=True)
     ]
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """Mark any error of the parser, or of a class that is built from arguments, as a user's mistake."""
+    try:
+        yield
+    except Exception as error:
+        raise ArgumentsError(str(error)) from error
+
+
+def _load_yaml(text: str) -> Any:
+    """Load a configuration; raise ``YAMLError`` for a key that stands twice in one mapping, which YAML forbids."""
+    _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+    return load_any_yaml(text)
+
+
+def _refuse_repeated_keys(node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in {key for key in keys if keys.count(key) > 1}:
+            raise yaml.YAMLError(f"the key {key!r} stands twice")
+        for _, value in node.value:
+            _refuse_repeated_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_repeated_keys(value)
 
 
 def _silence_libraries() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import traceback
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from lit_prune.allocators import METHODS as ALLOCATORS
-from lit_prune.errors import InputError, NumericalError, first_line
+from lit_prune.errors import DiskError, InputError, NumericalError, first_line
 from lit_prune.pruning import Reconstruction
 from lit_prune.scorers import METHODS as SCORERS
 from lit_prune.solvers import METHODS as SOLVERS
@@ -19,22 +21,73 @@ _KNOWN = {
     "plan.allocator": list(ALLOCATORS),
     "plan.reconstruction": [Reconstruction.__name__],
 }
+_LONGEST = 600
+"""Characters of a message that are shown."""
 _KEY = re.compile(r'(?:- )?Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)')
 _CLASS = re.compile(r"(?:- )?Problem with given class_path '(?P<path>[^']+)':\s*(?P<rest>.*)")
 _FRAME = re.compile(r"Does not validate against|Subtypes:|Errors:|$")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>.*)")
 
 
-def explain(error: BaseException) -> str | None:
-    """Return one line for a user's mistake, or None for anything else."""
+class ArgumentsError(Exception):
+    """Whatever was raised while arguments were parsed, and model, data and trainer built from them."""
+
+
+_MISTAKE, _UNEXPECTED = 2, 1
+"""Exit statuses."""
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Return one line for an error that ends a run, and the exit status: 2 for a user's mistake, 1 for others."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (InputError, NumericalError)):
-            return str(cause)
+            return one_line(cause), _MISTAKE
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, ArgumentError):
-        return _innermost(str(error))
-    return first_line(error) if isinstance(error, MisconfigurationException) else None
+    if isinstance(error, (ArgumentsError, ArgumentError)):
+        return _innermost(str(error)), _MISTAKE
+    if isinstance(error, ProcessRaisedException):
+        return _of_child(str(error))
+    if isinstance(error, ProcessExitedException):
+        return _of_killed_child(error), _MISTAKE
+    if isinstance(error, MisconfigurationException) or _is_refused_by_lightning(error):
+        return one_line(error), _MISTAKE
+    return (
+        f"unexpected {type(error).__name__} ({one_line(error)}); --debug shows where, and a report of it is welcome",
+        _UNEXPECTED,
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, shortened if it is a page."""
+    words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
+
+
+def _is_refused_by_lightning(error: BaseException) -> bool:
+    """Tell whether Lightning itself raised an error: it checks most of the trainer's settings only when it runs."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return isinstance(error, (ValueError, TypeError, OSError)) and raised_in.startswith(("lightning.", "lightning_"))
+
+
+def _of_child(report: str) -> tuple[str, int]:
+    """Explain the error of another process, of which there is only the traceback's text."""
+    last = report.strip().splitlines()[-1]
+    name, _, message = last.partition(": ")
+    known = name.rpartition(".")[2] in (InputError.__name__, DiskError.__name__, NumericalError.__name__)
+    if known:
+        return message, _MISTAKE
+    return f"unexpected error in another process ({last}); --debug shows where", _UNEXPECTED
+
+
+def _of_killed_child(error: ProcessExitedException) -> str:
+    if error.signal_name is None:
+        return f"process {error.error_index} ended with status {error.exit_code}, and said why above"
+    return (
+        f"process {error.error_index} was ended by {error.signal_name}; SIGKILL mostly means that memory was short: "
+        "lower --trainer.devices, or the size of the batches"
+    )
 
 
 def _innermost(message: str) -> str:

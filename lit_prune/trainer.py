@@ -32,6 +32,7 @@ from lit_prune.models.lazy import disk_of
 from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.models.sparse import Speed, measure_speed
 from lit_prune.ops import Unstructured, processes
+from lit_prune.ops.masks import check_sparsity
 from lit_prune.pruning import PruningPlan, PruningReport
 from lit_prune.pruning.analysis import analyze, spectra_of
 from lit_prune.pruning.documents import read_report, render
@@ -45,6 +46,7 @@ from lit_prune.training.tasks import Harness, Scores
 
 PROMPTS = ("The capital of France is", "The most important thing about a good bridge is")
 Resume = Literal["auto", "never"]
+_MOST_ROWS = 1_000_000
 HARNESS = Harness()
 """How tasks are run unless told otherwise."""
 
@@ -214,6 +216,9 @@ class PruningTrainer(Trainer):
                 "holds the model whole, or ddp and model.lazy; or prune in lit-prune fit, with the schedule OneShot"
             )
         callback = find_prune(self)
+        for prompt in prompts:
+            if not prompt.strip():
+                raise InputError(f"prompts hold {prompt!r}: give each some words, or --prompts '[]' for none")
         folder = check_output(output, overwrite)
         if tasks:
             harness.check(tasks)
@@ -311,6 +316,8 @@ class PruningTrainer(Trainer):
             output: JSON file to write the figures to; null = none.
         """
         _refuse_lazy(model, "speed")
+        if not tokens or not all(1 <= rows <= _MOST_ROWS for rows in tokens):
+            raise InputError(f"tokens are {list(tokens)}: give numbers from 1 to {_MOST_ROWS:,}, such as [1, 16, 256]")
         masks = load_masks(model.pretrained)
         model.configure_model()
         with self._at_work(model) as whole:
@@ -359,6 +366,10 @@ class PruningTrainer(Trainer):
             histograms: Shell patterns over layer names: whose spectra are plotted with the fitted tail; none = those of
                 the first block.
         """
+        if not sparsities:
+            raise InputError("sparsities are empty: give at least one, such as [0.5]")
+        for sparsity in sparsities:
+            check_sparsity(sparsity, "sparsities")
         check_output(output, overwrite, mark="analysis.json")
         model.configure_model()
         prunes = [callback for callback in self.callbacks if isinstance(callback, Prune)]  # type: ignore[attr-defined]
