@@ -16,7 +16,8 @@ from lit_prune.callbacks.prune import Prune, find_prune
 from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.errors import InputError
 from lit_prune.models.access import whole_model
-from lit_prune.models.io import check_output, save_pruned
+from lit_prune.models.io import save_pruned
+from lit_prune.models.outputs import check_output
 from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import PruningReport
@@ -64,8 +65,9 @@ class Export(Callback):
         """Refuse what cannot be written before any training is done."""
         if stage != "fit":
             return
-        check_output(self.output, self.overwrite)
         keep_masks = find_keep_masks(trainer)
+        reads = [getattr(pl_module, "pretrained", None), keep_masks.source if keep_masks else None]
+        check_output(self.output, self.overwrite, reads=[str(name) for name in reads if name])
         if keep_masks is None or _prunes(trainer):
             find_prune(trainer)
         elif keep_masks.source is not None:

@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import yaml
@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
 from lit_prune.cli_errors import ArgumentsError, explain
 from lit_prune.freed_memory import keep_freed_memory
-from lit_prune.interruption import Interrupted
+from lit_prune.interruption import Interrupted, stopping_on_signals
 from lit_prune.models.io import disable_model_progress_bars, hub_model
 from lit_prune.pruning.comparison import compare
 from lit_prune.pruning.report import Recipe
@@ -137,7 +137,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["compare"]:
             _compare(arguments[1:])
         else:
-            build(arguments)
+            # While it trains, Lightning has its own handlers.
+            with nullcontext() if arguments[:1] == ["fit"] else stopping_on_signals():
+                build(arguments)
     except Exception as error:
         if "--debug" in arguments:
             raise

@@ -68,7 +68,9 @@ def _is_refused_by_lightning(error: BaseException) -> bool:
     """Tell whether Lightning itself raised an error: it checks most of the trainer's settings only when it runs."""
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    return isinstance(error, (ValueError, TypeError, OSError)) and raised_in.startswith(("lightning.", "lightning_"))
+    return isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) and raised_in.startswith(
+        ("lightning.", "lightning_")
+    )
 
 
 def _of_child(report: str) -> tuple[str, int]:

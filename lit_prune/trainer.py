@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -27,8 +29,9 @@ from lit_prune.interruption import Interrupted, stopping_on_signals
 from lit_prune.models.checkpoints import by_layer, check_trusted, read_checkpoint
 from lit_prune.models.files import write_json
 from lit_prune.models.generate import continuations
-from lit_prune.models.io import Format, check_output, check_space, load_masks, save_documents, save_pruned
+from lit_prune.models.io import Format, check_shard_size, load_masks, save_documents, save_pruned
 from lit_prune.models.lazy import disk_of
+from lit_prune.models.outputs import ANALYSIS, check_output, check_space
 from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.models.sparse import Speed, measure_speed
 from lit_prune.ops import Unstructured, processes
@@ -47,6 +50,7 @@ from lit_prune.training.tasks import Harness, Scores
 PROMPTS = ("The capital of France is", "The most important thing about a good bridge is")
 Resume = Literal["auto", "never"]
 _MOST_ROWS = 1_000_000
+_NOT_ZERO = ("val_check_interval", "limit_train_batches")
 HARNESS = Harness()
 """How tasks are run unless told otherwise."""
 
@@ -78,6 +82,7 @@ class PruningTrainer(Trainer):
             ckpt_path: Checkpoint to go on from: a file, or the folder of a sharded one.
             trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
         """
+        self._check_settings()
         weights_only = self._check_checkpoint(ckpt_path, trust)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
@@ -151,7 +156,8 @@ class PruningTrainer(Trainer):
             trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
         """
         _refuse_lazy(model, "export")
-        check_output(output, overwrite)
+        check_shard_size(shard_size)
+        check_output(output, overwrite, reads=[model.pretrained, *([checkpoint] if checkpoint else [])])
         read = None if checkpoint is None else read_checkpoint(checkpoint, trust)
         masks = read.masks if read else load_masks(model.pretrained)
         model.configure_model()
@@ -173,6 +179,36 @@ class PruningTrainer(Trainer):
             tokenizer = model.load_tokenizer()
             folder = save_pruned(output, model.model, tokenizer, masks, documents, overwrite, to, shard_size)
         self._show([], folder)
+
+    def _check_settings(self) -> None:
+        """Refuse settings of a training that Lightning takes and stumbles over later, or obeys in silence."""
+        least = {
+            "accumulate_grad_batches": 1,
+            "check_val_every_n_epoch": 1,
+            "val_check_interval": 0.0,
+            "log_every_n_steps": 0,
+            "gradient_clip_val": 0,
+            "num_sanity_val_steps": -1,
+            "limit_train_batches": 0,
+        }
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and (value < lowest or (value == 0 and name in _NOT_ZERO)):
+                raise InputError(f"trainer.{name} is {value}: it must be {'above 0' if name in _NOT_ZERO else lowest}")
+
+    def _drop_unwritable_logs(self) -> None:
+        """Go on without loggers whose folder cannot be written: a pruning does not need them."""
+        for logger in self.loggers:
+            folder = logger.save_dir
+            try:
+                Path(folder or ".").mkdir(parents=True, exist_ok=True)
+                writable = os.access(folder or ".", os.W_OK)
+            except (OSError, ValueError):
+                writable = False
+            if not writable:
+                rank_zero_warn(f"trainer.default_root_dir is {folder!r}, which cannot be written: nothing is logged")
+                self.loggers = []
+                return
 
     def _check_checkpoint(self, ckpt_path: str | Path | None, trust: bool) -> bool | None:
         """Refuse a checkpoint that would run code; return Lightning's ``weights_only``."""
@@ -215,20 +251,24 @@ class PruningTrainer(Trainer):
                 f"trainer.strategy is {type(self.strategy).__name__}: to prune once, use ddp, where every process "
                 "holds the model whole, or ddp and model.lazy; or prune in lit-prune fit, with the schedule OneShot"
             )
+        if self.limit_test_batches == 0:
+            raise InputError("trainer.limit_test_batches is 0: prune evaluates before and after, on at least one batch")
+        self._drop_unwritable_logs()
         callback = find_prune(self)
         for prompt in prompts:
             if not prompt.strip():
                 raise InputError(f"prompts hold {prompt!r}: give each some words, or --prompts '[]' for none")
-        folder = check_output(output, overwrite)
+        folder = check_output(output, overwrite, reads=_read_by(model, datamodule, callback.plan))
+        journal = folder.with_name(f".{folder.name}.journal")
         if tasks:
             harness.check(tasks)
         model.configure_model()
-        check_space(folder, model.model, copies=3 if model.lazy else 2)  # the folder, the journal, changed blocks
+        copies = 3 if model.lazy else 2  # the folder, the journal, changed blocks
+        check_space(folder, model.model, copies, replaced=journal if resume == "auto" else None)
         targets = callback.plan.find_targets(model.model)[1]
         if callback.plan.needs_data:
             datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
         tokenizer = model.load_tokenizer()
-        journal = folder.with_name(f".{folder.name}.journal")
         prompts = () if model.lazy else prompts  # which would read the whole model for every token
         before = self.test(model, datamodule=datamodule, verbose=False)[0]
         scores = [self._scores(model, tasks, harness)] if tasks else []
@@ -370,7 +410,7 @@ class PruningTrainer(Trainer):
             raise InputError("sparsities are empty: give at least one, such as [0.5]")
         for sparsity in sparsities:
             check_sparsity(sparsity, "sparsities")
-        check_output(output, overwrite, mark="analysis.json")
+        check_output(output, overwrite, ANALYSIS, reads=[model.pretrained])
         model.configure_model()
         prunes = [callback for callback in self.callbacks if isinstance(callback, Prune)]  # type: ignore[attr-defined]
         plan = prunes[0].plan if prunes else PruningPlan(Unstructured(0.5), Magnitude())
@@ -396,6 +436,13 @@ class PruningTrainer(Trainer):
         console.print(*tables)
         for file in sorted(folder.iterdir()):
             console.print(f"wrote {file}", soft_wrap=True, highlight=False)
+
+
+def _read_by(model: LitCausalLM, datamodule: TextDataModule, plan: PruningPlan) -> list[str]:
+    """Return the names of what a pruning reads; some may be of the hub."""
+    files = [getattr(plan.allocator, name, None) for name in ("path", "values")]
+    texts = [*datamodule.sources.values(), datamodule.calibration, datamodule.tokenizer]
+    return [name for name in (model.pretrained, model.lazy, *texts, *files) if name]
 
 
 def _refuse_lazy(model: LitCausalLM, stage: str) -> None:

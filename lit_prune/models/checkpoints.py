@@ -122,7 +122,10 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
     Files are read with unpicklers that know tensors and plain data alone; what else they name is never imported.
     """
     path = Path(path).expanduser()
-    files = [path] if path.is_file() else [file for file in _files_of(path) if _is_loaded(file)]
+    try:
+        files = [path] if path.is_file() else [file for file in _files_of(path) if _is_loaded(file)]
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"checkpoint is {str(path)!r}: it cannot be read ({first_line(error)})") from error
     if not files:
         raise InputError(f"checkpoint is {str(path)!r}: there is no such file, and no folder with a checkpoint in it")
     if trust:

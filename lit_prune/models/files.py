@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,27 +22,68 @@ from lit_prune.errors import DiskError, InputError, first_line
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` that takes its place in the end; a killed run leaves the old or none."""
     path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.writing-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    temporary.mkdir()
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_up(path)
+        temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+        temporary.mkdir()
     try:
         with _explained(path):
+            mode = _new_mode(temporary)
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    file.chmod(mode)
                     _flush(file)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if path.exists():
-        old = path.with_name(f".{path.name}.writing-{os.getpid()}-old")
-        path.rename(old)
+    old = path.with_name(f".{path.name}.writing-{os.getpid()}-old")
+    try:
+        if path.exists():
+            path.rename(old)
         temporary.rename(path)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(path)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise DiskError(
+            f"{str(path)!r} cannot be written: {first_line(error)}; the finished result is in {str(temporary)!r}"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_up(path: Path) -> None:
+    """Remove what killed runs had begun to write, and put back what they had moved aside; others may be at work."""
+    for left in path.parent.iterdir() if path.parent.is_dir() else ():
+        found = re.fullmatch(re.escape(f".{path.name}.writing-") + r"(\d+)(-old)?", left.name)
+        if found is None or _runs(int(found[1])) or left.is_symlink():
+            continue
+        if found[2] and not path.exists():
+            left.rename(path)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Tell whether a process of this machine runs."""
+    if process == os.getpid():
+        return False  # an earlier attempt of this very process
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _new_mode(folder: Path) -> int:
+    """Return the mode that a new file gets; safetensors makes files that nobody else may read."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -50,7 +92,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode & 0o777
             write(temporary)
+            temporary.chmod(mode)
             _flush(temporary)
             temporary.replace(path)
         finally:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
@@ -41,6 +40,7 @@ from lit_prune.models.experts import apart, together
 from lit_prune.models.files import read_json, replacing_folder, write_atomically
 from lit_prune.models.homes import Home, home_of
 from lit_prune.models.lazy import disk_of, open_lazily, save_lazily
+from lit_prune.models.outputs import ANALYSIS, check_output, check_space
 from lit_prune.models.peft_format import FOLDER as ADAPTER_FOLDER
 from lit_prune.ops import PackedMask
 
@@ -259,34 +259,6 @@ def disable_model_progress_bars() -> None:
     disable_progress_bar()
 
 
-def check_output(folder: str | Path, overwrite: bool, mark: str = "config.json") -> Path:
-    """Raise ``InputError`` where ``folder`` exists and is to be kept, or could not be made.
-
-    Only a folder that holds ``mark``, and so is a result of the same kind, is ever overwritten.
-    """
-    path = Path(folder).expanduser()
-    if path.exists() and not overwrite:
-        raise InputError(f"output is {str(folder)!r}: it exists and is kept; choose another folder or add --overwrite")
-    if path.exists() and not (path.is_dir() and (path / mark).is_file()):
-        raise InputError(f"output is {str(folder)!r}: it holds no {mark}, so it is not overwritten")
-    parent = _existing_parent(path)
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"output is {str(folder)!r}: {str(parent)!r} cannot be written to")
-    return path
-
-
-def check_space(folder: str | Path, model: nn.Module, copies: int = 1) -> None:
-    """Raise ``InputError`` where the disk of ``folder`` has no room for ``copies`` of the model and its masks."""
-    needed = copies * sum(p.numel() * p.element_size() + p.numel() // 8 for p in model.parameters())
-    free = shutil.disk_usage(_existing_parent(Path(folder).expanduser())).free
-    if free < needed:
-        raise InputError(f"output is {str(folder)!r}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
 def save_pruned(
     folder: str | Path,
     model: nn.Module,
@@ -341,8 +313,8 @@ def _write_model(folder: Path, model: Any, masks: Mapping[str, PackedMask], to: 
 
 
 def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], overwrite: bool = False) -> Path:
-    """Write files (name to content) as one folder, all or nothing; an existing folder is kept unless ``overwrite``."""
-    path = check_output(folder, overwrite, mark=next(iter(documents)))
+    """Write an analysis (name to content) as one folder, all or nothing; an older one is kept unless ``overwrite``."""
+    path = check_output(folder, overwrite, ANALYSIS)
     with replacing_folder(path) as temporary:
         _write_documents(temporary, documents)
     return path
@@ -352,6 +324,13 @@ def _write_documents(folder: Path, documents: Mapping[str, str | bytes]) -> None
     for name, content in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_shard_size(size: str) -> None:
+    """Raise ``InputError`` if ``size`` is no positive number of bytes with a unit, such as 500MB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", size.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise InputError(f"shard_size is {size!r}: give a positive number and KB, MB, GB or TB, such as 500MB")
 
 
 def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:

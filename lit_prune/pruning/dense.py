@@ -142,7 +142,9 @@ class DenseModel:
         scorer = self.plan.scorer
         if scorer is None or "gradient" not in scorer.needs:
             return {}
-        name = f"gradients-{scorer.gradient_norm}-{self.identity['model']}-{self.identity['data']}.safetensors"
+        precision = precision_of(self.forward_context, self.plan.device or next(self.model.parameters()).device)
+        parts = (scorer.gradient_norm, precision or "plain", self.identity["model"], self.identity["data"])
+        name = f"gradients-{'-'.join(parts)}.safetensors"
         with self.stages.stage("gradients"):
             return gradient_norms(
                 self.model,
@@ -161,4 +163,11 @@ class DenseModel:
 
     def _cached(self, name: str) -> Path | None:
         """Return a file of the cache; None where the plan has no cache."""
-        return Path(self.plan.cache) / name if self.plan.cache else None
+        return Path(self.plan.cache).expanduser() / name if self.plan.cache else None
+
+
+def precision_of(forward_context: ForwardContext, device: torch.device | str) -> str | None:
+    """Return the dtype of matrix products within a context, such as ``bfloat16``; None = that of the weights."""
+    kind = torch.device(device).type
+    with forward_context():
+        return str(torch.get_autocast_dtype(kind)).split(".")[-1] if torch.is_autocast_enabled(kind) else None

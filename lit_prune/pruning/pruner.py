@@ -19,7 +19,7 @@ from lit_prune.models.io import data_fingerprint, model_fingerprint
 from lit_prune.models.limits import check_tokens
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, Pattern, processes
-from lit_prune.pruning.dense import DenseModel
+from lit_prune.pruning.dense import DenseModel, precision_of
 from lit_prune.pruning.journal import Journal, identity_of
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
@@ -120,15 +120,12 @@ def _circumstances(
 ) -> dict[str, Any]:
     """Return what else a run's bits depend on, beside plan, model, data and versions."""
     device = torch.device(plan.device or next(model.parameters()).device).type
-    with forward_context():
-        autocast = torch.is_autocast_enabled(device)
-        precision = str(torch.get_autocast_dtype(device)) if autocast else None
     return {
         "sparsity": sparsity,
         "allocation": None if allocation is None else dict(allocation),
         "within": None if within is None else data_fingerprint([{n: mask.bits for n, mask in within.items()}]),
         "device": device,
-        "autocast": precision,
+        "autocast": precision_of(forward_context, device),
         "processes": processes.count(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -101,7 +102,7 @@ class LoRA(Trainable):
         """
         if rank < 1:
             raise InputError(f"LoRA.rank is {rank}: it must be at least 1, such as 8")
-        if alpha is not None and alpha <= 0:
+        if alpha is not None and not 0 < alpha < math.inf:
             raise InputError(f"LoRA.alpha is {alpha}: it must be above 0, such as {2 * rank} for the rank {rank}")
         for name, patterns in (("include", include), ("exclude", exclude)):
             if isinstance(patterns, str):
@@ -124,6 +125,12 @@ class LoRA(Trainable):
                 f"LoRA.masked is false and {experts[0]} is an expert, whose adapters PEFT cannot put on: add "
                 "'*.experts.*' to LoRA.exclude, or make it masked"
             )
+        for target in targets:
+            if self.rank > min(target.shape):
+                raise InputError(
+                    f"LoRA.rank is {self.rank}, and {target.name} has the shape {list(target.shape)}: give at most "
+                    f"{min(target.shape)}, which is the rank of the matrix itself, or exclude the layer"
+                )
         if self.norms_and_biases:
             _train_vectors_only(model)
         else:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, T5Config
 
 from lit_prune.errors import DiskError, InputError
-from lit_prune.models import files, io
+from lit_prune.models import files, io, outputs
 from lit_prune.ops import PackedMask
 
 
@@ -57,27 +57,27 @@ def test_a_revived_weight_is_not_saved(tmp_path: Path, tiny_model: Callable[...,
 
 def test_an_existing_folder_is_kept_unless_overwritten(tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> None:
     out = tmp_path / "out"
-    io.save_pruned(out, tiny_model(), None, {}, {"a": "old"})
+    io.save_pruned(out, tiny_model(), None, {}, {"pruning.json": "old"})
     with pytest.raises(InputError, match="it exists and is kept"):
-        io.save_pruned(out, tiny_model(), None, {}, {"a": "new"})
-    assert (out / "a").read_text() == "old"
-    io.save_pruned(out, tiny_model(), None, {}, {"b": "new"}, overwrite=True)
-    assert (out / "b").read_text() == "new" and not (out / "a").exists()
+        io.save_pruned(out, tiny_model(), None, {}, {"pruning.json": "new"})
+    assert (out / "pruning.json").read_text() == "old"
+    io.save_pruned(out, tiny_model(), None, {}, {"README.md": "new"}, overwrite=True)
+    assert (out / "README.md").read_text() == "new" and not (out / "pruning.json").exists()
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_what_is_no_model_folder_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match=r"holds no config\.json, so it is not overwritten"):
-        io.check_output(tmp_path, overwrite=True)
+        outputs.check_output(tmp_path, overwrite=True)
 
 
 def test_a_full_disk_is_told_before(
     tmp_path: Path, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(io.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     with pytest.raises(InputError, match=r"it needs 0\.00 GB, and 0\.00 GB are free"):
-        io.check_space(tmp_path / "out", tiny_model())
+        outputs.check_space(tmp_path / "out", tiny_model())
 
 
 def test_a_failure_while_saving_leaves_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""Where a run writes: whether it may, and whether it can."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import nn
+
+from lit_prune.errors import DiskError, InputError, first_line
+
+PRUNED, ANALYSIS = "config.json", "analysis.json"
+"""The file by which a folder of each kind is known."""
+_TOKENIZERS = (
+    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*spm*.model", "spiece.model", "sentencepiece*.model", "chat_template.*", "additional_chat_templates"),
+    *("additional_chat_templates/*.jinja", "normalizer.json"),
+)
+_FILES = {
+    PRUNED: (
+        *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py"),
+        *(*_TOKENIZERS, "masks.safetensors", "pruning.json", "report.html", "README.md", "*.png"),
+        *("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+    ),
+    ANALYSIS: ("analysis.json", "*.png"),
+}
+"""Shell patterns over all that is written to a folder of each kind."""
+_LONGEST = 200
+"""Bytes of a folder's name: file systems allow 255, and temporary names add to it."""
+
+
+def check_output(folder: str | Path, overwrite: bool, kind: str = PRUNED, reads: Iterable[str | Path] = ()) -> Path:
+    """Return the folder that a run may write, links resolved.
+
+    Args:
+        folder: where.
+        overwrite: whether an earlier result of the same kind may be replaced; nothing else ever is.
+        kind: of folder, ``PRUNED`` or ``ANALYSIS``.
+        reads: files and folders that the run reads; names that do not exist here are passed over.
+
+    Raises:
+        InputError: the folder exists and is kept, holds other files, equals, contains or lies in something that is
+            read, or could not be made.
+    """
+    path = _resolved(folder)
+    if path.exists() and not path.is_dir():
+        raise _refused(folder, "it is a file; name a folder")
+    for read in filter(None, map(_existing, reads)):
+        if read == path or path in read.parents:
+            raise _refused(folder, f"it is or contains {str(read)!r}, which this run reads; choose another folder")
+        if read.is_dir() and read in path.parents and read != Path.cwd():
+            raise _refused(folder, f"it lies in {str(read)!r}, which this run reads; choose another folder")
+    if path.exists() and not overwrite:
+        raise _refused(folder, "it exists and is kept; choose another folder or add --overwrite")
+    if path.exists() and any(path.iterdir()):
+        if not (path / kind).is_file():
+            raise _refused(folder, f"it holds no {kind}, so it is not overwritten")
+        if other := next(_others(path, kind), None):
+            raise _refused(folder, f"it holds {other!r}, which lit-prune has not written: move it elsewhere first")
+    return path
+
+
+def check_space(folder: str | Path, model: nn.Module, copies: int = 1, replaced: Path | None = None) -> None:
+    """Raise ``DiskError`` if the disk of ``folder`` has no room for ``copies`` of the model and its masks.
+
+    Args:
+        folder: where they go.
+        model: the model.
+        copies: how many.
+        replaced: folder whose files are among the copies already, such as the journal of a run that goes on.
+    """
+    needed = copies * sum(p.numel() * p.element_size() + p.numel() // 8 for p in model.parameters())
+    if replaced is not None and replaced.is_dir():
+        needed -= sum(file.stat().st_size for file in replaced.iterdir() if file.is_file())
+    free = shutil.disk_usage(_existing_parent(Path(folder).expanduser())).free
+    if free < needed:
+        raise DiskError(f"output is {str(folder)!r}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+
+
+def _others(folder: Path, kind: str) -> Iterator[str]:
+    """Yield the names of what is in a folder and is not written to folders of its kind."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not any(
+            fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in _FILES[kind]
+        ):
+            yield name
+
+
+def _resolved(folder: str | Path) -> Path:
+    if not str(folder).strip():
+        raise InputError("output is empty: name a folder")
+    path = Path(folder).expanduser()
+    if "\0" in str(folder) or len(os.fsencode(path.name)) > _LONGEST:
+        raise _refused(folder, f"a name may have {_LONGEST} bytes, none of them zero")
+    if path.is_symlink() and not path.exists():
+        raise _refused(folder, "it is a link to nothing")
+    try:
+        path = path.resolve()
+        parent = path if path == path.parent else _existing_parent(path)
+    except (OSError, RuntimeError) as error:
+        raise _refused(folder, f"it cannot be made ({first_line(error)})") from error
+    if path == path.parent:
+        raise _refused(folder, "it is the root of the file system; name a folder in it")
+    if not parent.is_dir():
+        raise _refused(folder, f"{str(parent)!r} is a file, so nothing can be in it")
+    if not os.access(parent, os.W_OK):
+        raise _refused(folder, f"{str(parent)!r} cannot be written to")
+    return path
+
+
+def _existing(name: str | Path) -> Path | None:
+    """Return a local file or folder, links resolved; None if there is none of that name."""
+    try:
+        path = Path(name).expanduser().resolve()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # a name on the hub can be anything
+        return None
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def _refused(folder: str | Path, reason: str) -> InputError:
+    return InputError(f"output is {str(folder)[:_LONGEST]!r}: {reason}")
