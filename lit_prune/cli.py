@@ -178,6 +178,8 @@ def _mistakes() -> Iterator[None]:
     """Mark any error of the parser, or of a class that is built from arguments, as a user's mistake."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise ArgumentsError(f"--config names a file that is not text in UTF-8 ({error})") from error
     except Exception as error:
         raise ArgumentsError(str(error)) from error
 

@@ -55,16 +55,24 @@ class FromFile(Allocator):
         raise InputError(f"allocator.path is {self.path!r}: it gives no sparsity for {name}")
 
 
+def _is_sparsity(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _read(path: Path) -> dict[str, float]:
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"allocator.path is {str(path)!r}: there is no such file") from None
-    except json.JSONDecodeError as error:
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"allocator.path is {str(path)!r}: it cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"allocator.path is {str(path)!r}: not a JSON file ({error})") from None
     if isinstance(content, dict) and isinstance(content.get("layers"), list):
         content = {layer["name"]: layer["asked"] for layer in content["layers"]}
-    wrong = not isinstance(content, dict) or [v for v in content.values() if not isinstance(v, (int, float))]
+    wrong = not isinstance(content, dict) or [v for v in content.values() if not _is_sparsity(v)]
     if wrong or not content:
-        raise InputError(f"allocator.path is {str(path)!r}: it must hold an object of layer name to sparsity")
+        raise InputError(
+            f"allocator.path is {str(path)!r}: it must hold an object of layer name to sparsity, in [0, 1]"
+        )
     return {str(name): float(value) for name, value in content.items()}

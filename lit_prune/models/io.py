@@ -378,6 +378,8 @@ def load_masks(path: str | Path) -> dict[str, PackedMask]:
 def model_fingerprint(model: nn.Module, home: Home | None = None) -> str:
     """Return a digest of every parameter's name, shape, dtype and up to 4,096 of its values, evenly spread.
 
+    All values are looked at: one that is NaN or infinite is an ``InputError``, wherever it is in the model.
+
     Args:
         model: the model.
         home: of its blocks; None = the model itself, or as it says.
@@ -386,16 +388,18 @@ def model_fingerprint(model: nn.Module, home: Home | None = None) -> str:
     for part in home.parts(model):
         with home.resident(part):
             for name, parameter in part.module.named_parameters(prefix=part.name):
-                samples[name] = _sample(parameter)
+                samples[name] = _sample(name, parameter)
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(samples.get(name) or _sample(parameter))
+        digest.update(samples.get(name) or _sample(name, parameter))
     return digest.hexdigest()[:16]
 
 
-def _sample(parameter: Tensor) -> bytes:
+def _sample(name: str, parameter: Tensor) -> bytes:
     flat = parameter.detach().reshape(-1)
+    if not flat.isfinite().all():
+        raise InputError(f"the model's {name} holds NaN or Inf: its file is damaged, or its training diverged")
     return flat[:: max(1, flat.numel() // 4096)].double().cpu().numpy().tobytes()
 
 

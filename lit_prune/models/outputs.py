@@ -51,7 +51,7 @@ def check_output(folder: str | Path, overwrite: bool, kind: str = PRUNED, reads:
     for read in filter(None, map(_existing, reads)):
         if read == path or path in read.parents:
             raise _refused(folder, f"it is or contains {str(read)!r}, which this run reads; choose another folder")
-        if read.is_dir() and read in path.parents and read != Path.cwd():
+        if (read / PRUNED).is_file() and read in path.parents:
             raise _refused(folder, f"it lies in {str(read)!r}, which this run reads; choose another folder")
     if path.exists() and not overwrite:
         raise _refused(folder, "it exists and is kept; choose another folder or add --overwrite")

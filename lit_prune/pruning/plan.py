@@ -90,8 +90,6 @@ class PruningPlan:
                 "plan.propagate is 'dense': correction and reconstruction make up for what pruned blocks do to the "
                 "inputs of later ones, so they need 'pruned'"
             )
-        for name in ("device", "hidden_device"):
-            _check_device(f"plan.{name}", getattr(self, name))
         if self.hidden_dtype is not None and self.hidden_dtype not in get_args(HiddenDtype):
             raise InputError(f"plan.hidden_dtype is {self.hidden_dtype!r}: it must be one of {get_args(HiddenDtype)}")
         for name in ("include", "exclude"):
@@ -134,7 +132,9 @@ class PruningPlan:
         return replace(self, pattern=self.pattern.at(sparsity))
 
     def find_targets(self, model: nn.Module) -> tuple[list[Block], list[Target]]:
-        """Return the model's decoder blocks and the layers to prune; raise where the plan cannot be carried out."""
+        """Return the model's decoder blocks and the layers to prune; raise if the plan cannot be carried out here."""
+        for name in ("device", "hidden_device"):
+            _check_device(f"plan.{name}", getattr(self, name))
         blocks = find_blocks(model)
         targets = find_targets(model, blocks, self.include, self.exclude)
         for target in targets:

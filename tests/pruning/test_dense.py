@@ -192,7 +192,7 @@ def test_trials_use_the_solver_draft(
     solve = ADMM.solve
 
     def counted(solver: ADMM, *arguments: Any) -> Any:
-        solved.append((solver.iterations, solver.polish))
+        solved.append((solver.iterations, solver._polish))
         return solve(solver, *arguments)
 
     monkeypatch.setattr(ADMM, "solve", counted)

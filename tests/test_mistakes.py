@@ -1,0 +1,339 @@
+"""Mistakes on the command line: each is one line that names the option or file, and nothing is written."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_prune import cli
+from lit_prune.cli import main
+
+PLAN_OF_ALL = {
+    "pattern": {"class_path": "Unstructured", "init_args": {"sparsity": 0.5}},
+    "scorer": {"class_path": "Magnitude"},
+    "output_error": False,
+}
+CONFIG = {
+    "model": {
+        "pretrained": "random",
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 8,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+        },
+    },
+    "data": {"dataset": "embedded", "sequences": 2, "seqlen": 8, "max_windows": 2},
+    "trainer": {"accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+}
+FILES: dict[str, bytes] = {
+    "binary.yaml": bytes(range(256)),
+    "list.yaml": b"- 1\n- 2\n",
+    "text.yaml": b"just words\n",
+    "tabs.yaml": b"data:\n\tseqlen: 8\n",
+    "twice.yaml": b"data: {dataset: embedded}\nmodel: {pretrained: random}\ndata: {dataset: embedded}\n",
+    "unknown_empty.yaml": b"modle:\n",
+    "unknown.yaml": b"modle: {pretrained: random}\n",
+    "python.yaml": b"data: !!python/object/apply:os.system ['true']\n",
+    "unclosed.yaml": b"data: {seqlen: 8\n",
+    "nul.yaml": b"data: {dataset: \0}\n",
+    "short.txt": b"short",
+    "empty.txt": b"",
+    "latin1.txt": ("Äpfel und Birnen. " * 50).encode("latin-1"),
+    "utf16.txt": ("apples and pears. " * 50).encode("utf-16"),
+    "null.jsonl": b'{"text": null}\n' * 20,
+    "numbers.jsonl": b'{"text": 3}\n' * 20,
+    "column.jsonl": b'{"words": "some words"}\n' * 20,
+    "cut.parquet": b"PAR1\0\0",
+    "empty.gguf": b"",
+}
+"""Files that are bad in one way each."""
+
+# {at} is the folder of those files, and of the pruned model "pruned". The second string is in the line that is said.
+ARGUMENTS = [
+    ("", 'expected "subcommand" to be one of'),
+    ("prine", "argument subcommand: invalid choice: 'prine' (choose from"),
+    ("prune --data.nope 3", "unrecognized arguments: --data.nope 3"),
+    ("prune --data.seqlenn 3", "unrecognized arguments: --data.seqlenn 3"),
+    ("prune extra", "unrecognized arguments: extra"),
+    ("prune --overwrite maybe", "overwrite: Expected a <class 'bool'>. Got value: maybe"),
+    ("prune --resume maybe", "resume: Expected a typing.Literal['auto', 'never']. Got value:"),
+    ("prune --debugg", "unrecognized arguments: --debugg"),
+    ("prune --seed_everything -1", "-1 is not in bounds, numpy accepts from 0 to 4294967295"),
+    ("prune --seed_everything 99999999999999999999", "99999999999999999999 is not in bounds, numpy accepts from 0 to"),
+    ("prune --seed_everything banana", "seed_everything: Expected a <class 'bool'>"),
+    ("prune -c {at}/missing.yaml", "config: File does not exist:"),
+    ("prune -c {at}", "config: Path is not a file:"),
+    ("prune -c {at}/binary.yaml", "'utf-8' codec can't decode byte 0x80 in position 128: invalid"),
+    ("prune -c {at}/list.yaml", "Unexpected config: - 1"),
+    ("prune -c {at}/text.yaml", "Unexpected config: just words"),
+    ("prune -c {at}/tabs.yaml", "Problems parsing config: while scanning for the next token"),
+    ("prune -c {at}/twice.yaml", "Problems parsing config: the key 'data' stands twice"),
+    ("prune -c {at}/unknown_empty.yaml", "Unexpected config: modle:"),
+    ("prune -c {at}/unknown.yaml", "Subcommand 'prune' does not accept option 'modle.pretrained'"),
+    ("prune -c {at}/python.yaml", "Problems parsing config: could not determine a constructor for"),
+    ("prune -c {at}/unclosed.yaml", "Problems parsing config: while parsing a flow mapping"),
+    ("prune -c {at}/nul.yaml", "Problems parsing config: unacceptable character #x0000: special"),
+    ("prune -c", "argument -c/--config: expected one argument"),
+    ("prune --data '{{seqlen: 8, seqlen: 16}}'", "data: Unable to load config '{seqlen: 8, seqlen: 16}'"),
+    ("prune --trainer.max_steps many", "trainer.max_steps: Expected a <class 'int'>. Got value: many"),
+    ("prune --data.seqlen 1e400", "data.seqlen: Expected a <class 'int'>. Got value: inf"),
+    ("prune --data.seqlen '[8]'", "data.seqlen: Expected a <class 'int'>. Got value: [8]"),
+    ("prune --model.dtype float8", "model.dtype: Expected a typing.Literal['auto', 'float32',"),
+    ("prune --model null", "model: Unable to load config 'null'"),
+    ("prune --trainer banana", "trainer: Unable to load config 'banana'"),
+    ("prune --prompts '[\"\"]'", "prompts hold '': give each some words, or --prompts '[]' for"),
+    ("prune --prompts hello", "prompts: Expected a <class 'collections.abc.Sequence'>. Got"),
+    ("prune --tasks banana", "tasks: Expected a <class 'collections.abc.Sequence'>. Got"),
+    ("prune --harness.limit 0", "harness.limit is 0: it must be 1 or more, or null"),
+    ("analyze --sparsities '[2]'", "sparsities is 2.0: it must be a number in [0, 1), such as 0.5"),
+    ("analyze --sparsities '[]'", "sparsities are empty: give at least one, such as [0.5]"),
+    ("analyze --histograms '[\"*.nothing\"]'", "histograms: '*.nothing' matches no layer; their names are like"),
+    (
+        "speed --model.pretrained {at}/pruned --model.config null --tokens '[0]'",
+        "tokens are [0]: give numbers from 1 to 1,000,000, such as [1,",
+    ),
+    (
+        "speed --model.pretrained {at}/pruned --model.config null --tokens '[-3]'",
+        "tokens are [-3]: give numbers from 1 to 1,000,000, such as [1,",
+    ),
+    (
+        "speed --model.pretrained {at}/pruned --model.config null --tokens '[]'",
+        "tokens are []: give numbers from 1 to 1,000,000, such as [1,",
+    ),
+    ("speed", "masks are asked of 'random': there is no such file; name a"),
+    ("evaluate --tasks '[]'", "tasks are empty: name some, such as --tasks '[arc_easy, piqa]'"),
+    ("evaluate", "the following arguments are required: evaluate.tasks"),
+]
+PLAN = [
+    (
+        "pattern: {class_path: Unstructured, init_args: {sparsity: 1.2}}",
+        "sparsity is 1.2: it must be a number in [0, 1), such as 0.5 for",
+    ),
+    (
+        "pattern: {class_path: Unstructured, init_args: {sparsity: .nan}}",
+        "sparsity is nan: it must be a number in [0, 1), such as 0.5 for",
+    ),
+    ("pattern: {class_path: Unstructured}", "trainer.callbacks: Prune: plan.pattern: Unstructured: the"),
+    ("pattern: 2:4", "trainer.callbacks: Prune: plan.pattern: Not a valid subclass of"),
+    ("pattern: {class_path: NM, init_args: {keep: 2, of: 3}}", "2:3 needs inputs divisible by 3, and"),
+    ("scorer: {class_path: Wandah}", "trainer.callbacks: Prune: plan.scorer: there is no class"),
+    ("scorer: {class_path: no.such.Module}", "trainer.callbacks: Prune: plan.scorer: no.such.Module: No"),
+    ("scorer: banana", "trainer.callbacks: Prune: plan.scorer: Expected a path but"),
+    ("scorrer: null", "trainer.callbacks: Prune: Group 'plan' does not accept option"),
+    ("solver: {class_path: ADMM, init_args: {iterations: 0}}", "iterations is 0: it must be at least 1, such as 20"),
+    ("include: '*'", "trainer.callbacks: Prune: plan.include: Expected a <class"),
+    ("correction: 2", "plan.correction is 2.0: it must be in [0, 1], such as 0.3"),
+    ("device: cuda", "plan.device is 'cuda', which cannot be used here (Torch not"),
+    ("device: cuda:99", "plan.device is 'cuda:99', which cannot be used here (Torch not"),
+    ("hidden_device: cuda", "plan.hidden_device is 'cuda', which cannot be used here (Torch"),
+    ("propagate: sideways", "trainer.callbacks: Prune: plan.propagate: Expected a"),
+    (
+        "reconstruction: {class_path: Reconstruction, init_args: {rate: .nan}}",
+        "reconstruction rate is nan: it must be a number above 0, such",
+    ),
+    (
+        "allocator: {class_path: FromFile, init_args: {path: nowhere.json}}",
+        "allocator.path is 'nowhere.json': there is no such file",
+    ),
+    ("allocator: {class_path: AlphaPruning, init_args: {metric: beta}}", "trainer.callbacks: Prune: plan.allocator:"),
+]
+DATA = [
+    ("prune --data.dataset nowhere.txt", "the text source is 'nowhere.txt': there is no such file"),
+    ("prune --data.dataset {at}", ": there is no such file"),
+    ("prune --data.dataset {at}/list.yaml", ": it must end in .txt, .raw, .md, .jsonl, .parquet"),
+    ("prune --data.dataset {at}/short.txt", "has 5 tokens, fewer than one sequence of 8: give a longer text"),
+    ("prune --data.dataset {at}/empty.txt", "has 0 tokens, fewer than one sequence of 8: give a longer text"),
+    ("prune --data.dataset {at}/latin1.txt", "is not UTF-8 (invalid continuation byte at byte 0): convert it,"),
+    ("prune --data.dataset {at}/utf16.txt", "is not UTF-8 (invalid start byte at byte 0): convert it, for"),
+    ("prune --data.dataset {at}/null.jsonl", "has no text in row 0, column 'text', but None: give every row"),
+    ("prune --data.dataset {at}/numbers.jsonl", "has no text in row 0, column 'text', but 3: give every row text"),
+    ("prune --data.dataset {at}/cut.parquet", "cannot be read (Parquet file size is 6 bytes, smaller than the"),
+    ("prune --data.dataset {at}/column.jsonl", "has no column 'text', only ['words']: name one with"),
+    ("prune --data.dataset ''", "the text source is '': there is no such file"),
+    ("prune --data.seqlen 1", "data.seqlen is 1: it must be at least 2, so that there is a"),
+    ("prune --data.sequences 0", "data.sequences is 0: it must be at least 1"),
+    (
+        "prune --data.sequences 10000000000 --data.seqlen 10",
+        "data.sequences is 10000000000 and data.seqlen 10: their 800 GB",
+    ),
+    ("prune --data.batch_size -1", "data.batch_size is -1: it must be at least 1"),
+    ("prune --data.num_workers -1", "data.num_workers is -1: it must be from 0 to 512"),
+    ("prune --data.seed -1", "data.seed is -1: it must be from 0 to 2^63 - 1"),
+    ("prune --data.documents short", "data.documents: Expected a typing.Literal['joined', 'long']."),
+    ("prune --data.tokenizer nowhere/at/all", "model.pretrained is 'nowhere/at/all': there is no such file or"),
+    ("validate --data.other_val embedded", "data.other_val: Expected a <class 'collections.abc.Sequence'>."),
+    ("validate --data.other_val '[a.txt, b/a.txt]'", "data.other_val is ['a.txt', 'b/a.txt']: two texts have one"),
+    (
+        "prune --model.config '{{model_type: gpt2, n_embd: 8, n_layer: 1, n_head: 2, n_positions: 4}}'",
+        "data.seqlen is 8, and the model has learned 4 positions: lower",
+    ),
+    ("prune --model.config.vocab_size 100", "the text has the token 198, and the model a vocabulary of 100:"),
+]
+MODEL = [
+    ("prune --model.pretrained nowhere/at/all", "model.pretrained is 'nowhere/at/all': there is no such file or"),
+    ("prune --model.pretrained {at}/short.txt", ": a file must be a .gguf file; give the model's folder"),
+    ("prune --model.config null", "model.pretrained is 'random': model.config must name a"),
+    ("prune --model.config.model_type banana", "model.config makes no causal language model (Unrecognized model"),
+    ("prune --model.config.hidden_size many", "model.config makes no causal language model (Validation error"),
+    ("prune --model.config.hidden_size 9", "model.config makes no causal language model (Class validation"),
+    ("prune --model.config.num_hidden_layers 0", "LlamaForCausalLM has no list of decoder blocks with linear"),
+    ("prune --model.lazy {at}/lazy", "model.pretrained is 'random': model.lazy opens folders with"),
+    (
+        "export --model.pretrained {at}/pruned --model.config null --to hf-sharded --shard_size banana",
+        "shard_size is 'banana': give a positive number and KB, MB, GB",
+    ),
+    (
+        "export --model.pretrained {at}/pruned --model.config null --to hf-sharded --shard_size=-5MB",
+        "shard_size is '-5MB': give a positive number and KB, MB, GB or",
+    ),
+    ("export --checkpoint {at}/short.txt", ": short.txt holds more than tensors and plain data, or is"),
+]
+TRAINING = [
+    ("prune --trainer.accelerator foo", "You selected an invalid accelerator name: `accelerator='foo'`."),
+    ("prune --trainer.strategy foo", "You selected an invalid strategy name: `strategy='foo'`. It"),
+    ("prune --trainer.strategy deepspeed", "trainer.strategy is DeepSpeedStrategy: to prune once, use ddp,"),
+    ("prune --trainer.strategy lit_prune.training.strategies.FSDP3", "You selected an invalid strategy name:"),
+    ("prune --trainer.devices 0", "`Trainer(devices='0')` value is not a valid input using cpu"),
+    ("prune --trainer.devices banana", "`devices` selected with `CPUAccelerator` should be an int > 0."),
+    ("prune --trainer.num_nodes 0", "`num_nodes` must be a positive integer, but got 0."),
+    ("prune --trainer.precision fp7", "trainer.precision: Expected a <class 'int'>"),
+    ("prune --trainer.logger TensorBoardLoger", "trainer.logger: Expected a path but TensorBoardLoger either not"),
+    ("prune --trainer.callbacks Banana", "trainer.callbacks: Expected a path but Banana either not"),
+    ("prune --trainer.callbacks '[]'", "trainer.callbacks has 0 Prune callbacks: exactly one is needed"),
+    ("prune --trainer.profiler banana", "When passing string value for the `profiler` parameter of"),
+    ("prune --trainer.limit_test_batches 1.5", "You have passed invalid value 1.5 for limit_test_batches, it"),
+    ("prune --trainer.limit_test_batches banana", "trainer.limit_test_batches: Expected a <class 'int'>"),
+    ("fit --trainer.max_time banana", "`Timer(duration='banana')` is not a valid duration. Expected a"),
+    (
+        "fit --trainer.max_steps 1 --trainer.accumulate_grad_batches -1",
+        "trainer.accumulate_grad_batches is -1: it must be 1",
+    ),
+    ("fit --trainer.max_steps 1 --trainer.val_check_interval 0", "trainer.val_check_interval is 0: it must be above 0"),
+    (
+        "fit --trainer.max_steps 1 --trainer.val_check_interval -1",
+        "You have passed invalid value -1 for val_check_interval, it has",
+    ),
+    ("fit --trainer.max_steps 1 --trainer.log_every_n_steps -1", "trainer.log_every_n_steps is -1: it must be 0"),
+    (
+        "fit --trainer.max_steps 1 --trainer.limit_train_batches -1",
+        "You have passed invalid value -1 for limit_train_batches, it",
+    ),
+    ("fit --trainer.max_steps 1 --trainer.gradient_clip_val -1", "trainer.gradient_clip_val is -1: it must be 0"),
+    (
+        "fit --trainer.max_steps 1 --trainer.overfit_batches -1",
+        "You have passed invalid value -1 for overfit_batches, it has to",
+    ),
+    ("fit --trainer.max_steps 1 --ckpt_path best", '`.fit(ckpt_path="best")` is set but `ModelCheckpoint` is not'),
+    ("validate --ckpt_path nowhere.ckpt", "Checkpoint file not found: nowhere.ckpt"),
+    (
+        "fit --trainer.max_steps 1 --model.optimizer torch.optim.AdamW --model.optimizer.lr -1",
+        "model.optimizer cannot be used: Invalid learning rate: -1.0",
+    ),
+    (
+        "fit --trainer.max_steps 1 --model.optimizer torch.optim.AdamW --model.optimizer.lr .nan",
+        "model.optimizer cannot be used: Invalid learning rate: nan",
+    ),
+    (
+        "fit --trainer.max_steps 1 --model.optimizer torch.optim.AdamW --model.optimizer.lr fast",
+        "model.optimizer: Type",
+    ),
+    (
+        "fit --trainer.max_steps 1 --model.optimizer torch.optim.AdamW --model.optimizer.betas '[2, 3]'",
+        "model.optimizer cannot be used: Invalid beta parameter at index",
+    ),
+    (
+        "fit --trainer.max_steps 1 --model.lr_scheduler Banana",
+        "model.lr_scheduler: Expected a path but Banana either not",
+    ),
+    (
+        "fit --trainer.max_steps 1 --model.loss Banana",
+        "model.loss: Expected a path but Banana either not accessible or",
+    ),
+    (
+        "fit --trainer.max_steps 1 --model.trainable LoRA --model.trainable.rank 100000",
+        "LoRA.rank is 100000, and model.layers.0.self_attn.q_proj has",
+    ),
+    (
+        "fit --trainer.max_steps 1 --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor banana",
+        "Early stopping conditioned on metric `banana` which is not",
+    ),
+    (
+        "fit --trainer.max_steps 1 --trainer.callbacks+=FindLearningRate --trainer.callbacks.steps 1",
+        "FindLearningRate.steps is 1: fewer than 20 say nothing",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bad files, a configuration and a small pruned model."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    write_config(folder / "config.yaml", {})
+    assert main(["prune", "-c", str(folder / "config.yaml"), "--output", str(folder / "pruned"), "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.iterdir())  # a mistake leaves nothing behind
+
+
+def write_config(path: Path, plan: dict[str, object]) -> None:
+    callbacks = [{"class_path": "Prune", "init_args": {"plan": PLAN_OF_ALL | plan}}]
+    path.write_text(yaml.safe_dump({**CONFIG, "trainer": {**CONFIG["trainer"], "callbacks": callbacks}}))
+
+
+def is_one_line(said: str, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 2) -> None:
+    capsys.readouterr()
+    assert main(arguments) == status
+    shown = capsys.readouterr().err
+    lines = [line for line in shown.splitlines() if line.startswith("lit-prune: error: ")]
+    assert len(lines) == 1 and "Traceback" not in shown, shown
+    assert said in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(("mistake", "said"), [*ARGUMENTS, *DATA, *MODEL, *TRAINING])
+def test_a_mistake_is_one_line(mistake: str, said: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = shlex.split(mistake.format(at=at))
+    if arguments and arguments[0] in cli._SUBCOMMANDS:
+        arguments[1:1] = ["-c", str(at / "config.yaml")]
+    is_one_line(said, capsys, arguments)
+
+
+@pytest.mark.parametrize(("mistake", "said"), PLAN)
+def test_a_mistake_in_a_plan_is_one_line(
+    mistake: str, said: str, at: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    write_config(config, yaml.safe_load(mistake.replace("{at}", str(at))))
+    is_one_line(said, capsys, ["prune", "-c", str(config)])
+
+
+def test_an_unexpected_error_is_one_line_that_says_so(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("lit_prune.trainer.continuations", fail)
+    command = ["prune", "-c", str(at / "config.yaml")]
+    is_one_line("unexpected ZeroDivisionError (division by zero); --debug shows where", capsys, command, status=1)
+    with pytest.raises(ZeroDivisionError):
+        main([*command, "--debug"])
+
+
+def test_a_flag_may_have_its_value_behind_it(at: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    output = tmp_path_factory.mktemp("out") / "pruned"
+    command = ["prune", "-c", str(at / "config.yaml"), "--output", str(output), "--quiet"]
+    assert main(command) == 0
+    assert main([*command, "--overwrite", "True"]) == 0
