@@ -38,9 +38,7 @@ _SUBCOMMANDS = {
 _FLAGS = {"--overwrite": "true", "--trust": "true", "--resume": "auto"}
 """What options that want a value mean without one."""
 
-load_any_yaml = get_loader("yaml")
-
-_VALUES = ("true", "false", "auto", "never")
+_load_any_yaml = get_loader("yaml")
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -168,7 +166,7 @@ def _with_flags(arguments: Sequence[str]) -> list[str]:
     """Let ``--overwrite`` alone mean ``--overwrite=true``, and ``--resume`` alone ``--resume=auto``."""
     following = [*arguments[1:], ""][: len(arguments)]
     return [
-        f"{argument}={_FLAGS[argument]}" if argument in _FLAGS and value.startswith(("-", "")[not value]) else argument
+        f"{argument}={_FLAGS[argument]}" if argument in _FLAGS and (not value or value.startswith("-")) else argument
         for argument, value in zip(arguments, following, strict=True)
     ]
 
@@ -187,7 +185,7 @@ def _mistakes() -> Iterator[None]:
 def _load_yaml(text: str) -> Any:
     """Load a configuration; raise ``YAMLError`` for a key that stands twice in one mapping, which YAML forbids."""
     _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-    return load_any_yaml(text)
+    return _load_any_yaml(text)
 
 
 def _refuse_repeated_keys(node: yaml.Node | None) -> None:

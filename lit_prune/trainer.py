@@ -31,6 +31,7 @@ from lit_prune.models.files import write_json
 from lit_prune.models.generate import continuations
 from lit_prune.models.io import Format, check_shard_size, load_masks, save_documents, save_pruned
 from lit_prune.models.lazy import disk_of
+from lit_prune.models.locks import locked
 from lit_prune.models.outputs import ANALYSIS, check_output, check_space
 from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.models.sparse import Speed, measure_speed
@@ -263,43 +264,60 @@ class PruningTrainer(Trainer):
         if tasks:
             harness.check(tasks)
         model.configure_model()
-        copies = 3 if model.lazy else 2  # the folder, the journal, changed blocks
-        check_space(folder, model.model, copies, replaced=journal if resume == "auto" else None)
-        targets = callback.plan.find_targets(model.model)[1]
-        if callback.plan.needs_data:
-            datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
-        tokenizer = model.load_tokenizer()
-        prompts = () if model.lazy else prompts  # which would read the whole model for every token
-        before = self.test(model, datamodule=datamodule, verbose=False)[0]
-        scores = [self._scores(model, tasks, harness)] if tasks else []
-        texts = [self._continuations(model, prompts)]
-        spectra = spectra_of(model.model, targets, callback.plan.allocator)
-        with self._resumable(journal), callback.at_next_test(journal, resume == "auto"):
-            after = self.test(model, datamodule=datamodule, verbose=False)[0]
-        scores += [self._scores(model, tasks, harness)] if tasks else []
-        texts.append(self._continuations(model, prompts))
-        report = callback.report
-        assert report is not None
-        report.evaluation = {
-            "perplexity_before": before["test/perplexity"],
-            "perplexity_after": after["test/perplexity"],
-            "seqlen": datamodule.seqlen,
-            "text": f"test text of {datamodule.sources['test']}",
-            **({"tasks": dict(zip(("before", "after"), scores, strict=True))} if scores else {}),
-        }
-        report.spectra = spectra
-        report.samples = [Sample(*sample) for sample in zip(prompts, *texts, strict=True)]
-        report.recipes = [self.recipe] if self.recipe else []
-        documents = render(report, title=Path(model.pretrained).name)
-        with self._resumable(journal):
-            processes.from_first(
-                lambda: save_pruned(folder, model.model, tokenizer, report.masks, documents, overwrite)
-            )
-        if self.is_global_zero:
-            Journal.remove(journal)
-            if disk := disk_of(model.model):
-                disk.forget()
-            self._show([report.table(), report.summary_table()], folder)
+        with self._claimed(folder):
+            copies = 3 if model.lazy else 2  # the folder, the journal, changed blocks
+            check_space(folder, model.model, copies, replaced=journal if resume == "auto" else None)
+            targets = callback.plan.find_targets(model.model)[1]
+            if callback.plan.needs_data:
+                datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
+            tokenizer = model.load_tokenizer()
+            prompts = () if model.lazy else prompts  # which would read the whole model for every token
+            before = self.test(model, datamodule=datamodule, verbose=False)[0]
+            scores = [self._scores(model, tasks, harness)] if tasks else []
+            texts = [self._continuations(model, prompts)]
+            spectra = spectra_of(model.model, targets, callback.plan.allocator)
+            with self._resumable(journal), callback.at_next_test(journal, resume == "auto"):
+                after = self.test(model, datamodule=datamodule, verbose=False)[0]
+            scores += [self._scores(model, tasks, harness)] if tasks else []
+            texts.append(self._continuations(model, prompts))
+            report = callback.report
+            assert report is not None
+            report.evaluation = {
+                "perplexity_before": before["test/perplexity"],
+                "perplexity_after": after["test/perplexity"],
+                "seqlen": datamodule.seqlen,
+                "text": f"test text of {datamodule.sources['test']}",
+                **({"tasks": dict(zip(("before", "after"), scores, strict=True))} if scores else {}),
+            }
+            report.spectra = spectra
+            report.samples = [Sample(*sample) for sample in zip(prompts, *texts, strict=True)]
+            report.recipes = [self.recipe] if self.recipe else []
+            documents = render(report, title=Path(model.pretrained).name)
+            with self._resumable(journal):
+                processes.from_first(
+                    lambda: save_pruned(folder, model.model, tokenizer, report.masks, documents, overwrite)
+                )
+            if self.is_global_zero:
+                Journal.remove(journal)
+                if disk := disk_of(model.model):
+                    disk.forget()
+                self._show([report.table(), report.summary_table()], folder)
+
+    @contextmanager
+    def _claimed(self, folder: Path) -> Iterator[None]:
+        """Keep other runs from an output, and from the journal beside it, while this one works on it."""
+        if not self.is_global_zero:
+            yield
+            return
+        made = not folder.parent.exists()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            refusal = f"output is {str(folder)!r}: another run is writing it; wait for it, or choose another folder"
+            with locked(folder.with_name(f".{folder.name}.lock"), refusal):
+                yield
+        finally:
+            if made and not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
 
     @contextmanager
     def _resumable(self, journal: Path) -> Iterator[None]:

@@ -21,6 +21,9 @@ from lit_prune.models.io import data_fingerprint
 from lit_prune.ops import PackedMask, processes
 from lit_prune.pruning.report import LayerReport, ReconstructionReport, changed_parameters, versions
 
+_FIELDS = {"run", "tensors", "layers", "reconstructions"}
+"""What a block's record holds."""
+
 
 class DamagedError(Exception):
     """A file that is not as it was written."""
@@ -50,9 +53,10 @@ class FinishedBlock:
 class Journal:
     """One folder: what is being pruned, with what and how; the allocation; and two files for each finished block.
 
-    A file begins with the digest of the rest of it, or its digest stands in another one. The first process writes, and
-    decides what is read; every process must see the folder. A finished block is written while the next one is worked
-    on: leaving the context of a journal waits for the last one.
+    A file begins with the digest of the rest of it, or its digest stands in another one. A block's record names its
+    run, so that blocks of two runs are never mixed. The first process writes, and decides what is read; every process
+    must see the folder. A finished block is written while the next one is worked on: leaving the context of a journal
+    waits for the last one.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
@@ -67,6 +71,7 @@ class Journal:
             InputError: where the journal belongs to another plan, model, data or versions; it names what differs.
         """
         self._folder = folder
+        self._run = ""
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         processes.from_first(lambda: self._open({**identity, "versions": versions()}, resume))
@@ -86,6 +91,7 @@ class Journal:
             self._writing.result()
 
     def _open(self, identity: Mapping[str, Any], resume: bool) -> None:
+        self._run = _digest(json.dumps(identity, sort_keys=True).encode())
         run = self._folder / "run.record"
         if not (resume and run.is_file()):
             self.remove(self._folder)
@@ -119,7 +125,15 @@ class Journal:
     def _undamaged(self, block: int) -> Any:
         records = self._intact(self._records(block))
         file = self._tensors(block)
-        if records is not None and not (file.is_file() and _file_digest(file) == records["tensors"]):
+        if records is None:
+            return None
+        if not isinstance(records, dict) or not records.keys() >= _FIELDS:
+            _warn_damaged(self._records(block))
+            return None
+        if records["run"] != self._run:  # another run wrote here at the same time
+            warnings.warn(f"{str(file)!r} is of another run: the block is pruned again", stacklevel=2)
+            return None
+        if not (file.is_file() and _file_digest(file) == records["tensors"]):
             _warn_damaged(file)
             return None
         return records
@@ -162,7 +176,7 @@ class Journal:
     def _write(self, block: int, tensors: Mapping[str, Tensor], records: Mapping[str, Any]) -> None:
         file = self._tensors(block)
         save_tensors(file, tensors)
-        _write_record(self._records(block), {"tensors": _file_digest(file), **records})
+        _write_record(self._records(block), {"run": self._run, "tensors": _file_digest(file), **records})
 
     @staticmethod
     def remove(folder: Path) -> None:

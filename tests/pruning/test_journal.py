@@ -139,3 +139,27 @@ def test_a_last_block_that_cannot_be_written_is_an_error(
     with pytest.raises(DiskError, match="no space left"):
         prune(tiny_model(), tokens, PruningPlan(Unstructured(0.6), Wanda()), journal_folder=tmp_path)
     assert sorted(path.name for path in tmp_path.glob("block_*.record")) == ["block_0000.record", "block_0001.record"]
+
+
+def test_blocks_of_another_run_are_not_taken_for_ones_own(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    mine, theirs = (PruningPlan(Unstructured(sparsity), Wanda()) for sparsity in (0.7, 0.5))
+    prune(tiny_model(), tokens, mine, journal_folder=tmp_path / "mine")
+    prune(tiny_model(), tokens, theirs, journal_folder=tmp_path / "theirs")
+    for name in ("block_0001.record", "block_0001.safetensors"):
+        (tmp_path / "theirs" / name).replace(tmp_path / "mine" / name)
+    with pytest.warns(UserWarning, match="is of another run: the block is pruned again"):
+        report = prune(tiny_model(), tokens, mine, journal_folder=tmp_path / "mine", resume=True)
+    assert report.sparsity == pytest.approx(0.7, abs=1e-3)
+
+
+@pytest.mark.parametrize("content", [[], {"layers": []}, "text", None])
+def test_a_record_that_is_no_record_is_damage(
+    content: object, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    plan = PruningPlan(Unstructured(0.5), Wanda())
+    straight = prune(tiny_model(), tokens, plan, journal_folder=tmp_path)
+    journal._write_record(tmp_path / "block_0001.record", content)
+    again = prune(tiny_model(), tokens, plan, journal_folder=tmp_path, resume=True)
+    assert [layer.reached for layer in again.layers] == [layer.reached for layer in straight.layers]
