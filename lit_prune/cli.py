@@ -99,8 +99,8 @@ class PruningCLI(LightningCLI):
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
-        if config.data.trust_remote_code is None:
-            config.data.trust_remote_code = config.model.trust_remote_code
+            if config.data.trust_remote_code is None:
+                config.data.trust_remote_code = config.model.trust_remote_code
         if config.quiet:
             config.trainer.enable_progress_bar = config.trainer.enable_model_summary = False
 

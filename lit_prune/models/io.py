@@ -195,12 +195,14 @@ def _random_model(config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Mo
 
 
 def _refuse_unknown(values: Mapping[str, Any], made: PreTrainedConfig) -> None:
-    """Raise ``InputError`` if a config was given a value that its model does not know."""
+    """Raise ``InputError`` if a config was given a value under a name that is nearly one of its own.
+
+    Others are let through: some models read values that their configs do not declare, such as Qwen3-MoE's ``head_dim``.
+    """
     known = {*vars(type(made)()), *made.attribute_map, *inspect.signature(type(made)).parameters}
     for name in values.keys() - known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"model.config.{name} is no value of {type(made).__name__}{hint}")
+        if near := get_close_matches(name, known, n=1, cutoff=0.85):
+            raise InputError(f"model.config.{name} is no value of {type(made).__name__}; did you mean {near[0]}?")
 
 
 def _locate(pretrained: str) -> tuple[str, dict[str, str]]:
@@ -215,6 +217,11 @@ def _locate(pretrained: str) -> tuple[str, dict[str, str]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model.pretrained is {pretrained!r}: the folder has no config.json, so it is no model")
+        if (path / "adapter_config.json").is_file():  # transformers would load adapters in place of the weights
+            raise InputError(
+                f"model.pretrained is {pretrained!r}: an adapter_config.json lies beside its weights; merge it, "
+                "or move it to a folder of its own"
+            )
         _check_links(path, pretrained)
         return str(path), {}
     if pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:

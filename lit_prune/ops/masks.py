@@ -153,6 +153,7 @@ def drop_smallest(groups: Tensor, count: int) -> Tensor:
 
 def _kth_smallest(groups: Tensor, k: int) -> Tensor:
     """Return the k-th smallest value ``[g, 1]`` of each group ``[g, n]``, by partition."""
+    groups = groups.detach()
     if groups.device.type != "cpu":
         return groups.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
     # NumPy's partition is ten times as fast as torch's topk and kthvalue; it knows no bfloat16.

@@ -95,7 +95,12 @@ def index_weights_elsewhere(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def put_an_adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
 DAMAGES = {
+    put_an_adapter_beside: r"an adapter_config\.json lies beside its weights",
     lose_a_weight: r"lacks model\.layers\.1\.self_attn\.q_proj\.weight, so it would be random",
     gain_a_weight: "holds extra, which a model of its config does not have",
     take_another_shape: "shape|size",

@@ -75,6 +75,11 @@ def test_permuting_scores_permutes_the_mask(seed: int, group: str) -> None:
     assert torch.equal(select(scores[:, order], pattern), select(scores, pattern)[:, order])
 
 
+def test_a_parameter_can_be_ranked() -> None:
+    for pattern in (Unstructured(0.5), Unstructured(0.5, "row"), NM(1, 3)):
+        assert torch.equal(select(torch.nn.Parameter(SCORES), pattern), select(SCORES, pattern))
+
+
 def test_only_the_order_of_scores_counts() -> None:
     scores = torch.rand(5, 8)
     for pattern in (Unstructured(0.3), Unstructured(0.3, "row"), NM(2, 4)):
