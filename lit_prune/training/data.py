@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError
@@ -155,15 +155,19 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return shuffled training windows, each process its share; it can be resumed in the middle of an epoch."""
+        windows = Windows(self._windows(self.sources["train"], "train"))
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches  # type: ignore[attr-defined]
+        order = self._order(windows)
+        return ResumableLoader(windows, self.batch_size, sampler=order, num_workers=self.num_workers, limit=limit)
+
+    def _order(self, windows: Windows) -> DistributedSampler[Any] | None:
+        """Return the order of training windows; None = as they come, if the same few are to be learned by heart."""
         share = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None:
+            if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+                return None
             share = self.trainer.distributed_sampler_kwargs or share
-        windows = Windows(self._windows(self.sources["train"], "train"))
-        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            return DataLoader(windows, self.batch_size, num_workers=self.num_workers)  # the same batches in each epoch
-        return ResumableLoader(
-            windows, self.batch_size, self.seed, share["num_replicas"], share["rank"], self.num_workers
-        )
+        return DistributedSampler(windows, **share, shuffle=True, seed=self.seed)
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
         """Return the validation windows in order, then those of each of the other validation texts."""

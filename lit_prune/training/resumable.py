@@ -3,60 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-
-
-class _Order(DistributedSampler[Any]):
-    """The order of one process's windows in an epoch; a new one for each, the same for any number of restarts."""
-
-    skip = 0
-    """Windows to leave out at the beginning of the next epoch."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Return the indices that are left."""
-        indices = list(super().__iter__())
-        return iter(indices[self.skip :])
+from torch.utils.data import DataLoader
 
 
 class ResumableLoader(DataLoader[Any]):
-    """Loads shuffled batches, each process its share, and knows how many of an epoch's batches it has given out.
+    """Knows how many batches of an epoch it has yielded, and can leave as many out.
 
-    Lightning saves ``state_dict`` with its loops, and so resumes a run in the middle of an epoch.
+    Lightning saves ``state_dict`` with its loops, and so resumes a run in the middle of an epoch. The order of an epoch
+    is the sampler's: it must be the same whenever the epoch begins anew, as that of a ``DistributedSampler`` is. The
+    batches that are left out are loaded and dropped, which is only cheap for a dataset in memory.
     """
 
-    def __init__(
-        self, dataset: Dataset[Any], batch_size: int, seed: int, processes: int, rank: int, num_workers: int
-    ) -> None:
-        """Prepare the order of the windows.
+    def __init__(self, *args: Any, limit: float = 1.0, **kwargs: Any) -> None:
+        """Take the arguments of a ``DataLoader``, with which Lightning can build it anew around another sampler.
 
         Args:
-            dataset: what to load from.
-            batch_size: items per batch.
-            seed: of the order; the epoch is added to it.
-            processes: number of processes that share the items out.
-            rank: of this one.
-            num_workers: processes that load batches.
+            args: of a ``DataLoader``.
+            limit: Lightning's ``limit_train_batches``: how many batches (int), or which share of them (float), make an
+                epoch.
+            kwargs: of a ``DataLoader``.
         """
-        order = _Order(dataset, processes, rank, shuffle=True, seed=seed)
-        super().__init__(dataset, batch_size, sampler=order, num_workers=num_workers)
-        self._order = order
+        super().__init__(*args, **kwargs)
+        self.limit = limit
         self._start = 0
         self._given = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of an epoch, or those that are left of it after ``load_state_dict``."""
         self._given, self._start = self._start, 0
-        self._order.skip = self._given * (self.batch_size or 1)
-        for batch in super().__iter__():
+        for batch in islice(super().__iter__(), self._given, None):
             self._given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many batches of this epoch have been given out; 0 at its end."""
-        return {"given": self._given % len(self)}
+        """Return how many batches of this epoch have been yielded; 0 at its end."""
+        epoch = min(len(self), self.limit) if isinstance(self.limit, int) else int(len(self) * self.limit)
+        return {"given": self._given % max(epoch, 1)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the batches that have been given out."""
+        """Go on after the batches that have been yielded."""
         self._start = state_dict["given"]

@@ -41,7 +41,6 @@ class WarmupCosine(LRScheduler):
         self.warmup = warmup
         self.final = final
         self.total = total
-        self._given = total is not None
         super().__init__(optimizer)
 
     def fill_total(self, steps: float) -> None:
@@ -53,9 +52,11 @@ class WarmupCosine(LRScheduler):
         self.total = int(steps)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the schedule, but for a total that was the trainer's: a resumed training may take more steps."""
-        own = {"_given", *(() if self._given else ("total",))}
-        super().load_state_dict({name: value for name, value in state_dict.items() if name not in own})
+        """Restore the progress, but not the total, since a training that goes on may take more steps."""
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "total"})
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rates of the step that comes next."""

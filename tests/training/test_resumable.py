@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
 from lit_prune.training.data import Windows
 from lit_prune.training.resumable import ResumableLoader
@@ -12,7 +13,8 @@ from lit_prune.training.resumable import ResumableLoader
 
 def loader(processes: int = 1, rank: int = 0, num_workers: int = 0) -> ResumableLoader:
     dataset = Windows(torch.arange(11).unsqueeze(1))  # the last batch is short, and two processes share unevenly
-    return ResumableLoader(dataset, 2, 0, processes, rank, num_workers)
+    order = DistributedSampler(dataset, processes, rank, shuffle=True, seed=0)
+    return ResumableLoader(dataset, 2, sampler=order, num_workers=num_workers)
 
 
 def epoch(source: ResumableLoader, number: int) -> Iterator[list[int]]:
