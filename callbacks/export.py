@@ -16,6 +16,7 @@ from lit_prune.callbacks.prune import Prune, find_prune
 from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.errors import InputError
 from lit_prune.models.access import whole_model
+from lit_prune.models.checkpoints import plain_data_only
 from lit_prune.models.io import save_pruned
 from lit_prune.models.outputs import check_output
 from lit_prune.models.peft_format import without_adapters
@@ -127,7 +128,8 @@ class Export(Callback):
             )
             return
         strategy = trainer.strategy
-        strategy.load_model_state_dict(strategy.load_checkpoint(path, weights_only=False))  # this run wrote it
+        with plain_data_only(path):  # a checkpoint that was resumed may have said which is the best
+            strategy.load_model_state_dict(strategy.load_checkpoint(path, weights_only=True))
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         masks, report = _masks_and_report(trainer)

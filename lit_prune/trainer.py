@@ -213,6 +213,8 @@ class PruningTrainer(Trainer):
 
     def _check_checkpoint(self, ckpt_path: str | Path | None, trust: bool) -> bool | None:
         """Refuse a checkpoint that would run code; return Lightning's ``weights_only``."""
+        if isinstance(self.strategy, (DeepSpeed, FSDP2)):
+            self.strategy.trusted = trust
         if ckpt_path is None:
             return None
         if Path(ckpt_path).expanduser().exists():

@@ -4,14 +4,20 @@ Unless a checkpoint is trusted, every file that is going to be loaded is looked 
 checkpoints with torch's weights-only unpickler, the ``.metadata`` of a sharded checkpoint with one that knows its
 classes alone, and each entry of a ``.distcp`` file that is no tensor as a weights-only file of its own. Links, paths in
 ``.metadata`` and DeepSpeed's ``latest`` may not lead out of the checkpoint's folder.
+
+That check is for the message. It is not what keeps code from running: the load itself, by whichever library, goes
+through the same unpicklers (``plain_data_only``).
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,8 +25,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lit_prune.errors import InputError, first_line
@@ -37,15 +49,26 @@ _DEEPSPEED_CLASSES = (
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
 )
 """Plain data that DeepSpeed pickles beside tensors."""
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_METADATA_NAMES = (
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-)
+_METADATA_CLASSES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "pathlib": ("PosixPath", "WindowsPath"),
+}
+"""All that an index names. No class is among them that could stand for a dict with methods of its own."""
 _DTYPES = (torch.dtype, torch.layout, torch.memory_format)
+_FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+"""Environment variables of torch that overrule the ``weights_only`` of every caller; both at once are an error."""
 _LATEST = "latest"
 """DeepSpeed's file that names the folder of the newest checkpoint."""
 _MODEL = "model."
@@ -91,13 +114,14 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
     path = Path(path).expanduser()
     check_trusted(path, trust)
     try:
-        if path.is_file():
-            content = _load(path, trust)
-            weights, extra = content["state_dict"], content
-        elif (path / _METADATA).is_file():
-            weights, extra = _read_sharded(path), _load(path / _EXTRA, trust)
-        else:
-            weights, extra = _read_deepspeed(path), _load(_model_states(path)[0], trust)
+        with nullcontext() if trust else plain_data_only(path):
+            if path.is_file():
+                content = _load(path, trust)
+                weights, extra = content["state_dict"], content
+            elif (path / _METADATA).is_file():
+                weights, extra = _read_sharded(path), _load(path / _EXTRA, trust)
+            else:
+                weights, extra = _read_deepspeed(path), _load(_model_states(path)[0], trust)
         weights = {name.removeprefix(_MODEL): value for name, value in weights.items() if name.startswith(_MODEL)}
         callbacks = {key.split("{")[0]: state for key, state in extra.get("callbacks", {}).items()}
     except (AttributeError, KeyError, TypeError, OSError) as error:
@@ -123,7 +147,7 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
     """
     path = Path(path).expanduser()
     try:
-        files = [path] if path.is_file() else [file for file in _files_of(path) if _is_loaded(file)]
+        files = _files(path)
     except (OSError, RuntimeError) as error:
         raise InputError(f"checkpoint is {str(path)!r}: it cannot be read ({first_line(error)})") from error
     if not files:
@@ -133,13 +157,18 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
     for file in files:
         try:
             _check_file(file)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except Exception as error:  # a damaged pickle can end in any of them
             raise InputError(
                 f"checkpoint is {str(path)!r}: {file.name} holds more than tensors and plain data, or is damaged "
                 f"({first_line(error)}); if you know where it comes from, add --trust"
             ) from error
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files of a checkpoint that are unpickled when it is loaded."""
+    return [path] if path.is_file() else [file for file in _files_of(path) if _is_loaded(file)]
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
@@ -176,55 +205,104 @@ def _check_file(file: Path) -> None:
 
 
 def _check_entries(index: Path, metadata: Any) -> None:
-    """Raise an error if a sharded checkpoint's index leads out of its folder, or names an entry that holds code.
-
-    torch unpickles entries that are no tensors without any restriction.
-    """
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+    """Raise an error if a sharded checkpoint's index is not sound, leads out of its folder, or an entry holds code."""
+    tables = (getattr(metadata, "state_dict_metadata", None), getattr(metadata, "storage_data", None))
+    if type(metadata) is not Metadata or not all(type(table) is dict for table in tables):
         raise pickle.UnpicklingError("it is no index of a sharded checkpoint")
+    files = set()
     for entry, place in metadata.storage_data.items():
+        if type(entry) is not MetadataIndex or type(place) is not _StorageInfo or type(place.relative_path) is not str:
+            raise pickle.UnpicklingError("it is no index of a sharded checkpoint")
         file = index.parent / place.relative_path
         if not file.resolve().is_relative_to(index.parent.resolve()):
             raise pickle.UnpicklingError(f"it leads to {place.relative_path!r}, outside of the folder")
-        if not isinstance(metadata.state_dict_metadata.get(entry.fqn), BytesStorageMetadata):
-            continue
-        if getattr(place, "transform_descriptors", None):
-            raise pickle.UnpicklingError(f"{entry.fqn} is compressed")
-        with file.open("rb") as handle:
-            handle.seek(place.offset)
-            content = handle.read(place.length)
-        try:
-            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-            raise pickle.UnpicklingError(f"{entry.fqn} in {place.relative_path}: {first_line(error)}") from error
+        if not file.is_file():
+            raise pickle.UnpicklingError(f"{place.relative_path!r} is missing")
+        files.add(file)
+        if isinstance(metadata.state_dict_metadata.get(entry.fqn), BytesStorageMetadata):
+            _check_bytes(entry.fqn, file, place)
+    entries = [entry for entry in metadata.state_dict_metadata.values() if isinstance(entry, TensorStorageMetadata)]
+    needed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
+    if needed > (there := sum(file.stat().st_size for file in files)):
+        raise pickle.UnpicklingError(f"its tensors would take {needed:,} bytes, and its files have {there:,}")
+
+
+def _check_bytes(name: str, file: Path, place: Any) -> None:
+    """Raise an error if an entry that is no tensor holds code."""
+    if getattr(place, "transform_descriptors", None):
+        raise pickle.UnpicklingError(f"{name} is compressed")
+    if not (place.offset >= 0 and 0 <= place.length <= file.stat().st_size - place.offset):
+        raise pickle.UnpicklingError(f"{name} is not all in {place.relative_path}")
+    with file.open("rb") as handle:
+        handle.seek(place.offset)
+        content = handle.read(place.length)
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise pickle.UnpicklingError(f"{name} in {place.relative_path}: {first_line(error)}") from error
+
+
+@contextmanager
+def plain_data_only(path: str | Path) -> Iterator[None]:
+    """Let whichever library loads a checkpoint in this context read tensors and plain data alone.
+
+    torch's loader of shards and DeepSpeed unpickle whatever they find, also if ``weights_only`` is asked of them.
+
+    Args:
+        path: the checkpoint that is going to be loaded, which is checked first.
+
+    Raises:
+        InputError: if there is no such checkpoint, or it holds more than plain data.
+    """
+    check_trusted(path)
+    known = [_class(*name) for file in _files(Path(path).expanduser()) for name in _wanted(file)]
+    before = {name: os.environ.pop(name, None) for name in _FORCED}
+    read_metadata = FileSystemReader.read_metadata
+    try:
+        os.environ[_FORCED[0]] = "1"  # torch.load obeys it whatever its caller says
+        FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign, assignment]
+        with torch.serialization.safe_globals(known):
+            yield
+    finally:
+        FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _read_metadata(reader: FileSystemReader, *_: Any, **options: Any) -> Metadata:
+    """Read an index as ``FileSystemReader`` does, with an unpickler that knows its classes alone."""
+    index = Path(reader._get_metadata_path(options.get("rank")))
+    with index.open("rb") as handle:
+        metadata = _MetadataUnpickler(handle).load()
+    _check_entries(index, metadata)
+    metadata.storage_meta = metadata.storage_meta or StorageMeta()
+    metadata.storage_meta.load_id = reader.load_id
+    return metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds the index of a sharded checkpoint and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _METADATA_NAMES:
+        if name in _METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
-        if module in _METADATA_MODULES or module == "torch":
-            found = super().find_class(module, name)
-            # Of torch, dtypes and their like alone; else classes that the module itself defines, and no function.
-            if isinstance(found, _DTYPES) or (module != "torch" and _defined_in(module, found)):
-                return found
+        if module == "torch" and isinstance(found := super().find_class(module, name), _DTYPES):
+            return found
         raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _defined_in(module: str, found: Any) -> bool:
-    return isinstance(found, type) and found.__module__ == module
 
 
 def _load(file: Path, trust: bool = False) -> Any:
     known = [] if trust else [_class(*name) for name in _wanted(file)]
     with torch.serialization.safe_globals(known):
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
+        return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=not trust)
 
 
 def _wanted(file: Path) -> list[tuple[str, str]]:
     """Return those of DeepSpeed's plain classes that a file names; they need DeepSpeed to be installed."""
+    if file.name.endswith(_METADATA) or not zipfile.is_zipfile(file):
+        return []
     named = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
     return [(module, name) for module, name in _DEEPSPEED_CLASSES if f"{module}.{name}" in named]
 

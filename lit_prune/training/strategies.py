@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.checkpoints import check_trusted
+from lit_prune.models.checkpoints import plain_data_only
 
 
 class FSDP2(ModelParallelStrategy):
@@ -59,11 +59,14 @@ class FSDP2(ModelParallelStrategy):
         self._tensor_parallel_size = 1
         super().setup_environment()
 
+    trusted = False
+    """Whether the checkpoints that are loaded may run code."""
+
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        # torch unpickles what is no tensor in shards whatever ``weights_only`` says.
-        check_trusted(checkpoint_path, trust=weights_only is False)
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        # Lightning does not pass on here what fit was told of ``weights_only``, and the loaders do not heed it.
+        with nullcontext() if self.trusted else plain_data_only(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only=not self.trusted)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, frozen: bool = False) -> nn.Module:
@@ -175,11 +178,14 @@ class DeepSpeed(DeepSpeedStrategy):
         # Lightning has divided the loss by the number of accumulated batches; DeepSpeed would do so once more.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    trusted = False
+    """Whether the checkpoints that are loaded may run code."""
+
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        # DeepSpeed unpickles everything whatever ``weights_only`` says.
-        check_trusted(checkpoint_path, trust=weights_only is False)
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        # Lightning does not pass on here what fit was told of ``weights_only``, and the loaders do not heed it.
+        with nullcontext() if self.trusted else plain_data_only(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only=not self.trusted)
 
     @contextmanager
     @override

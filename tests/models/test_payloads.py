@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import tarfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,25 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import load as load_shards
 from torch.distributed.checkpoint import save
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from lit_prune.callbacks import Export
 from lit_prune.cli import main
 from lit_prune.errors import InputError
-from lit_prune.models.checkpoints import check_trusted, read_checkpoint
+from lit_prune.models import checkpoints
+from lit_prune.models.checkpoints import check_trusted, plain_data_only, read_checkpoint
 from lit_prune.models.files import load_tensors
 from lit_prune.models.io import load_masks, load_model, load_tokenizer
 from lit_prune.ops import PackedMask
+from lit_prune.trainer import PruningTrainer
 from lit_prune.training.strategies import FSDP2, DeepSpeed
 
 LLAMA = {
@@ -337,3 +347,86 @@ def test_sound_masks_are_read(tmp_path: Path) -> None:
     mask = PackedMask.pack(torch.tensor([[True, False, True], [False, False, True]]))
     path = single(tmp_path, callbacks={"Prune{}": {"masks": {"layer": mask.bits}, "mask_shapes": {"layer": [2, 3]}}})
     assert torch.equal(read_checkpoint(path).masks["layer.weight"].unpack(), mask.unpack())
+
+
+def with_index(folder: Path, payload: Payload, change: Callable[[Any], None]) -> Path:
+    path = sharded(folder, lr=payload)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    return path
+
+
+def shadowed_lookup(metadata: Any) -> None:
+    table = OrderedDict(metadata.state_dict_metadata)
+    table.get = _StoragePrefix  # type: ignore[method-assign, assignment]
+    metadata.state_dict_metadata = table
+
+
+def absurd_sizes(metadata: Any) -> None:
+    metadata.state_dict_metadata["state_dict.model.layer.weight"].size = torch.Size([10**9, 10**9])
+    del metadata.state_dict_metadata["optimizer_0.lr"]
+
+
+def bytes_beyond_the_file(metadata: Any) -> None:
+    metadata.storage_data[MetadataIndex("optimizer_0.lr")].offset = 10**9
+
+
+INDICES = [(shadowed_lookup, "OrderedDict"), (absurd_sizes, "would take 4,000,"), (bytes_beyond_the_file, "not all in")]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(("change", "said"), INDICES, ids=[change.__name__ for change, _ in INDICES])
+def test_an_index_cannot_hide_what_it_leads_to(change: Callable[[Any], None], said: str, tmp_path: Path) -> None:
+    path = with_index(tmp_path, Payload(tmp_path / "ran"), change)
+    for load in (check_trusted, read_checkpoint, FSDP2().load_checkpoint):
+        with pytest.raises(InputError, match=said):
+            load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_load_itself_runs_no_code_if_the_files_change_after_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = sharded(tmp_path, lr=Payload(tmp_path / "ran"))
+    monkeypatch.setattr(checkpoints, "check_trusted", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "_check_entries", lambda *_: None)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with plain_data_only(path), pytest.raises(CheckpointException, match="Weights only load failed"):
+        load_shards({"optimizer_0": {"lr": 0.1}}, checkpoint_id=path, no_dist=True)
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1" and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    (path / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    with plain_data_only(path), pytest.raises(CheckpointException, match=r"it names posix\.mkdir"):
+        load_shards({"optimizer_0": {"lr": 0.1}}, checkpoint_id=path, no_dist=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_best_checkpoint_of_a_resumed_run_runs_no_code(tmp_path: Path) -> None:
+    best = ModelCheckpoint(monitor="val/perplexity")
+    best.best_model_path = str(in_hyper_parameters(tmp_path, Payload(tmp_path / "ran")))  # as a checkpoint may say
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[best])
+    with pytest.raises(InputError, match=r"last\.ckpt holds more than"):
+        Export(str(tmp_path / "out"), best=True).on_train_end(trainer, LightningModule())
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("strategy", [FSDP2, DeepSpeed])
+def test_trust_reaches_the_strategy(strategy: Any, tmp_path: Path) -> None:
+    trainer = PruningTrainer(accelerator="cpu", logger=False)
+    trainer._accelerator_connector.strategy = strategy()
+    for trust in (True, False):
+        trainer._check_checkpoint(single(tmp_path), trust=trust)
+        assert trainer.strategy.trusted is trust
+
+
+def test_plain_data_in_torchs_old_format_is_read(tmp_path: Path) -> None:
+    torch.save({"state_dict": state()}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert list(read_checkpoint(tmp_path / "old.ckpt").weights) == ["layer.weight"]
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02.", b"\x80\x02h\x05.", b"PK\x03\x04", b"\x80\x02(u."])
+def test_a_damaged_pickle_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(content)
+    with pytest.raises(InputError, match=r"last\.ckpt holds more than tensors and plain data, or is damaged"):
+        check_trusted(tmp_path / "last.ckpt")
