@@ -156,7 +156,7 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return shuffled training windows, each process its share; it can be resumed in the middle of an epoch."""
         windows = Windows(self._windows(self.sources["train"], "train"))
-        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches  # type: ignore[attr-defined]
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         order = self._order(windows)
         return ResumableLoader(windows, self.batch_size, sampler=order, num_workers=self.num_workers, limit=limit)
 
@@ -167,7 +167,7 @@ class TextDataModule(LightningDataModule):
             if self.trainer.overfit_batches:  # type: ignore[attr-defined]
                 return None
             share = self.trainer.distributed_sampler_kwargs or share
-        return DistributedSampler(windows, **share, shuffle=True, seed=self.seed)
+        return DistributedSampler(windows, share["num_replicas"], share["rank"], shuffle=True, seed=self.seed)
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
         """Return the validation windows in order, then those of each of the other validation texts."""
