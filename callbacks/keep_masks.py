@@ -38,8 +38,9 @@ class KeepMasks(Callback):
 
     A weight whose gradient and moments are zero stays where it is under any optimizer that works element by element,
     weight decay included; one that mixes elements fails the audit. The audit runs at each validation and at the end,
-    on everything that each process holds; it names the first parameter in which a pruned weight came back, and stops
-    the run. Works on one device and with DDP, FSDP2 and DeepSpeed ZeRO-1, -2 and -3.
+    on everything that each process holds, but for optimizer state that only scales steps; it names the first parameter
+    in which a pruned weight came back, and stops the run. Works on one device and with DDP, FSDP2 and DeepSpeed ZeRO-1,
+    -2 and -3.
 
     .. code-block:: yaml
 

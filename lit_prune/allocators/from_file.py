@@ -38,7 +38,7 @@ class FromFile(Allocator):
     def __post_init__(self) -> None:
         """Validate the arguments, and read the file."""
         check_bounds(self.min_sparsity, self.max_sparsity)
-        object.__setattr__(self, "_sparsities", _read(Path(self.path)))
+        object.__setattr__(self, "_sparsities", _read(Path(self.path).expanduser()))
 
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
         """Return the file's proportions at the target; every entry must match a layer, and every layer an entry."""
