@@ -203,8 +203,10 @@ class Prune(Callback):
             self._log_outcome(trainer)
 
     def _log_outcome(self, trainer: Trainer) -> None:
+        if self.report is None or not trainer.is_global_zero:
+            return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "perplexity" in name}
-        for logger in trainer.loggers if trainer.is_global_zero and self.report else []:
+        for logger in trainer.loggers:
             log_outcome(logger, self.report, metrics)
 
     def _asked(self) -> dict[str, Any]:
