@@ -23,6 +23,7 @@ from lit_prune.models.files import load_tensors, save_tensors, tensor_names
 from lit_prune.models.homes import Home, home_of
 from lit_prune.models.targets import Target
 from lit_prune.ops import processes
+from lit_prune.ops.precision import working
 from lit_prune.ops.stats import GradientNorm
 
 
@@ -35,7 +36,7 @@ def gradient_norms(
     forward_context: ForwardContext = nullcontext,
     home: Home | None = None,
 ) -> dict[str, Tensor]:
-    """Return the norm over sequences of each target's gradient, ``[o, i]`` float32 in CPU memory, by layer name.
+    """Return the norm over sequences of each target's gradient, ``[o, i]`` float32 or better in CPU memory.
 
     Every sequence is a sample: its loss is the mean cross-entropy of its tokens. Several processes share the sequences
     out, and each gets the norms over all of them. Each weight's gradient is added to its
@@ -59,7 +60,12 @@ def gradient_norms(
         known = load_tensors(cache)
         return {name: known[name] for name in names}
     home = home or home_of(model)
-    sums = {target.name: torch.zeros(target.module.get_parameter("weight").shape) for target in targets}
+    weights = {target.name: target.module.get_parameter("weight") for target in targets}
+    # float32 or better: in how many processes a sum is taken should not show.
+    sums = {
+        name: torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for name, weight in weights.items()
+    }
     device = next(model.parameters()).device
     with (
         evaluation_mode(model),
@@ -109,7 +115,8 @@ def _adding_gradients(
     def adder(name: str) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            size = parameter.grad.float().square() if norm == "l2" else parameter.grad.float().abs()
+            gradient = working(parameter.grad)
+            size = gradient.square() if norm == "l2" else gradient.abs()
             parameter.grad = None
             if not size.isfinite().all():
                 bad.append(

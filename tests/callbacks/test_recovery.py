@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ from lit_prune.training import (
     WarmupCosine,
 )
 from lit_prune.training.strategies import FSDP2
+from support.rounding import distance, network
 
 UP = "model.layers.0.mlp.up_proj.weight"
 TRAINABLE = {"everything": Everything, "norms": NormsAndBiases, "lora": lambda: LoRA(4, norms_and_biases=True)}
@@ -90,7 +92,7 @@ def test_every_path_keeps_zeros_and_exports_what_was_trained(trainable: str, den
         check_masks_hold(module.model, prune.report.masks)
     module.eval()
     input_ids = torch.arange(16)[None]
-    torch.testing.assert_close(module(input_ids), exported(input_ids).logits, atol=1e-4, rtol=0)
+    assert distance(module(input_ids), exported(input_ids).logits) <= network(exported)
     before = load_model(dense)
     changed = {
         n for n, v in exported.named_parameters() if v.dim() == 1 and not torch.equal(v, before.get_parameter(n))
@@ -111,7 +113,7 @@ def test_plain_adapters_train_beside_weights_that_stay_sparse(dense: str, tmp_pa
     with pytest.warns(UserWarning, match="whose plain adapters are not put on"):
         lit(str(tmp_path / "out")).configure_model()
     both = PeftModel.from_pretrained(exported, tmp_path / "out" / "adapter")
-    torch.testing.assert_close(module(input_ids), both(input_ids).logits, atol=1e-4, rtol=0)
+    assert distance(module(input_ids), both(input_ids).logits) <= network(exported)
 
 
 @pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), ("float32", False)])
@@ -136,7 +138,7 @@ def test_a_checkpoint_holds_adapters_and_no_teacher(dense: str, tmp_path: Path) 
     straight = lit(dense, LoRA(2), loss=Distillation(dense, dtype="float32"))
     trainer(magnitude(), KeepMasks()).fit(straight, data())
     for name, value in straight.model.state_dict().items():
-        torch.testing.assert_close(again.model.state_dict()[name], value)
+        assert torch.equal(again.model.state_dict()[name], value), name
 
 
 def test_a_model_that_was_pruned_before_is_recovered_and_keeps_its_report(dense: str, tmp_path: Path) -> None:
@@ -195,8 +197,11 @@ def test_the_best_model_is_exported(dense: str, tmp_path: Path) -> None:
     runner.fit(lit(dense, LoRA(2)), data(200))
     assert runner.global_step < 40  # stopped early
     assert checkpoint.best_model_path.endswith("step=4.ckpt")
-    perplexity = trainer().validate(lit(str(out)), data(200), verbose=False)[0]["val/perplexity"]
-    assert perplexity == pytest.approx(checkpoint.best_model_score.item(), rel=1e-4)
+    module = lit(str(out))
+    perplexity = trainer().validate(module, data(200), verbose=False)[0]["val/perplexity"]
+    # Merged adapters round in another way; the logarithm of the perplexity is about as large as logits are.
+    rounding = network(module.model) * math.log(perplexity)
+    assert perplexity == pytest.approx(checkpoint.best_model_score.item(), rel=rounding)
 
 
 def test_a_training_that_stops_before_its_last_pruning_says_so(dense: str, tmp_path: Path) -> None:
@@ -234,7 +239,7 @@ def test_the_course_of_a_training_begins_before_it(dense: str, tmp_path: Path) -
     runner.fit(lit(str(first)), data())
     course = json.loads((second / "pruning.json").read_text())["validation"]["validation text"]
     assert [step for step, _ in course] == [0, 4, 8]
-    assert course[0][1] == pytest.approx(pruned, rel=1e-6)
+    assert course[0][1] == pytest.approx(pruned)
     assert runner.global_step == 8 and course[-1][1] < pruned
     straight = lit(str(first))
     trainer(KeepMasks(str(first))).fit(straight, data())

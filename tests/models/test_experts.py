@@ -18,6 +18,7 @@ from lit_prune.ops import NM, Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.scorers import GBLM, Magnitude, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
+from support.rounding import check_sums, distance, network
 
 _COMMON = {
     "vocab_size": 256,
@@ -57,7 +58,7 @@ def test_experts_come_apart_and_together_without_a_trace(model_type: str) -> Non
         assert sum(isinstance(module, Experts) for module in model.modules()) == 2
         between = logits(model)
         # Not to the bit on every CPU: x W + b, as gpt_oss has it, rounds unlike a linear layer.
-        torch.testing.assert_close(between, before, rtol=0, atol=1e-6)
+        assert distance(between, before) <= network(model)
         kept = [module for module in model.modules() if isinstance(module, Experts)]
         parts = list(model.parameters())
         with together(model):
@@ -79,7 +80,7 @@ def test_gradients_are_those_of_the_fused_model() -> None:
     model(input_ids=TOKENS[0], labels=TOKENS[0]).loss.backward()
     for layer, expected in zip(model.model.layers, fused, strict=True):
         for index, expert in enumerate(layer.mlp.experts):
-            torch.testing.assert_close(expert.down_proj.weight.grad, expected[index], rtol=1e-4, atol=1e-7)
+            assert distance(expert.down_proj.weight.grad, expected[index]) <= 2 * network(model)  # forward and back
 
 
 def test_each_expert_has_the_statistics_of_its_own_tokens() -> None:
@@ -101,7 +102,7 @@ def test_each_expert_has_the_statistics_of_its_own_tokens() -> None:
     for index in range(4):
         inputs = torch.cat(seen[index])
         assert stats[f"{index}.gate_up_proj"].tokens == len(inputs)
-        torch.testing.assert_close(stats[f"{index}.gate_up_proj"].gram, inputs.T @ inputs, rtol=1e-4, atol=1e-5)
+        check_sums(stats[f"{index}.gate_up_proj"].gram, inputs.T @ inputs, len(inputs), inputs.abs().T @ inputs.abs())
 
 
 PLANS = {

@@ -13,6 +13,7 @@ from lit_prune.models.sparse import Speed, is_two_of_four, measure_speed, use_se
 from lit_prune.ops import NM, PackedMask, Unstructured
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.scorers import Magnitude
+from support.rounding import check_sums, distance
 
 
 def test_two_of_four_is_recognised() -> None:
@@ -28,7 +29,7 @@ def test_the_sparse_form_computes_the_same() -> None:
     inputs = torch.randn(3, 8)
     form, layer = sparse._sparse(weight, PackedMask.pack(weight != 0))
     assert form == "CSR"
-    torch.testing.assert_close(layer(inputs), inputs @ weight.T)
+    check_sums(layer(inputs), inputs @ weight.T, 8, inputs.abs() @ weight.abs().T)
 
 
 def test_one_layer_of_each_shape_is_timed(tiny_model: Callable[..., nn.Module]) -> None:
@@ -76,4 +77,5 @@ def test_semi_structured_layers_compute_the_same(tiny_model: Callable[..., nn.Mo
     with torch.no_grad():
         expected = model(tokens).logits
         assert len(use_semi_structured(model, report.masks)) == 21
-        torch.testing.assert_close(model(tokens).logits, expected, rtol=0.02, atol=0.02)
+        # bfloat16 rounds what passes between layers, here some forty times; sums within a layer are in float32.
+        assert distance(model(tokens).logits, expected) <= 40 * torch.finfo(torch.bfloat16).eps

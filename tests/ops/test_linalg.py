@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import LayerStats, linalg
+from support.rounding import check_sums, distance, stable
 
 
 def test_worked_example() -> None:
@@ -21,7 +22,9 @@ def test_the_factor_is_the_upper_root_of_the_inverse(size: int, seed: int) -> No
     gram = inputs.T @ inputs
     factor = linalg.inverse_cholesky(gram.clone(), 0.01)
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(linalg.damp(gram.clone(), 0.01)))
+    damped = linalg.damp(gram.clone(), 0.01)
+    # Three factorisations of a matrix of that condition, and a product of `size` terms.
+    assert distance(factor.T @ factor, torch.linalg.inv(damped)) <= (3 + size) * stable(damped)
 
 
 def test_a_dead_input_gets_a_diagonal_of_one() -> None:
@@ -32,7 +35,9 @@ def test_a_dead_input_gets_a_diagonal_of_one() -> None:
 
 def test_damping_is_the_references(golden: dict[str, torch.Tensor], golden_stats: LayerStats) -> None:
     hessian = linalg.damp(golden_stats.gram.clone(), 0.01) * 2 / 6  # the reference scales by 2 / sequences
-    torch.testing.assert_close(hessian, golden["sparsegpt.hessian"], rtol=1e-4, atol=1e-4)
+    norms = hessian.diagonal().sqrt()
+    # Sums over 6 * 64 tokens that the reference took in float32, damped and scaled.
+    check_sums(hessian.float(), golden["sparsegpt.hessian"], 6 * 64 + 3, torch.outer(norms, norms))
 
 
 def test_a_singular_matrix_raises_with_the_numbers() -> None:

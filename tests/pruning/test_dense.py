@@ -19,6 +19,7 @@ from lit_prune.ops.spectrum import eigenvalues
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.scorers import GBLM, Magnitude, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
+from support.rounding import network
 
 
 @pytest.fixture
@@ -163,7 +164,8 @@ def test_the_output_error_is_that_of_the_pruned_block(
         dense = tiny_model()(inputs, output_hidden_states=True).hidden_states[1]
         change = pruned(inputs, output_hidden_states=True).hidden_states[1] - dense
     expected = (change.square().sum(-1) / dense.square().sum(-1)).mean().item()
-    assert spy.errors[0][0.5] == pytest.approx(expected, rel=1e-4)
+    # The square of a difference of outputs, which is smaller than they and has their rounding.
+    assert spy.errors[0][0.5] == pytest.approx(expected, rel=2 * network(model) / expected**0.5)
 
 
 @pytest.mark.parametrize(("sequences", "same_as"), [(4, [3, 1]), (2, [2]), (9, [3, 3])])

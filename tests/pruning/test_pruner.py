@@ -18,6 +18,7 @@ from lit_prune.pruning.progress import Position
 from lit_prune.pruning.report import LayerReport
 from lit_prune.scorers import Magnitude, Scorer, SparseGPTSaliency, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
+from support.rounding import distance
 
 MODELS = ["llama", "qwen2", "gemma3_text", "opt", "gpt2", "gpt_neox"]
 PLANS = {
@@ -60,7 +61,7 @@ def test_exactly_the_targeted_weights_are_pruned(
 
 def test_the_stages_agree_with_the_parts(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
     # The first layer of the first block, worked out with the parts alone.
-    model = tiny_model()
+    model = tiny_model().double()
     module = model.model.layers[0].self_attn.q_proj
     inputs: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
@@ -70,7 +71,8 @@ def test_the_stages_agree_with_the_parts(tiny_model: Callable[..., nn.Module], t
     stats = LayerStats.from_inputs(torch.cat(inputs))
     expected = SparseGPT().solve(module.weight, stats, Unstructured(0.5)).weight
     prune(model, tokens, PruningPlan(Unstructured(0.5), solver=SparseGPT()))
-    torch.testing.assert_close(module.weight.detach(), expected, rtol=1e-3, atol=1e-5)
+    # In float64: sums over 96 tokens, and a factor of a matrix whose condition the damping keeps below 32 / 0.01.
+    assert distance(module.weight, expected) <= 96 * 3200 * torch.finfo(torch.float64).eps
 
 
 def test_later_blocks_see_the_pruned_blocks_before_them(

@@ -6,6 +6,7 @@ from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
 from lit_prune.ops.linalg import relative_output_error
 from lit_prune.solvers import ADMM, SparseGPT, Zero
+from support.rounding import distance, stable
 
 
 def test_worked_example() -> None:
@@ -37,7 +38,9 @@ def test_weights_equal_the_reference(
 ) -> None:
     reference = golden[f"admm.weight.{name}"]
     solution = solver.solve(golden["weight"], golden_stats, pattern)
-    assert (solution.weight - reference).norm() <= 1e-4 * reference.norm()
+    # We work in float64; the reference solved with its damped matrix at unit norms in float32, once an iteration.
+    damped = golden_stats.normalised(0.1)[1].gram
+    assert distance(solution.weight, reference) <= solver.iterations * stable(damped, torch.float32)
 
 
 @pytest.mark.parametrize("solver", [ADMM(as_released=True), ADMM(schedule="cubic")])
@@ -100,10 +103,12 @@ def test_any_mask_can_be_repaired(mask: str, golden: dict[str, Tensor], golden_s
 def test_rows_in_chunks_give_the_same(
     solver: ADMM, pattern: Pattern, golden: dict[str, Tensor], golden_stats: LayerStats
 ) -> None:
-    whole = ADMM(schedule=solver.schedule).solve(golden["weight"], golden_stats, pattern)
+    whole_solver = ADMM(schedule=solver.schedule)
+    whole = whole_solver.solve(golden["weight"], golden_stats, pattern)
     chunks = solver.solve(golden["weight"], golden_stats, pattern)
-    assert (whole.keep == chunks.keep).float().mean() > 0.999
-    assert (whole.weight - chunks.weight).norm() < 1e-2 * whole.weight.norm()
+    assert torch.equal(whole.keep, chunks.keep)  # in float64, and no two weights are so near a tie
+    damped = golden_stats.normalised(whole_solver._damping)[1].gram
+    assert distance(chunks.weight, whole.weight) <= solver.iterations * stable(damped)
 
 
 def test_layers_with_the_same_inputs_share_one_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:

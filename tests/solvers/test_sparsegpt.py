@@ -6,6 +6,7 @@ from lit_prune.errors import InputError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
 from lit_prune.ops.linalg import relative_output_error
 from lit_prune.solvers import SparseGPT
+from support.rounding import distance, stable
 
 
 def test_worked_example() -> None:
@@ -30,7 +31,8 @@ def test_nm_weights_equal_the_reference(
 ) -> None:
     solution = SparseGPT(block_size=block_size).solve(golden["weight"], golden_stats, pattern)
     reference = golden[f"sparsegpt.weight.{name}.block{block_size}"]
-    assert (solution.weight - reference).norm() <= 1e-4 * reference.norm()
+    # We work in float64; the reference factored its damped Gram matrix in float32.
+    assert distance(solution.weight, reference) <= stable(golden["sparsegpt.hessian"], torch.float32)
 
 
 @pytest.mark.parametrize("block_size", [128, 32])
