@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.callbacks.keep_masks import find_keep_masks
+from lit_prune.callbacks.order import run_last
 from lit_prune.callbacks.prune import Prune, find_prune
 from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.errors import InputError
@@ -66,6 +67,7 @@ class Export(Callback):
         """Refuse what cannot be written before any training is done."""
         if stage != "fit":
             return
+        run_last(trainer, self)  # an average of weights, written to the model at the end, would replace the best one
         keep_masks = find_keep_masks(trainer)
         reads = [getattr(pl_module, "pretrained", None), keep_masks.source if keep_masks else None]
         check_output(self.output, self.overwrite, reads=[str(name) for name in reads if name])
@@ -139,7 +141,8 @@ class Export(Callback):
         model = pl_module.get_submodule("model")
         with whole_model(model) as whole, without_adapters(whole) as adapters:
             if str(trainer.precision).endswith("-true"):
-                whole.to(next(model.parameters()).dtype)  # and not that of the float32 masters
+                for name, parameter in whole.named_parameters():  # each as it trains, and not as its float32 master
+                    parameter.data = parameter.data.to(model.get_parameter(name).dtype)
             if trainer.is_global_zero:
                 title = Path(str(pl_module.pretrained)).name
                 documents = render(report, title, adapters=bool(adapters)) if report else {}

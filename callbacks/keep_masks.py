@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import (
@@ -18,6 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lit_prune.callbacks.order import run_last
 from lit_prune.callbacks.prune import Prune
 from lit_prune.errors import InputError
 from lit_prune.models.access import count_revived, mask_gradient, sets_sharded_gradients, whole_shape, zero_pruned
@@ -71,6 +74,7 @@ class KeepMasks(Callback):
         if stage != "fit":
             return
         check_strategy(trainer.strategy)
+        run_last(trainer, self)
         if any(isinstance(callback, StochasticWeightAveraging) for callback in _callbacks(trainer)):
             raise InputError(
                 "StochasticWeightAveraging copies the model before it is loaded, so it would average nothing: use "
@@ -85,6 +89,7 @@ class KeepMasks(Callback):
         """Take the masks that are known before the first step."""
         if self._restored:
             masks = self._restored
+            self._refuse_change(masks)
         elif self.source == ZEROS:
             masks = masks_of_zeros(pl_module.get_submodule("model"))
         elif self.source is not None:
@@ -120,6 +125,18 @@ class KeepMasks(Callback):
         for name, parameter, mask in self._kept(pl_module):
             if name not in self._hooks:
                 mask_gradient(parameter, mask.unpack())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put the masks of averaged adapters right: they are buffers, and averaged like numbers."""
+        for model in averaged_models(trainer):
+            mask_adapters(model, self.masks)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the masks of averaged adapters right, for averages can be updated here too."""
+        for model in averaged_models(trainer):
+            mask_adapters(model, self.masks)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Audit."""
@@ -188,6 +205,19 @@ class KeepMasks(Callback):
                 f"KeepMasks.masks is {self.source!r}, masks of another model: {first}; set --model.pretrained to the "
                 "pruned folder that they belong to"
             )
+
+    def _refuse_change(self, restored: Mapping[str, PackedMask]) -> None:
+        """Raise ``InputError`` if a checkpoint was written with other masks than those that are given now."""
+        if self.source in (None, ZEROS) or not Path(str(self.source)).expanduser().exists():
+            return
+        given = load_masks(str(self.source))
+        for name in sorted(given.keys() | restored.keys()):
+            mine, other = restored.get(name), given.get(name)
+            if mine is None or other is None or not torch.equal(mine.bits.cpu(), other.bits):
+                raise InputError(
+                    f"cannot go on from this checkpoint: it was written with another mask of {name} than that of "
+                    f"KeepMasks.masks, {self.source!r}; give the same masks, or begin anew without --ckpt_path"
+                )
 
     def _kept(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter, PackedMask]]:
         model = pl_module.get_submodule("model")

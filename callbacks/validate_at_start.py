@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_prune.errors import InputError
 
@@ -31,9 +32,21 @@ class ValidateAtStart(Callback):
         """Run the validation loop as training does between two steps."""
         if trainer.global_step > 0:
             return
-        for checkpoint in trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor is not None:
-                checkpoint._last_global_step_saved = -1  # else it takes step 0 for saved
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
+        self._save(trainer)
+
+    @staticmethod
+    def _save(trainer: Trainer) -> None:
+        """Offer the start to every ``ModelCheckpoint`` with a figure of it, which at step 0 saves nothing by itself."""
+        fresh = [optimizer for optimizer in trainer.optimizers if not optimizer.state]
+        for checkpoint in trainer.checkpoint_callbacks:
+            if not isinstance(checkpoint, ModelCheckpoint) or trainer.fast_dev_run:
+                continue
+            metrics = checkpoint._monitor_candidates(trainer)
+            if checkpoint.monitor in metrics:
+                checkpoint._save_topk_checkpoint(trainer, metrics)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            for optimizer in fresh:  # to save it, torch has let it take a step of length 0, which it would count
+                optimizer.state.clear()

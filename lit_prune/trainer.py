@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,6 +23,7 @@ from torch import nn
 
 from lit_prune.allocators import AlphaPruning
 from lit_prune.callbacks import Prune
+from lit_prune.callbacks.combinations import check_averages, check_callbacks
 from lit_prune.callbacks.prune import find_prune
 from lit_prune.errors import DiskError, InputError, first_line
 from lit_prune.interruption import Interrupted, stopping_on_signals
@@ -63,6 +64,13 @@ class PruningTrainer(Trainer):
     """How it was started, where the command line did."""
     quiet: bool = False
     """Whether it shows no progress and no tables."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Refuse callbacks that cannot work together, and do as the parent does."""
+        callbacks = kwargs.get("callbacks") or []
+        check_callbacks([callbacks] if isinstance(callbacks, Callback) else callbacks)
+        super().__init__(**kwargs)
+        check_averages(self)
 
     def fit(  # type: ignore[override]
         self,

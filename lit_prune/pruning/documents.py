@@ -57,6 +57,9 @@ The model was trained with the low-rank adapters in the folder `adapter`, and is
 _PLOTS = ("sparsity", "output_error", "block_error", "validation")
 """Figures that are files too, for the model card."""
 
+_OFF_THE_SCALE = 1e100
+"""Perplexities that are not plotted."""
+
 
 def render(report: PruningReport, title: str, to: Format = "hf", adapters: bool = False) -> dict[str, str | bytes]:
     """Return every document of a pruned model's folder: name to content.
@@ -103,7 +106,9 @@ def report_figures(report: PruningReport) -> dict[str, Figure]:
         }
         figures["block_error"] = by_block(blocks, "relative error of the block's output", log=True)
     if report.validation:
-        figures["validation"] = by_block(report.validation, "perplexity", log=True, over="optimizer step")
+        # A training that diverged has figures that no logarithmic axis takes.
+        course = {text: [(s, v) for s, v in points if v < _OFF_THE_SCALE] for text, points in report.validation.items()}
+        figures["validation"] = by_block(course, "perplexity", log=True, over="optimizer step")
     if report.metrics:
         metrics = _by_kind(report, lambda layer: report.metrics[layer.name])
         figures["metric"] = by_block(metrics, "the allocator's metric")

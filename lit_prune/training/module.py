@@ -21,6 +21,7 @@ from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_model, load_tokenizer
 from lit_prune.models.lazy import names_on_disk
 from lit_prune.models.peft_format import has_adapters
+from lit_prune.pruning.journal import differences
 from lit_prune.training.data import validation_names
 from lit_prune.training.losses import LanguageModelLoss, Loss, Student, next_token_loss
 from lit_prune.training.recovery import Everything, Trainable
@@ -86,8 +87,8 @@ class LitCausalLM(LightningModule):
         self.model: Any = None
         self._mean_losses: list[MeanMetric] = []
         self._batch_start = 0.0
-        self._optimizer_name: str | None = None
-        self._resumed_name: str | None = None
+        self._steppers: dict[str, str | None] = {}
+        self._resumed: dict[str, str | None] = {}
 
     def configure_model(self) -> None:
         """Load the model, once."""
@@ -200,20 +201,21 @@ class LitCausalLM(LightningModule):
         self._mean_losses = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the optimizer whose state is saved."""
-        checkpoint["optimizer_name"] = self._optimizer_name
+        """Name the optimizer and the schedule whose state is saved."""
+        checkpoint["steppers"] = self._steppers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the state of another optimizer."""
-        self._resumed_name = checkpoint.get("optimizer_name")
+        """Refuse the state of another optimizer or schedule."""
+        self._resumed = checkpoint.get("steppers", {})
         self._check_resumed()
 
     def _check_resumed(self) -> None:
-        names = self._resumed_name, self._optimizer_name
-        if None not in names and len(set(names)) == 2 and self.trainer.state.fn == TrainerFn.FITTING:
+        if not (self._resumed and self._steppers and self.trainer.state.fn == TrainerFn.FITTING):
+            return
+        if found := list(differences(self._resumed, self._steppers)):
             raise InputError(
-                f"cannot go on from this checkpoint: it was written with the optimizer {names[0]}, and model.optimizer "
-                f"is {names[1]}; give the same one, or begin anew without --ckpt_path"
+                f"cannot go on from this checkpoint: {'; '.join(found)}; give what it was written with, or begin anew "
+                "without --ckpt_path"
             )
 
     def configure_optimizers(self) -> Any:
@@ -226,14 +228,23 @@ class LitCausalLM(LightningModule):
         for group in optimizer.param_groups:
             if not 0 <= float(group["lr"]) < math.inf:
                 raise InputError(f"model.optimizer has the learning rate {group['lr']}: give a number, such as 1.0e-4")
-        self._optimizer_name = type(optimizer).__name__
+        scheduler = self._scheduler(optimizer)
+        self._steppers = {
+            "model.optimizer": type(optimizer).__name__,
+            "model.lr_scheduler": None if scheduler is None else type(scheduler).__name__,
+        }
         self._check_resumed()
-        if self.lr_scheduler is None:
+        if scheduler is None:
             return optimizer
-        try:
-            scheduler = self.lr_scheduler(optimizer)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise InputError(f"model.lr_scheduler cannot be used: {first_line(error)}") from error
         if isinstance(scheduler, WarmupCosine):
             scheduler.fill_total(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Return the learning-rate scheduler; None if there is none."""
+        if self.lr_scheduler is None:
+            return None
+        try:
+            return self.lr_scheduler(optimizer)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(f"model.lr_scheduler cannot be used: {first_line(error)}") from error

@@ -13,11 +13,17 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from lit_prune.callbacks import Export, KeepMasks, Prune, ValidateAtStart
 from lit_prune.errors import InputError
 from lit_prune.models.access import count_revived
+from lit_prune.models.checkpoints import read_checkpoint
+from lit_prune.models.files import load_tensors
 from lit_prune.models.io import load_model
+from lit_prune.models.lora import adapted_layers, unmasked_adapter
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import OneShot, PruningPlan
 from lit_prune.scorers import Magnitude
-from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.trainer import PruningTrainer
+from lit_prune.training import LitCausalLM, TextDataModule, WarmupCosine
+from lit_prune.training.recovery import LoRA
+from lit_prune.training.strategies import FSDP2
 
 LLAMA = {
     "model_type": "llama",
@@ -47,7 +53,11 @@ def fit(
     *callbacks: Callback, optimizer: Any = None, steps: int = 4, resume: Path | None = None, **options: Any
 ) -> tuple[Trainer, LitCausalLM]:
     torch.manual_seed(0)
-    module = LitCausalLM("random", config=LLAMA, optimizer=optimizer or partial(torch.optim.AdamW, lr=1e-2))
+    pretrained = options.pop("pretrained", "random")
+    own = {name: options.pop(name) for name in ("trainable", "lr_scheduler") if name in options}
+    own["config"] = LLAMA if pretrained == "random" else None
+    own["optimizer"] = optimizer or partial(torch.optim.AdamW, lr=1e-2)
+    module = options.pop("module", None) or LitCausalLM(pretrained, **own)
     data = TextDataModule("random", dataset="embedded", seqlen=16, sequences=2, max_windows=32, batch_size=2)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     few = {"limit_val_batches": 1, "val_check_interval": 2, "enable_checkpointing": False, "max_steps": steps}
@@ -137,7 +147,7 @@ def test_another_plan_or_schedule_is_refused_when_training_goes_on(halfway: Path
 
 
 def test_another_optimizer_is_refused_when_training_goes_on(halfway: Path) -> None:
-    with pytest.raises(InputError, match=r"written with the optimizer AdamW, and model\.optimizer is SGD"):
+    with pytest.raises(InputError, match=r"model\.optimizer was 'AdamW' and is now 'SGD'"):
         fit(Prune(plan()), KeepMasks(), resume=halfway, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
 
@@ -157,3 +167,103 @@ def test_the_start_is_the_best_if_training_only_does_harm(tmp_path: Path) -> Non
     exported = load_model(str(tmp_path / "out")).state_dict()
     assert torch.equal(exported[UP], start[f"model.{UP}"])
     assert exported[UP].count_nonzero() > 0
+
+
+def test_the_average_of_a_masked_adapter_keeps_its_mask() -> None:
+    keep_masks = KeepMasks()
+    _, module = fit(
+        EMAWeightAveraging(decay=0.9), Prune(plan()), keep_masks, trainable=LoRA(rank=2), limit_train_batches=2
+    )
+    layers = adapted_layers(module.model)
+    assert layers and not unmasked_adapter(module.model, keep_masks.masks)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_the_best_model_is_exported_and_not_the_last_average(last: bool, tmp_path: Path) -> None:
+    best, average = ModelCheckpoint(tmp_path, monitor="val/perplexity"), EMAWeightAveraging(decay=0.5)
+    mine = [Prune(plan()), KeepMasks(), Export(str(tmp_path / "out"), best=True)]
+    callbacks = [*mine, average] if last else [average, *mine]
+    harm = partial(torch.optim.SGD, lr=3.0)
+    trainer, _ = fit(*callbacks, best, optimizer=harm, steps=6, enable_checkpointing=True)
+    content = torch.load(best.best_model_path, weights_only=True)
+    assert content["global_step"] < trainer.global_step
+    assert torch.equal(load_model(str(tmp_path / "out")).state_dict()[UP], content["state_dict"][f"model.{UP}"])
+
+
+@pytest.mark.parametrize("options", [{"val_check_interval": 1.0, "limit_train_batches": 4}, {"every": 2}], ids=str)
+def test_the_start_is_kept_whenever_checkpoints_are_written(options: dict[str, Any], tmp_path: Path) -> None:
+    every = options.pop("every", None)
+    best = ModelCheckpoint(tmp_path, monitor="val/perplexity", every_n_train_steps=every)
+    fit(ValidateAtStart(), best, optimizer=partial(torch.optim.SGD, lr=100.0), enable_checkpointing=True, **options)
+    assert best.best_model_path.endswith("step=0.ckpt")
+
+
+class FirstStep(Callback):
+    """Notes how many steps the optimizer has counted after the first."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 1:
+            self.counted = float(next(iter(trainer.optimizers[0].state.values()))["step"])
+
+
+def test_a_sharded_start_is_kept_and_exported_and_counts_for_no_step(tmp_path: Path) -> None:
+    best, first = ModelCheckpoint(tmp_path / "kept", monitor="val/perplexity"), FirstStep()
+    callbacks = [Prune(plan()), KeepMasks(), ValidateAtStart(), best, first, Export(str(tmp_path / "out"), best=True)]
+    harm = partial(torch.optim.AdamW, lr=10.0)
+    try:
+        fit(*callbacks, optimizer=harm, strategy=FSDP2(), devices=1, enable_checkpointing=True)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert best.best_model_path.endswith("step=0.ckpt") and first.counted == 1
+    start = read_checkpoint(best.best_model_path).weights
+    assert torch.equal(load_model(str(tmp_path / "out")).state_dict()[UP], start[UP])
+
+
+def test_another_schedule_is_refused_when_training_goes_on(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2, save_top_k=-1)
+    fit(checkpoint, steps=2, enable_checkpointing=True, lr_scheduler=WarmupCosine)
+    with pytest.raises(InputError, match=r"model\.lr_scheduler was 'WarmupCosine' and is now None; give what it"):
+        fit(resume=tmp_path / "half.ckpt")
+
+
+def test_other_masks_are_refused_when_training_goes_on(tmp_path: Path) -> None:
+    folders = [str(tmp_path / "half"), str(tmp_path / "more")]
+    for folder, sparsity in zip(folders, (0.5, 0.8), strict=True):
+        fit(Prune(plan(sparsity)), KeepMasks(), Export(folder), steps=1)
+    checkpoint = ModelCheckpoint(tmp_path, filename="saved", every_n_train_steps=2, save_top_k=-1)
+    fit(KeepMasks(folders[0]), checkpoint, pretrained=folders[0], steps=2, enable_checkpointing=True)
+    fit(KeepMasks(folders[0]), pretrained=folders[0], resume=tmp_path / "saved.ckpt")
+    with pytest.raises(InputError, match=r"another mask of .* than that of KeepMasks\.masks"):
+        fit(KeepMasks(folders[1]), pretrained=folders[1], resume=tmp_path / "saved.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (lambda: [Prune(plan()), Prune(plan(0.8))], r"trainer\.callbacks has 2 of Prune: leave one"),
+        (lambda: [KeepMasks(), KeepMasks()], r"trainer\.callbacks has 2 of KeepMasks"),
+        (lambda: [Export("a"), Export("b")], r"trainer\.callbacks has 2 of Export"),
+        (lambda: [EMAWeightAveraging(decay=0.9)], r"strategy is FSDP2: averages need whole weights"),
+    ],
+)
+def test_callbacks_that_cannot_work_together_are_refused(callbacks: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PruningTrainer(accelerator="cpu", logger=False, strategy=FSDP2(), callbacks=callbacks())
+
+
+def test_a_model_in_half_precision_keeps_the_precision_of_its_buffers(tmp_path: Path) -> None:
+    module = LitCausalLM("random", "bfloat16", config=LLAMA)
+    module.configure_model()
+    module.model.register_buffer("bias_of_a_router", torch.tensor([1.001]))  # rounds to 1 in bfloat16
+    fit(Prune(plan()), KeepMasks(), Export(str(tmp_path / "out")), module=module, steps=1)
+    assert load_tensors(tmp_path / "out" / "model.safetensors")["bias_of_a_router"].item() == pytest.approx(1.001)
+
+
+def test_a_training_that_diverges_is_exported_all_the_same(tmp_path: Path) -> None:
+    class Diverged(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+            export.validation = {"validation text": [(0, 3.0), (1, 1e300), (2, float("inf"))]}
+
+    export = Export(str(tmp_path / "out"))
+    fit(Prune(plan()), KeepMasks(), export, Diverged())
+    assert (tmp_path / "out" / "report.html").is_file()

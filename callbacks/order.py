@@ -1,0 +1,18 @@
+"""Where a callback stands among the others: Lightning calls them in the order of its list."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+
+def run_last(trainer: Trainer, callback: Callback) -> None:
+    """Move a callback behind all others but those that save checkpoints, so that it sees what they have changed.
+
+    Lightning loops over the list that it had when a hook began, so this may be called in ``setup``.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [other for other in callbacks if other is not callback]
+    saving = [other for other in others if isinstance(other, Checkpoint)]
+    others = [other for other in others if not isinstance(other, Checkpoint)]
+    trainer.callbacks = [*others, callback, *saving]  # type: ignore[attr-defined]
