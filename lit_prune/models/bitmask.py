@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError, first_line
+from lit_prune.models.folders import inside
 from lit_prune.ops import PackedMask
 
 BITMASK_FILE = "model.bitmask.safetensors"
@@ -86,7 +87,7 @@ def opened(path: str | Path, name: str, mark: str, what: str) -> Iterator[tuple[
         InputError: where there is no such file, or it holds something else.
     """
     file = Path(path).expanduser()
-    file = file / name if file.is_dir() else file
+    file = inside(file, name) if file.is_dir() else file
     asked = f"{what} asked of {str(path)!r}"
     if not file.is_file():
         raise InputError(f"{asked}: there is no such file; name a folder that lit-prune wrote, or its {name}")

@@ -140,6 +140,12 @@ def tensor_names(path: Path) -> set[str]:
         return set(handle.keys())
 
 
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of the tensors in a file by name, without reading them."""
+    with _opened(path) as handle:
+        return {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118 - not a dict
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read tensors by name."""
     with _opened(path) as handle:

@@ -30,18 +30,19 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.bitmask import BITMASK_FILE, opened, read_bitmask, save_bitmask
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.configs import load_generation_config, save_configs
+from lit_prune.models.configs import load_generation_config, read_config, save_configs
 from lit_prune.models.experts import apart, together
-from lit_prune.models.files import read_json, replacing_folder, write_atomically
+from lit_prune.models.files import replacing_folder, write_atomically
+from lit_prune.models.folders import check_folder, check_tokenizer_files
 from lit_prune.models.homes import Home, home_of
 from lit_prune.models.lazy import disk_of, open_lazily, save_lazily
 from lit_prune.models.outputs import ANALYSIS, check_output, check_space
-from lit_prune.models.peft_format import FOLDER as ADAPTER_FOLDER
+from lit_prune.models.weights import check_all_finite, check_complete
 from lit_prune.ops import PackedMask
 
 Format = Literal["hf", "hf-sharded", "bitmask"]
@@ -79,8 +80,6 @@ def load_model(
     """
     if lazy is not None:
         with _explained(pretrained):
-            if Path(pretrained).expanduser().is_dir():
-                _locate(pretrained)
             return open_lazily(pretrained, lazy, dtype, trust_remote_code)
     if pretrained == RANDOM:
         return _random_model(config, dtype or torch.float32).eval()
@@ -89,52 +88,26 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     with _explained(pretrained):
         location, extra = _locate(pretrained)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **extra, **options)
+        if not extra:
+            read_config(location, pretrained, trust_remote_code)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        with quiet_transformers():  # which prints a table of what is told in one line below
+            loaded: Any = AutoModelForCausalLM.from_pretrained(location, **extra, **options)
         model, found = loaded
-        _check_complete(found, pretrained)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(f"model.pretrained is {pretrained!r}: it is an adapter; merge it into its model first")
+        check_complete(found, pretrained)
+        check_all_finite(model, f"model.pretrained is {pretrained!r}")
     if extra:  # transformers has dequantised the GGUF file: what it holds now is a plain float model
         del model.config.quantization_config
         model.hf_quantizer = None
     return model.eval()
 
 
-def _check_complete(found: Mapping[str, Any], pretrained: str) -> None:
-    """Raise ``InputError`` if a model's files lack weights, which would be random, or hold some of another model."""
-    for fault, names in (
-        ("lacks {}, so it would be random", found["missing_keys"]),
-        ("holds {}, which a model of its config does not have", found["unexpected_keys"]),
-        ("holds {} in another shape than its config says", [key[0] for key in found["mismatched_keys"]]),
-    ):
-        if names:
-            first = sorted(names)[0]
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(
-                f"model.pretrained is {pretrained!r}: it {fault.format(f'{first}{more}')}; its weights and its "
-                "config.json do not belong together, or a file is incomplete"
-            )
-
-
-def _check_links(folder: Path, pretrained: str) -> None:
-    """Raise ``InputError`` if a local model's files are outside of its folder.
-
-    Links within a folder are fine, and those of the hub's cache, from ``snapshots/x/`` to ``blobs/``.
-    """
-    root = folder.resolve()
-    allowed = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
-    outside = f"model.pretrained is {pretrained!r}: {{}} is outside of the folder; copy it into the folder"
-    for path in (*folder.glob("*"), *folder.glob(f"{ADAPTER_FOLDER}/*")):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
-            raise InputError(outside.format(f"{str(path.resolve())!r}, to which the link {path.name!r} leads,"))
-    for index in folder.glob("*.index.json"):
-        for name in read_json(index)["weight_map"].values():
-            if ".." in Path(name).parts or Path(name).is_absolute():
-                raise InputError(outside.format(f"{name!r}, which {index.name} names,"))
-
-
 def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
     with _explained(str(folder)):
-        _locate(str(folder))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_folder(folder, str(folder))
+        config = read_config(folder, str(folder), trust_remote_code, weights_per_byte=8)
         as_stored = dtype is None
         dtype = dtype or config.dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -150,6 +123,7 @@ def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bo
                 f"({' '.join(str(error).split())[:300]})"
             ) from error
     model.tie_weights()
+    check_all_finite(model, f"model.pretrained is {str(folder)!r}")
     return model
 
 
@@ -164,6 +138,8 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrain
         return _byte_tokenizer()
     with _explained(pretrained, "copy the files of its tokenizer into the folder"):
         location, extra = _locate(pretrained)
+        if not extra:
+            check_tokenizer_files(Path(location))
         return AutoTokenizer.from_pretrained(location, **extra, trust_remote_code=trust_remote_code)
 
 
@@ -215,14 +191,7 @@ def _locate(pretrained: str) -> tuple[str, dict[str, str]]:
             )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"model.pretrained is {pretrained!r}: the folder has no config.json, so it is no model")
-        if (path / "adapter_config.json").is_file():  # transformers would load adapters in place of the weights
-            raise InputError(
-                f"model.pretrained is {pretrained!r}: an adapter_config.json lies beside its weights; merge it, "
-                "or move it to a folder of its own"
-            )
-        _check_links(path, pretrained)
+        check_folder(path, pretrained)
         return str(path), {}
     if pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
         raise InputError(f"model.pretrained is {pretrained!r}: there is no such file or folder")
@@ -244,7 +213,7 @@ def _explained(pretrained: str, remedy: str = _MODEL_REMEDY) -> Iterator[None]:
             f"model.pretrained is {pretrained!r}: its weights hold more than tensors, so they may run code, and are "
             "not loaded; give a model in safetensors files"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
         raise InputError(
             f"model.pretrained is {pretrained!r}: it cannot be loaded ({first_line(error)}); {remedy}"
         ) from error
@@ -261,9 +230,20 @@ def quiet_hub() -> Iterator[None]:
         hub_logging.set_verbosity(verbosity)
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep the warnings of transformers off the screen."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def disable_model_progress_bars() -> None:
     """Load and save models without a progress bar of transformers'."""
-    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def save_pruned(
@@ -377,6 +357,8 @@ def load_masks(path: str | Path) -> dict[str, PackedMask]:
     with opened(path, MASKS_FILE, _FORMAT, "masks are") as (handle, metadata):
         try:
             shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            if others := set(handle.keys()) - shapes.keys():
+                raise InputError(f"{min(others)} has no shape")
             return {name: PackedMask(handle.get_tensor(name), shape) for name, shape in shapes.items()}
         except (InputError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise InputError(f"the masks of {str(path)!r} are damaged ({first_line(error)})") from error

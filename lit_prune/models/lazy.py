@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lit_prune.errors import InputError
 from lit_prune.freed_memory import give_back_freed_memory
 from lit_prune.models.blocks import Block, find_blocks
-from lit_prune.models.configs import load_generation_config, save_configs
+from lit_prune.models.configs import load_generation_config, read_config, save_configs
 from lit_prune.models.experts import has_fused_experts
-from lit_prune.models.files import load_tensors, save_tensors, tensor_names
+from lit_prune.models.files import load_tensors, read_json, save_tensors, tensor_names, tensor_shapes
+from lit_prune.models.folders import check_folder
 from lit_prune.models.homes import Home, home_of, make_hollow, without_weights
+from lit_prune.models.weights import check_finite, ignored_by, refuse
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -48,6 +50,7 @@ class Disk(Home):
         super().__init__()
         self._ends = ends
         self._sources = sources
+        self._finite: set[str] = set()
         self._changes = changes
         self._drop()
 
@@ -71,10 +74,14 @@ class Disk(Home):
         save_tensors(file, {**earlier, **{name: value.cpu() for name, value in values.items()}})
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter as the checkpoint has it."""
+        """Return a parameter as the checkpoint has it; ``InputError`` if it holds NaN or Inf."""
         file, there = self._sources[name]
         with safe_open(file, framework="pt") as handle:
-            return handle.get_tensor(there).clone()  # a view would hold the whole file in memory
+            values: Tensor = handle.get_tensor(there).clone()  # a view would hold the whole file in memory
+        if name not in self._finite:
+            check_finite(name, values, repr(str(file)))
+            self._finite.add(name)
+        return values
 
     def forget(self) -> None:
         """Remove the files of blocks that have changed, and their folder if nothing else is in it."""
@@ -127,9 +134,10 @@ def open_lazily(
         )
     if not folder.is_dir():
         folder = Path(snapshot_download(str(pretrained), allow_patterns=["*.json", "*.safetensors", "*.py", "*.model"]))
+    check_folder(folder, str(pretrained))
     give_back_freed_memory()
     files = _files(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, str(pretrained), trust_remote_code)
     with without_weights():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
@@ -137,8 +145,8 @@ def open_lazily(
     if has_fused_experts(model):
         raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
     buffers = _persistent_buffers(model)
-    names = [*dict(model.named_parameters()), *buffers]
-    home = Disk(dict(_matched(model, names, files, folder)), Path(changes).expanduser(), _ends(model))
+    expected = {name: list(t.shape) for name, t in (*model.named_parameters(), *buffers.items())}
+    home = Disk(_matched(model, expected, files, str(pretrained)), Path(changes).expanduser(), _ends(model))
     make_hollow(model, home, home.read)
     for name, buffer in buffers.items():
         buffer.data = home.read(name).to(buffer.dtype)
@@ -195,14 +203,17 @@ def _ends(model: Any) -> list[Block]:
     return [Block(index, name, module) for index, (name, module) in enumerate(own, len(find_blocks(model)))]
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Return the file of every tensor of a checkpoint, by the name that it has there."""
+def _files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Return the file and the shape of every tensor of a checkpoint, by the name that it has there."""
     if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text())
-        return {name: folder / file for name, file in index["weight_map"].items()}
+        named = read_json(folder / _INDEX)["weight_map"]
+        shapes = {file: tensor_shapes(folder / file) for file in set(named.values())}
+        for name, file in named.items():
+            if name not in shapes[file]:
+                raise InputError(f"{str(folder / file)!r} lacks {name}, which is there according to {_INDEX}")
+        return {name: (folder / file, shapes[file][name]) for name, file in named.items()}
     if (folder / _SINGLE).is_file():
-        with safe_open(folder / _SINGLE, framework="pt") as handle:
-            return dict.fromkeys(handle.keys(), folder / _SINGLE)
+        return {name: (folder / _SINGLE, shape) for name, shape in tensor_shapes(folder / _SINGLE).items()}
     raise InputError(
         f"model.pretrained is {str(folder)!r}: it has neither {_SINGLE} nor {_INDEX}, so it cannot be opened lazily; "
         "export it once with --to hf-sharded"
@@ -216,17 +227,26 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _matched(
-    model: Any, names: Iterable[str], files: Mapping[str, Path], folder: Path
-) -> Iterator[tuple[str, tuple[Path, str]]]:
+    model: Any, expected: Mapping[str, list[int]], files: Mapping[str, tuple[Path, list[int]]], pretrained: str
+) -> dict[str, tuple[Path, str]]:
+    """Return the file of every weight and its name there; refuse files that are not of this model."""
     prefix = f"{model.base_model_prefix}."  # a checkpoint of the model without its head has names without it
-    for name in names:
+    matched, mismatched = {}, []
+    for name, shape in expected.items():
         there = next((known for known in (name, name.removeprefix(prefix)) if known in files), None)
         if there is None:
             raise InputError(
-                f"model.pretrained is {str(folder)!r}: no file has {name!r}, so it cannot be opened lazily; load it "
+                f"model.pretrained is {pretrained!r}: no file has {name!r}, so it cannot be opened lazily; load it "
                 "whole, and export it once with --to hf-sharded"
             )
-        yield name, (files[there], there)
+        matched[name] = (files[there][0], there)
+        if files[there][1] != shape:
+            mismatched.append(f"{name} {files[there][1]}, and not {shape}")
+    refuse(pretrained, "holds {}, as its config says", mismatched)
+    known = {*model.state_dict(), *(there for _, there in matched.values())}  # a tied weight may be there as well
+    others = [name for name in files if not {name, f"{prefix}{name}"} & known and not ignored_by(model, name)]
+    refuse(pretrained, "holds {}, which a model of its config does not have", others)
+    return matched
 
 
 def _holder(home: Home, block: Block) -> Callable[..., None]:

@@ -1,6 +1,8 @@
 """What lies in a model's folder is checked: nothing random, foreign or damaged goes through."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.models import folders
 from lit_prune.models.io import load_masks, load_model, load_tokenizer, save_pruned
 from lit_prune.models.peft_format import adapter_files
 from lit_prune.ops import PackedMask
@@ -95,24 +98,76 @@ def index_weights_elsewhere(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def put_an_adapter_beside(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+def cut_the_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"a')
+
+
+def link_far_inside(folder: Path) -> None:
+    (folder / "deep" / "deeper").mkdir(parents=True)
+    (folder / "deep" / "deeper" / "x").symlink_to("/etc/passwd")
+
+
+def link_to_nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nothing")
+
+
+def ask_for_a_huge_vocabulary(folder: Path) -> None:
+    change_config(folder, vocab_size=10**10)
+
+
+def ask_for_huge_layers(folder: Path) -> None:
+    change_config(folder, intermediate_size=10**11)
+
+
+def ask_for_many_layers(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=10**9)
+
+
+def name_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+
+
+def become_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+
+
+def spoil_a_norm(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights["model.norm.weight"][:1].fill_(float("nan")))
+
+
+def spoil_the_head(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights["lm_head.weight"].fill_(float("inf")))
+
+
+def spoil_a_target(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights[Q].fill_(float("-inf")))
 
 
 DAMAGES = {
-    put_an_adapter_beside: r"an adapter_config\.json lies beside its weights",
     lose_a_weight: r"lacks model\.layers\.1\.self_attn\.q_proj\.weight, so it would be random",
     gain_a_weight: "holds extra, which a model of its config does not have",
-    take_another_shape: "shape|size",
+    take_another_shape: r"holds model\.layers\.0\.mlp\.down_proj\.weight \[32, 48\], and not \[32, 40\] and 8 more",
     take_another_type: "lacks",
-    become_an_encoder_decoder: r"cannot be loaded .*T5",
+    become_an_encoder_decoder: "t5 is an encoder and a decoder",
     cut_the_config: "config.json",
-    list_the_config: "cannot be loaded",
+    list_the_config: r"config\.json' holds a JSON list: an object is needed",
     cut_the_weights: "cannot be loaded",
     lose_the_weights: "model.safetensors",
     link_the_weights: r"elsewhere\.safetensors'.*is outside of the folder",
     link_the_adapter: r"secret'.*is outside of the folder",
     index_weights_elsewhere: r"'\.\./elsewhere\.safetensors'.*is outside of the folder",
+    cut_the_generation_config: r"generation_config\.json' cannot be read as JSON",
+    link_far_inside: r"passwd'.*is outside of the folder",
+    link_to_nothing: r"the link 'model\.safetensors' leads to .* which is not there",
+    ask_for_a_huge_vocabulary: r"config\.json' has vocab_size 10,000,000,000, for which the weights .* are too few",
+    ask_for_huge_layers: r"has intermediate_size 100,000,000,000, for which",
+    ask_for_many_layers: r"has num_hidden_layers 1,000,000,000, for which",
+    name_no_weights: r"model\.safetensors\.index\.json' has no weight_map",
+    become_an_adapter: "it is an adapter and no model",
+    spoil_a_norm: r"model\.norm\.weight holds NaN or Inf in 1 of 32 places",
+    spoil_the_head: r"lm_head\.weight holds NaN or Inf",
+    spoil_a_target: r"model\.layers\.1\.self_attn\.q_proj\.weight holds NaN or Inf",
 }
 
 
@@ -125,11 +180,88 @@ def test_a_damaged_model_is_refused_in_one_line(damage: Callable[[Path], None], 
     assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", [lose_a_weight, link_the_weights, index_weights_elsewhere, cut_the_config])
-def test_a_damaged_model_is_not_opened_lazily(damage: Callable[[Path], None], folder: Path, tmp_path: Path) -> None:
+LAZILY = {
+    **DAMAGES,
+    lose_a_weight: r"no file has 'model\.layers\.1\.self_attn\.q_proj\.weight'",
+    take_another_type: "no file has",
+    cut_the_weights: "cannot be read as safetensors",
+    lose_the_weights: "neither model.safetensors nor",
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), LAZILY.items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_a_damaged_model_is_not_opened_lazily(
+    damage: Callable[[Path], None], said: str, folder: Path, tokens: list[Tensor], tmp_path: Path
+) -> None:
     damage(folder)
-    with pytest.raises(InputError, match=str(folder)):
-        load_model(str(folder), lazy=tmp_path / "changes")
+    with pytest.raises(InputError, match=said) as raised:  # weights within blocks are read when they are needed
+        load_model(str(folder), lazy=tmp_path / "changes")(input_ids=tokens[0])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_shard_that_is_damaged_or_lost_is_named(
+    lazy: bool, tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model", max_shard_size="20KB")  # type: ignore[operator]
+    shard = min((tmp_path / "model").glob("model-*"))
+    options = {"lazy": tmp_path / "changes"} if lazy else {}
+    content = shard.read_bytes()
+    for damage in (content[:-8], b"", None):
+        shard.unlink()
+        if damage is not None:
+            shard.write_bytes(damage)
+        with pytest.raises(InputError, match=str(tmp_path / "model")):
+            load_model(str(tmp_path / "model"), **options)
+        shard.write_bytes(content)
+    load_model(str(tmp_path / "model"), **options)
+
+
+def test_a_weight_that_the_index_puts_into_another_file_is_missed(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model", max_shard_size="20KB")  # type: ignore[operator]
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] |= {Q: content["weight_map"]["model.norm.weight"]}
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"lacks {Q}, which is there according to"):
+        load_model(str(tmp_path / "model"), lazy=tmp_path / "changes")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ['{"a', "[]", "\udcff"])
+def test_a_damaged_tokenizer_is_named(name: str, content: str, folder: Path) -> None:
+    (folder / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=f"{name}' (cannot be read as JSON|holds a JSON list)"):
+        load_tokenizer(str(folder))
+
+
+def test_masks_that_lie_elsewhere_are_not_read(folder: Path) -> None:
+    (folder / "masks.safetensors").rename(folder.parent / "other")
+    (folder / "masks.safetensors").symlink_to(folder.parent / "other")
+    with pytest.raises(InputError, match="outside of the folder"):
+        load_masks(folder)
+    assert load_masks(folder.parent / "other").keys() == {Q}  # which the user has named
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_may_not_be_read_is_named(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid():
+        (folder / name).chmod(0)
+    else:  # root reads everything
+        monkeypatch.setattr(folders, "_check_readable", refusing(folder / name, folders._check_readable))
+    with pytest.raises(InputError, match=rf"{name}' cannot be read \(Permission denied\): ask its owner"):
+        load_model(str(folder))
+
+
+def refusing(refused: Path, check: Callable[[Path], None]) -> Callable[[Path], None]:
+    def refuse(file: Path) -> None:
+        if file == refused:
+            folders._cannot_be_read(PermissionError(errno.EACCES, "Permission denied", str(file)))
+        check(file)
+
+    return refuse
 
 
 def test_the_links_of_the_hubs_cache_are_followed(folder: Path, tmp_path: Path) -> None:
@@ -169,6 +301,7 @@ MASKS = [
     {"shapes": json.dumps({"another": [32, 32]})},
     {"bits": torch.zeros(3, dtype=torch.uint8)},
     {"bits": torch.zeros(128)},
+    {"shapes": "{}"},
 ]
 
 
@@ -190,6 +323,7 @@ def test_a_damaged_bitmask_model_is_refused_in_one_line(tiny_model: Callable[...
         ({f"{Q}.kept": torch.zeros(7)}, "keeps 1024 weights, and the file has"),
         ({f"{Q}.mask": torch.zeros(7, dtype=torch.uint8)}, r"\[128\] is needed"),
         ({"model.norm.weight": torch.zeros(3)}, "do not belong together"),
+        ({"model.norm.weight": torch.full((32,), float("nan"))}, "model.norm.weight holds NaN or Inf"),
     ):
         save_file({**tensors, **change}, file, metadata)
         with pytest.raises(InputError, match=said) as raised:

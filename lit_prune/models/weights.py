@@ -1,0 +1,62 @@
+"""Whether the weights of a model that was loaded are all there, its own, and finite."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+
+_OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+"""Buffers that older versions of transformers wrote, and newer ones work out."""
+
+
+def check_complete(found: Mapping[str, Any], pretrained: str) -> None:
+    """Raise ``InputError`` if a model's files lack weights, which would be random, or hold some of another model.
+
+    Args:
+        found: what ``from_pretrained`` tells with ``output_loading_info``.
+        pretrained: the name of the model, for errors.
+    """
+    shapes = {name: f"{name} {list(there)}, and not {list(asked)}" for name, there, asked in found["mismatched_keys"]}
+    for fault, names in (
+        ("lacks {}, so it would be random", found["missing_keys"]),
+        ("holds {}, which a model of its config does not have", found["unexpected_keys"]),
+        ("holds {}, as its config says", shapes.values()),
+    ):
+        refuse(pretrained, fault, names)
+
+
+def refuse(pretrained: str, fault: str, names: Collection[str]) -> None:
+    """Raise ``InputError`` if there are ``names`` of weights with a ``fault``, in which ``{}`` stands for them."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise InputError(
+            f"model.pretrained is {pretrained!r}: it {fault.format(f'{min(names)}{more}')}; its weights and its "
+            "config.json do not belong together, or a file is incomplete"
+        )
+
+
+def ignored_by(model: Any, name: str) -> bool:
+    """Tell whether a model does without a weight that is in its files."""
+    patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), *_OBSOLETE)
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def check_finite(name: str, values: Tensor, where: str) -> None:
+    """Raise ``InputError`` that names a weight, and ``where`` it is from, if it holds NaN or Inf."""
+    if values.is_floating_point() and values.numel() and not all(extreme.isfinite() for extreme in values.aminmax()):
+        count = int((~values.isfinite()).sum())
+        raise InputError(
+            f"{where}: {name} holds NaN or Inf in {count:,} of {values.numel():,} places; it is damaged, or its "
+            "training diverged"
+        )
+
+
+def check_all_finite(model: nn.Module, where: str) -> None:
+    """Raise ``InputError`` that names the first weight or persistent buffer of a model that holds NaN or Inf."""
+    for name, values in model.state_dict().items():
+        check_finite(name, values, where)
