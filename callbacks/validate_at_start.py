@@ -42,7 +42,7 @@ class ValidateAtStart(Callback):
         """Offer the start to every ``ModelCheckpoint`` with a figure of it, which at step 0 saves nothing by itself."""
         fresh = [optimizer for optimizer in trainer.optimizers if not optimizer.state]
         for checkpoint in trainer.checkpoint_callbacks:
-            if not isinstance(checkpoint, ModelCheckpoint) or trainer.fast_dev_run:
+            if not isinstance(checkpoint, ModelCheckpoint) or trainer.fast_dev_run:  # type: ignore[attr-defined]
                 continue
             metrics = checkpoint._monitor_candidates(trainer)
             if checkpoint.monitor in metrics:

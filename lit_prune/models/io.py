@@ -42,7 +42,7 @@ from lit_prune.models.folders import check_folder, check_tokenizer_files
 from lit_prune.models.homes import Home, home_of
 from lit_prune.models.lazy import disk_of, open_lazily, save_lazily
 from lit_prune.models.outputs import ANALYSIS, check_output, check_space
-from lit_prune.models.weights import check_all_finite, check_complete
+from lit_prune.models.weights import check_all_finite, check_complete, check_finite
 from lit_prune.ops import PackedMask
 
 Format = Literal["hf", "hf-sharded", "bitmask"]
@@ -386,9 +386,8 @@ def model_fingerprint(model: nn.Module, home: Home | None = None) -> str:
 
 
 def _sample(name: str, parameter: Tensor) -> bytes:
+    check_finite(name, parameter.detach(), "the model")
     flat = parameter.detach().reshape(-1)
-    if not flat.isfinite().all():
-        raise InputError(f"the model's {name} holds NaN or Inf: its file is damaged, or its training diverged")
     return flat[:: max(1, flat.numel() // 4096)].double().cpu().numpy().tobytes()
 
 
