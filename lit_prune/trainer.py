@@ -273,13 +273,14 @@ class PruningTrainer(Trainer):
         journal = folder.with_name(f".{folder.name}.journal")
         if tasks:
             harness.check(tasks)
+        if callback.plan.needs_data:
+            datamodule.calibration_batches()  # kept for the pruning itself
+        datamodule.setup("test")  # texts that cannot be read are found out before the model is loaded
         model.configure_model()
         with self._claimed(folder):
             copies = 3 if model.lazy else 2  # the folder, the journal, changed blocks
             check_space(folder, model.model, copies, replaced=journal if resume == "auto" else None)
             targets = callback.plan.find_targets(model.model)[1]
-            if callback.plan.needs_data:
-                datamodule.calibration_batches()  # kept for the pruning itself; bad text is found out before any work
             tokenizer = model.load_tokenizer()
             prompts = () if model.lazy else prompts  # which would read the whole model for every token
             before = self.test(model, datamodule=datamodule, verbose=False)[0]
@@ -296,7 +297,7 @@ class PruningTrainer(Trainer):
                 "perplexity_before": before["test/perplexity"],
                 "perplexity_after": after["test/perplexity"],
                 "seqlen": datamodule.seqlen,
-                "text": f"test text of {datamodule.sources['test']}",
+                "text": datamodule.test_text,
                 **({"tasks": dict(zip(("before", "after"), scores, strict=True))} if scores else {}),
             }
             report.spectra = spectra

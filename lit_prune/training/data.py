@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from lit_prune.errors import InputError
 from lit_prune.models.io import load_tokenizer
 from lit_prune.models.limits import check_tokens
+from lit_prune.training.parts import NAMES, Split
 from lit_prune.training.resumable import ResumableLoader
-from lit_prune.training.text import Split, hub_name, read_documents
+from lit_prune.training.text import hub_name, local_path, read_documents
 
+_MOST = 2**31 - 1
 _MOST_WORKERS = 512
 _MOST_TOKENS = 10**9
 """Of a calibration set, 8 GB of token ids; its hidden states take a thousand times that."""
@@ -47,7 +50,9 @@ class TextDataModule(LightningDataModule):
     the rest is dropped. That is how the papers measure perplexity.
 
     A source is ``embedded`` (English prose that comes with Python), ``wikitext2``, ``c4``, any hub set as ``name`` or
-    ``name:config``, or a local .txt, .jsonl or .parquet file.
+    ``name:config``, or a local .txt, .jsonl or .parquet file. A file that is named for one purpose is read whole; one
+    that serves for several is divided: its first eight tenths are for training and calibration, the ninth for
+    validation and the last for the test, all cut between documents, paragraphs, lines or words.
 
     .. code-block:: yaml
 
@@ -109,8 +114,8 @@ class TextDataModule(LightningDataModule):
             "max_windows": max_windows,
         }
         for name, value in counts.items():
-            if value is not None and value < 1:
-                raise InputError(f"data.{name} is {value}: it must be at least 1")
+            if value is not None and not 1 <= value <= _MOST:
+                raise InputError(f"data.{name} is {value}: it must be from 1 to {_MOST:,}")
         if not 0 <= num_workers <= _MOST_WORKERS:
             raise InputError(f"data.num_workers is {num_workers}: it must be from 0 to {_MOST_WORKERS}")
         if not 0 <= seed < 2**63:
@@ -122,6 +127,10 @@ class TextDataModule(LightningDataModule):
             )
         if isinstance(other_val, str):
             raise InputError(f"data.other_val is {other_val!r}: it must be a list of text sources, such as [embedded]")
+        named = {"dataset": dataset, "train": train, "val": val, "test": test, "calibration": calibration}
+        for name, source in [*named.items(), *(("other_val", source) for source in other_val)]:
+            if source is not None and not source.strip():
+                raise InputError(f"data.{name} is {source!r}: name a text source, such as wikitext2 or a .txt file")
         names = validation_names(other_val)
         if len(set(names)) < len(names):
             raise InputError(
@@ -134,6 +143,7 @@ class TextDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.sources = {"train": train or dataset, "val": val or dataset, "test": test or dataset}
         self.calibration = calibration or dataset
+        self._tokenized: dict[tuple[str, Split], Tensor] = {}
         self.sequences = sequences
         self.seqlen = seqlen
         self.batch_size = batch_size
@@ -152,6 +162,35 @@ class TextDataModule(LightningDataModule):
         if self.tokenizer is None:
             raise InputError("data.tokenizer is null: name the model that the text is for")
         return load_tokenizer(self.tokenizer, self.trust_remote_code)
+
+    @property
+    def test_text(self) -> str:
+        """What the test set is, for people."""
+        source = self.sources["test"]
+        if local_path(source) is None:
+            return f"test text of {source}"
+        return f"{NAMES['test'] if self._divided(source) else 'all'} of {source}"
+
+    def _divided(self, source: str) -> bool:
+        """Tell whether a source is a file that serves for several purposes, under whatever names."""
+        validation = [self.sources["val"], *self.other_val]
+        uses: dict[Split, list[str]] = {
+            "train": [self.sources["train"], self.calibration],
+            "validation": validation,
+            "test": [self.sources["test"]],
+        }
+        return sum(any(_same_file(source, other) for other in others) for others in uses.values()) > 1
+
+    def setup(self, stage: str) -> None:
+        """Read the texts of a stage, so that one that cannot be read is found out before a model is loaded."""
+        trainer: Any = self.trainer
+        if stage == "fit" and trainer is not None and trainer.limit_train_batches:
+            self._windows(self.sources["train"], "train")
+        if stage in ("fit", "validate") and trainer is not None and trainer.limit_val_batches:
+            for source in (self.sources["val"], *self.other_val):
+                self._windows(source, "validation")
+        if stage == "test":
+            self._windows(self.sources["test"], "test")
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return shuffled training windows, each process its share; it can be resumed in the middle of an epoch."""
@@ -200,11 +239,10 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def _calibration_sample(self) -> Tensor:
-        documents = read_documents(self.calibration, "train", self.text_column, self.search_limit)
         generator = torch.Generator().manual_seed(self.seed)
         if self.documents == "long":
-            return self._sample_long(documents, generator)
-        return _random_windows(self._tokenize(documents, self.calibration), self.seqlen, generator, self.sequences)
+            return self._sample_long(self._read(self.calibration, "train"), generator)
+        return _random_windows(self._tokens(self.calibration, "train"), self.seqlen, generator, self.sequences)
 
     def _sample_long(self, documents: Sequence[str], generator: torch.Generator) -> Tensor:
         """Take one window out of each long document, in random order, looking at ``search_limit`` documents at most."""
@@ -223,29 +261,48 @@ class TextDataModule(LightningDataModule):
         )
 
     def _windows(self, source: str, split: Split) -> Tensor:
-        tokens = self._tokenize(read_documents(source, split, self.text_column, self.search_limit), source)
+        tokens = self._tokens(source, split)
         windows = tokens[: len(tokens) // self.seqlen * self.seqlen].reshape(-1, self.seqlen)
         return windows[: self.max_windows]
 
-    def _tokenize(self, documents: Sequence[str], source: str) -> Tensor:
-        tokens = self._encode("\n\n".join(documents))
-        if len(tokens) < self.seqlen:
-            raise InputError(
-                f"the text source {source!r} has {len(tokens)} tokens, fewer than one sequence of {self.seqlen}: "
-                "give a longer text or lower --data.seqlen"
-            )
-        return tokens
+    def _tokens(self, source: str, split: Split) -> Tensor:
+        """Return the tokens of a text, ``[tokens]``; it is read and tokenised once."""
+        if (source, split) not in self._tokenized:
+            tokens = self._encode("\n\n".join(self._read(source, split)))
+            if len(tokens) < self.seqlen:
+                raise InputError(
+                    f"{self._part(source, split)} has {len(tokens)} tokens, fewer than one sequence of {self.seqlen}: "
+                    "give a longer text or lower --data.seqlen"
+                )
+            self._tokenized[source, split] = tokens
+        return self._tokenized[source, split]
+
+    def _read(self, source: str, split: Split) -> list[str]:
+        return read_documents(source, split, self.text_column, self.search_limit, self._divided(source))
+
+    def _part(self, source: str, split: Split) -> str:
+        if not self._divided(source):
+            return f"the text source {source!r}"
+        return f"the {NAMES[split]}, for {split}, of the text source {source!r}"
 
     def _encode(self, text: str) -> Tensor:
-        return torch.tensor(self._tokenizer(text, verbose=False)["input_ids"])
+        return torch.tensor(self._tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
     def _loader(self, tokens: Tensor) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(Windows(tokens), self.batch_size, num_workers=self.num_workers)
 
 
 def validation_names(other_val: Sequence[str]) -> list[str]:
-    """Return the names under which further validation texts are logged: their sources without folder and ending."""
-    return [Path(source).stem for source in other_val]
+    """Return the names under which further validation texts are logged: their sources without folder and ending.
+
+    Loggers make paths and tags of them, so that anything but letters, digits, ``.``, ``-`` and ``_`` becomes ``_``.
+    """
+    return [re.sub(r"[^\w.-]+", "_", Path(source).stem) for source in other_val]
+
+
+def _same_file(source: str, other: str) -> bool:
+    path, other_path = local_path(source), local_path(other)
+    return path is not None and other_path is not None and path.samefile(other_path)
 
 
 def _random_windows(tokens: Tensor, seqlen: int, generator: torch.Generator, count: int) -> Tensor:

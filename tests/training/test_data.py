@@ -6,10 +6,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lit_prune.errors import InputError
 from lit_prune.models.io import load_tokenizer
 from lit_prune.training import TextDataModule
+from lit_prune.training.parts import part_of
 from lit_prune.training.text import read_documents
 
 
@@ -92,16 +95,86 @@ def test_long_documents_are_looked_for_within_bounds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("use", ["test_dataloader", "calibration_batches", "train_dataloader"])
 def test_a_text_shorter_than_one_sequence_is_refused(use: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("too short")
+    path = tmp_path / "a.txt"
+    path.write_text("too short")
     with pytest.raises(InputError, match=r"a\.txt' has 9 tokens, fewer than one sequence of 32"):
-        getattr(module(dataset=str(tmp_path / "a.txt")), use)()
+        getattr(module(**{{"test_": "test", "calib": "calibration", "train": "train"}[use[:5]]: str(path)}), use)()
+    with pytest.raises(InputError, match=r"^the .* tenths?, for (train|test), of the text source .* has \d tokens"):
+        getattr(module(dataset=str(path)), use)()
 
 
 def test_a_text_of_exactly_one_sequence_will_do(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 32)
-    data = module(dataset=str(tmp_path / "a.txt"))
-    assert len(data.test_dataloader()) == 1
+    assert len(module(test=str(tmp_path / "a.txt")).test_dataloader()) == 1
+    data = module(calibration=str(tmp_path / "a.txt"))
     assert torch.cat(data.calibration_batches()).shape == (6, 32)
+
+
+def tokens_of(data: TextDataModule, use: str) -> list[int]:
+    loader = getattr(data, f"{use}_dataloader")()
+    loader = loader[0] if use == "val" else loader
+    return sorted(torch.cat([batch["input_ids"] for batch in loader]).flatten().tolist())
+
+
+def test_a_file_that_serves_for_all_purposes_is_divided(tmp_path: Path) -> None:
+    """Every character is used for one purpose: the text has 2,000 lines, of which the tenths are 1,600, 200 and 200."""
+    path = tmp_path / "a.txt"
+    lines = [f"{number:06}\n" for number in range(2000)]
+    path.write_text("".join(lines))
+    parts = {split: "".join(part_of(lines, split)) for split in ("train", "validation", "test")}  # type: ignore[arg-type]
+    assert "".join(parts.values()) == "".join(lines)
+    assert [len(part) for part in parts.values()] == [1600 * 7, 200 * 7, 200 * 7]
+    data = module(dataset=str(path), seqlen=7)
+    for use, split in (("train", "train"), ("test", "test"), ("val", "validation")):
+        assert tokens_of(data, use) == sorted(load_tokenizer("random")(parts[split])["input_ids"])
+    assert torch.cat(data.calibration_batches())[:, 0].shape == (6,)
+    calibration = load_tokenizer("random").batch_decode(torch.cat(data.calibration_batches()))
+    assert all(window in parts["train"] for window in calibration)
+    assert data.test_text == f"last tenth of {path}"
+
+
+def test_a_file_for_one_purpose_is_read_whole_under_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 1000)
+    assert module(test=str(path)).test_text == f"all of {path}"
+    assert len(tokens_of(module(test=str(path)), "test")) == 992
+    (tmp_path / "b.txt").symlink_to(path)
+    assert len(tokens_of(module(test=str(path), calibration=str(tmp_path / "b.txt")), "test")) == 96
+    assert module().test_text == "test text of embedded"
+
+
+@given(st.lists(st.text("ab \n", min_size=1, max_size=40), min_size=1, max_size=30))
+def test_parts_are_the_whole_text_once_and_in_order(documents: list[str]) -> None:
+    parts = [part_of(documents, split) for split in ("train", "validation", "test")]  # type: ignore[arg-type]
+    total = len("".join(documents))
+    assert "".join(text for part in parts for text in part) == "".join(documents)
+    assert all(document for part in parts for document in part)
+    # A part begins at most 1/50 of the text before its mark; the mark itself is rounded down.
+    assert total * 8 / 10 - total / 50 - 1 <= sum(map(len, parts[0])) <= total * 8 / 10
+    assert total / 10 - 1 <= sum(map(len, parts[2])) <= total / 10 + total / 50 + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "é".encode("latin-1"), r"not UTF-8 \(byte 0xE9 at 0\): convert it, such as with iconv -f LATIN1"),
+        ("a.txt", "text".encode("utf-16-le"), "holds NUL characters, as binary files and UTF-16 do"),
+        ("a.txt", b" \n", "is empty"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 2 of .* has None in column 'text'"),
+        ("a.jsonl", b'{"text": 7}\n', "row 1 of .* has 7 in column 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2 of .* is not JSON"),
+        ("a.jsonl", b"[1]\n", "line 1 of .* is no JSON object"),
+        ("a.jsonl", b"[" * 100_000, "line 1 of .* is not JSON"),
+        ("a.parquet", b"PAR1 no", "cannot be read"),
+    ],
+)
+def test_a_file_that_holds_no_text_is_refused_with_the_place(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_documents(str(tmp_path / name), "train", "text", 10)
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4", "nobody/no-such-set:config"])
@@ -112,7 +185,12 @@ def test_a_hub_set_without_a_hub_says_what_to_do(source: str) -> None:
         read_documents(source, "train", "text", 10)
 
 
-@pytest.mark.parametrize("source", ["none.txt", "none.parquet", "."])
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a folder: name one of its files"):
+        read_documents(str(tmp_path), "train", "text", 10)
+
+
+@pytest.mark.parametrize("source", ["none.txt", "none.parquet"])
 def test_a_missing_file_is_named(source: str) -> None:
     with pytest.raises(InputError, match="there is no such file"):
         read_documents(source, "train", "text", 10)
