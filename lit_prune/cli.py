@@ -120,7 +120,8 @@ def build(arguments: list[str], run: bool = True) -> PruningCLI:
         auto_configure_optimizers=False,
         parser_kwargs={
             "exit_on_error": False,
-            "epilog": "lit-prune compare RUN RUN ... sets pruned folders side by side.",
+            "epilog": "lit-prune compare RUN RUN ... sets pruned folders side by side. "
+            "lit-prune --version prints the version.",
         },
         args=arguments,
         run=run,

@@ -1,10 +1,19 @@
 """The wheel holds what is on disk, and importing the maths imports nothing heavy."""
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
+
+import pytest
+import yaml
+
+import lit_prune
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,11 +43,68 @@ def test_pruning_as_a_library_imports_no_lightning() -> None:
     assert result.stdout.strip() == "False"
 
 
+def declared(requirements: list[str]) -> set[str]:
+    """Return the names of the distributions, spelled as packaging compares them."""
+    return {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower() for requirement in requirements}  # type: ignore[index]
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIRED = declared(PROJECT["dependencies"])
+OPTIONAL = declared([name for extra in PROJECT["optional-dependencies"].values() for name in extra])
+
+
 def test_the_constraints_pin_everything_that_is_required() -> None:
-    project = (ROOT / "pyproject.toml").read_text()
-    section = project[project.index("dependencies = [") : project.index("[project.scripts]")]
-    required = {re.split(r"[\[>=<]", name)[0].lower() for name in re.findall(r'"([A-Za-z][^"]*)"', section)}
-    pinned = {
-        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert (REQUIRED | OPTIONAL) - declared([line for line in lines if "==" in line]) == set()
+
+
+def imported(nodes: Iterator[ast.AST]) -> set[str]:
+    """Return the third-party modules that the statements import."""
+    modules: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(str(node.module))
+    return {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"lit_prune"}
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["at the top", "everywhere"])
+def test_what_is_imported_is_declared(everywhere: bool) -> None:
+    files = [*(ROOT / "lit_prune").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")]
+    trees = [ast.parse(file.read_text()) for file in files]
+    modules = imported(node for tree in trees for node in (ast.walk(tree) if everywhere else iter(tree.body)))
+    assert {"torch", "yaml"} < modules
+    distributions = packages_distributions()
+    allowed = REQUIRED | OPTIONAL if everywhere else REQUIRED
+    undeclared = {module for module in modules if not declared(distributions.get(module, [module])) & allowed}
+    assert undeclared == set()
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    newest = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert lit_prune.__version__ == newest[1] == citation["version"]
+
+
+def test_the_command_prints_the_version_without_importing_torch() -> None:
+    module, function = PROJECT["scripts"]["lit-prune"].split(":")
+    program = (
+        f"import sys; sys.argv[1:] = ['--version']; from {module} import {function}; print({function}())\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines() == [f"lit-prune {lit_prune.__version__}", "0", "False"]
+
+
+def test_workflows_name_files_that_exist() -> None:
+    named = {
+        path
+        for file in (ROOT / ".github" / "workflows").glob("*.yml")
+        for job in yaml.safe_load(file.read_text())["jobs"].values()
+        for step in job["steps"]
+        for path in re.findall(r"bash (\S+)", step.get("run", ""))
     }
-    assert required - pinned == set()
+    assert named == {"scripts/test.sh"}
+    assert all((ROOT / path).is_file() for path in named)
