@@ -83,7 +83,8 @@ def check_size(folder: Path, config: Any, weights_per_byte: int = 1) -> None:
         if isinstance(value := getattr(config, name, None), int)
     }
     largest = max(sizes, key=lambda name: sizes[name], default=None)
-    held = sum(file.stat().st_size for pattern in _WEIGHTS for file in folder.glob(pattern)) * weights_per_byte
+    files = [file for pattern in _WEIGHTS for file in folder.glob(pattern) if file.name != "masks.safetensors"]
+    held = sum(file.stat().st_size for file in files) * weights_per_byte
     if held and largest and sizes[largest] * sizes.get("hidden_size", 1) > held:
         raise InputError(
             f"{str(folder / 'config.json')!r} has {largest} {sizes[largest]:,}, for which the weights beside it are "
