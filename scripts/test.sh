@@ -12,4 +12,4 @@ else
   ruff check .
   mypy
 fi
-pytest --numprocesses 2 "$@"
+pytest --numprocesses 2 --dist worksteal "$@" # neighbouring tests, which share fixtures, stay in one process

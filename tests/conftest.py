@@ -2,18 +2,20 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, on small models
 
+import docstring_parser
 import numpy as np
 import pytest
 import torch
 import yaml
 from hypothesis import settings
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lit_prune.models.io import load_model
 from lit_prune.ops import LayerStats
@@ -21,6 +23,9 @@ from lit_prune.ops import LayerStats
 # Nothing here is timed; CI tries the same examples each time, a person's runs look for new ones.
 settings.register_profile("project", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
+
+# Half of the time of a command in this process goes into the docstrings of the same classes, read from their source.
+docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)
 
 DATA = Path(__file__).parent / "data"
 
@@ -44,6 +49,23 @@ CONFIGS = {
 
 pytest.register_assert_rewrite("support")
 
+from support.shared import Shared  # noqa: E402 - only now are its asserts rewritten
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Results that several tests ask for, worked out once."""
+    return Shared(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def _environment_kept() -> Iterator[None]:
+    """Undo what a test leaves in the environment: Lightning leaves its port and rank, which a child would take up."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
@@ -60,6 +82,14 @@ def tiny_model() -> Callable[..., nn.Module]:
         return load_model("random", config={"model_type": model_type, **CONFIGS[model_type], **config})
 
     return build
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store")), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
 @pytest.fixture

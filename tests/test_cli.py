@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jsonschema
@@ -63,8 +63,41 @@ def fails_with(message: str, capsys: pytest.CaptureFixture[str], *arguments: str
     assert re.search(message, errors[0]), errors[0]
 
 
+FOREIGN = """
+import math, sys, torch
+from pydoc_data.topics import topics
+from transformers import AutoModelForCausalLM, AutoTokenizer
+texts = sorted(topics.values(), key=lambda text: (len(text), text))
+text = "\\n\\n".join(text for k, text in enumerate(texts) if k % 10 == 9)
+for line in sys.stdin:
+    model = AutoModelForCausalLM.from_pretrained(line.strip()).eval()
+    tokens = AutoTokenizer.from_pretrained(line.strip())(text, return_tensors="pt").input_ids[0]
+    with torch.no_grad():
+        losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in tokens[: 3 * 32].reshape(3, 32)]
+    assert "lit_prune" not in sys.modules
+    print(math.exp(sum(losses) / len(losses)), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def foreign_perplexity() -> Iterator[Callable[[Path], float]]:
+    """Return what measures a folder's perplexity in a process that knows nothing of lit_prune."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FOREIGN], **pipes) as process:
+
+        def measure(folder: Path) -> float:
+            process.stdin.write(f"{folder}\n")
+            process.stdin.flush()
+            return float(process.stdout.readline())
+
+        yield measure
+        process.stdin.close()
+
+
 @pytest.mark.parametrize("model_type", MODELS)
-def test_prune_gives_the_sparsity_asked_and_opens_anywhere(model_type: str, tmp_path: Path) -> None:
+def test_prune_gives_the_sparsity_asked_and_opens_anywhere(
+    model_type: str, foreign_perplexity: Callable[[Path], float], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     assert main(["prune", "-c", write_config(tmp_path, model_type), "--output", str(out)]) == 0
     report = json.loads((out / "pruning.json").read_text())
@@ -75,23 +108,7 @@ def test_prune_gives_the_sparsity_asked_and_opens_anywhere(model_type: str, tmp_
         assert (model.get_parameter(name)[~keep] == 0).all()
         assert abs((~keep).sum().item() - 0.5 * keep.numel()) <= 1
     assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
-    # A process that knows nothing of lit_prune opens the folder and finds the reported perplexity.
-    program = f"""
-import math, sys, torch
-from pydoc_data.topics import topics
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(out)!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained({str(out)!r})
-texts = sorted(topics.values(), key=lambda text: (len(text), text))
-tokens = tokenizer("\\n\\n".join(t for k, t in enumerate(texts) if k % 10 == 9), return_tensors="pt").input_ids[0]
-windows = tokens[: 3 * 32].reshape(3, 32)
-with torch.no_grad():
-    losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
-assert "lit_prune" not in sys.modules
-print(math.exp(sum(losses) / len(losses)))
-"""
-    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert float(result.stdout) == pytest.approx(report["evaluation"]["perplexity_after"], rel=1e-4)
+    assert foreign_perplexity(out) == pytest.approx(report["evaluation"]["perplexity_after"], rel=1e-4)
     assert list((tmp_path / "logs").rglob("events.out.tfevents*"))  # TensorBoard is the default logger
 
 

@@ -1,10 +1,12 @@
 """What is freed is kept for the next tensor."""
 
 import platform
-import subprocess
-import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
+
+from support.processes import run
 
 FAULTS = """
 import resource, torch
@@ -20,13 +22,14 @@ print(faults())
 """
 
 
-def page_faults(keep: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, check=True).stdout)
+def printed(folder: Path, program: str) -> int:
+    """Return the number that a program prints in a process of its own."""
+    return int(run(folder / "log", partial(exec, program, {})).said)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library can be told to keep memory")
-def test_no_fresh_pages_for_the_next_tensor() -> None:
-    assert page_faults("keep_freed_memory()") * 10 < page_faults("")
+def test_no_fresh_pages_for_the_next_tensor(tmp_path: Path) -> None:
+    assert printed(tmp_path, FAULTS.format(keep="keep_freed_memory()")) * 10 < printed(tmp_path, FAULTS.format(keep=""))
 
 
 LEFT = """
@@ -45,11 +48,7 @@ print(resident() - before)
 """
 
 
-def left_over(give: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", LEFT.format(give=give)], capture_output=True, check=True).stdout)
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library can be told to give memory back")
-def test_what_is_freed_goes_back_to_the_system() -> None:
-    assert left_over("") > 200_000  # KiB
-    assert left_over("give_back_freed_memory()") < 50_000
+def test_what_is_freed_goes_back_to_the_system(tmp_path: Path) -> None:
+    assert printed(tmp_path, LEFT.format(give="")) > 200_000  # KiB
+    assert printed(tmp_path, LEFT.format(give="give_back_freed_memory()")) < 50_000

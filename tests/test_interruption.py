@@ -1,11 +1,9 @@
 """Runs of ``lit-prune prune`` that are stopped, in every way, go on to the same bits."""
 
 import os
-import resource
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ import yaml
 
 from lit_prune.cli import main
 from lit_prune.models.io import load_masks, load_model
+from support.processes import Started, on_a_full_disk, run
 
-RUN = [sys.executable, "-m", "lit_prune"]
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -77,38 +75,29 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     number: signal.Signals, command: list[str], straight: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run = subprocess.Popen([*RUN, *command, "--output", str(out)], stderr=subprocess.PIPE, text=True)
+    stopped = Started(tmp_path.with_suffix(".log"), partial(main, [*command, "--output", str(out)]))
     while not (tmp_path / ".out.journal" / "block_0001.record").exists():
-        assert run.poll() is None, "the run ended before it could be stopped"
+        assert stopped.running, "the run ended before it could be stopped"
         time.sleep(0.002)
-    run.send_signal(number)
-    said = run.communicate()[1]
+    stopped.signal(number)
+    ended = stopped.wait()
     assert not out.exists()
     if number == signal.SIGKILL:
-        assert run.returncode == -9
+        assert ended.code == -9
     else:
-        assert run.returncode == 128 + number
+        assert ended.code == 128 + number
         advice = "finished blocks are kept in"
-        assert f"lit-prune: stopped by {number.name}; {advice}" in said and "--resume auto" in said
+        assert f"lit-prune: stopped by {number.name}; {advice}" in ended.said and "--resume auto" in ended.said
     check_resumed(command, out, straight)
 
 
 @pytest.mark.parametrize("limit", [30_000, 300_000], ids=["a block", "the model"])
 def test_a_full_disk_leaves_what_is_finished(limit: int, command: list[str], straight: Path, tmp_path: Path) -> None:
-    def limited() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     out = tmp_path / "out"
-    run = subprocess.run(
-        [*RUN, *command, "--output", str(out)],
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=limited,
-    )
-    assert run.returncode == 2, run.stderr
-    line = run.stderr.strip().splitlines()[-1]
+    target = partial(main, [*command, "--output", str(out)])
+    ended = run(tmp_path.with_suffix(".log"), partial(on_a_full_disk, target, limit))
+    assert ended.code == 2, ended.said
+    line = ended.last_line
     assert line.startswith("lit-prune: error: ") and "cannot be written: " in line and "File too large" in line
     assert "finished blocks are kept" in line and line.endswith("--resume auto")
     assert not out.exists()

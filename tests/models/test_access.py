@@ -1,9 +1,8 @@
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -24,14 +23,6 @@ from lit_prune.models.io import check_masks_hold
 from lit_prune.models.zeros import masks_of_zeros
 
 KEEP = torch.tensor([[True, False, True], [False, True, True]])
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store")), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 def trained(

@@ -1,11 +1,10 @@
 """Persistent buffers, such as a router's bias for load balance, are part of a model: they are never left behind."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -38,14 +37,6 @@ CONFIG = {
     "topk_group": 1,
     "first_k_dense_replace": 0,
 }
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store")), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 def mixture(model_type: str) -> nn.Module:

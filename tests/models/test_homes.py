@@ -2,12 +2,11 @@
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -19,13 +18,6 @@ from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.scorers import GBLM
 from lit_prune.solvers import ADMM, SparseGPT
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 def sharded(model: nn.Module) -> nn.Module:

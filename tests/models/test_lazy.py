@@ -18,6 +18,7 @@ from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.scorers import GBLM
 from lit_prune.solvers import ADMM, SparseGPT
+from support.killed import KilledError, kill_at
 
 PLANS = {
     "gblm": PruningPlan(Unstructured(0.5), GBLM(), AlphaPruning()),
@@ -102,16 +103,9 @@ def test_it_resumes(saved: Callable[..., Path], tokens: list[Tensor], tmp_path: 
     whole = load_model(folder)
     prune(whole, tokens, plan)
 
-    class KilledError(Exception):
-        pass
-
-    def kill(position: object) -> None:
-        if getattr(position, "block", 0) == 2:
-            raise KilledError
-
     journal = tmp_path / "journal"
     with pytest.raises(KilledError):
-        prune(load_model(folder, lazy=tmp_path / "c"), tokens, plan, journal_folder=journal, on_progress=kill)
+        prune(load_model(folder, lazy=tmp_path / "c"), tokens, plan, journal_folder=journal, on_progress=kill_at(2))
     resumed = load_model(folder, lazy=tmp_path / "c")
     report = prune(resumed, tokens, plan, journal_folder=journal, resume=True)
     save_pruned(tmp_path / "pruned", resumed, None, report.masks, {})

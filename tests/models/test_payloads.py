@@ -32,15 +32,7 @@ from lit_prune.models.io import load_masks, load_model, load_tokenizer
 from lit_prune.ops import PackedMask
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training.strategies import FSDP2, DeepSpeed
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
+from support.training import SMALLER
 
 
 class Payload:
@@ -233,7 +225,7 @@ def test_what_is_trusted_is_loaded(tmp_path: Path) -> None:
 def config(folder: Path, **plan: Any) -> str:
     plan = {"pattern": {"class_path": "Unstructured", "init_args": {"sparsity": 0.5}}, "output_error": False, **plan}
     content = {
-        "model": {"pretrained": "random", "config": LLAMA},
+        "model": {"pretrained": "random", "config": SMALLER},
         "data": {"dataset": "embedded", "sequences": 2, "seqlen": 8, "max_windows": 2},
         "trainer": {
             "accelerator": "cpu",

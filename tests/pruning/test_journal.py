@@ -18,10 +18,7 @@ from lit_prune.pruning.progress import OnProgress, Position
 from lit_prune.pruning.report import versions
 from lit_prune.scorers import Wanda
 from lit_prune.solvers import SparseGPT
-
-
-class KilledError(Exception):
-    pass
+from support.killed import KilledError, kill_at
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -39,12 +36,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
     straight = tiny_model(model_type)
     expected = prune(straight, tokens, plan)
 
-    def kill(position: Position) -> None:
-        if (position.block, position.stage) == (2, "solve"):
-            raise KilledError
-
     with pytest.raises(KilledError):
-        prune(tiny_model(model_type), tokens, plan, journal_folder=tmp_path, on_progress=kill)
+        prune(tiny_model(model_type), tokens, plan, journal_folder=tmp_path, on_progress=kill_at(2, "solve"))
     stages: list[tuple[int, str]] = []
     resumed = tiny_model(model_type)
     report = prune(

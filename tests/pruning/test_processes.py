@@ -1,10 +1,8 @@
 """Two real processes prune one model together, and agree with one process."""
 
-import os
-import socket
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +10,9 @@ from torch import Tensor
 
 from lit_prune.models.files import load_tensors, read_json
 from lit_prune.models.io import load_masks
+from support.processes import run_ranks
+from support.pruned_together import prune_together
+from support.shared import Shared
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -19,19 +20,19 @@ pytestmark = pytest.mark.timeout(300)
 PLANS = ["wanda", "sparsegpt", "gblm", "admm", "reconstructed", "dense"]
 
 
-def run(out: Path, *arguments: str, processes: int = 1) -> list[str]:
-    """Run the worker and return the last line of what each failed process said."""
-    command = [sys.executable, str(Path(__file__).with_name("worker.py")), "--out", str(out), *arguments]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in range(processes):
-        several = {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **(several if processes > 1 else {})}
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    said = [["", *process.communicate()[1].strip().splitlines()] for process in started]
-    return [lines[-1] for process, lines in zip(started, said, strict=True) if process.returncode]
+def run(out: Path, plans: list[str], processes: int = 1, **options: Any) -> list[str]:
+    """Carry plans out and return the last line of what each failed process said."""
+    ended = run_ranks(out / "log", partial(prune_together, out, plans, **options), processes)
+    return [process.last_line for process in ended if process.code]
+
+
+def alone(shared: Shared, plans: list[str], **options: Any) -> Path:
+    """Return the folder of what one process makes of plans."""
+
+    def make(folder: Path) -> None:
+        assert run(folder, plans, **options) == []
+
+    return shared.once(f"pruned alone: {plans} {options}", make)
 
 
 def masks(folder: Path, rank: int = 0) -> dict[str, Tensor]:
@@ -57,13 +58,13 @@ def bound(plan: str) -> float:
     return BY_ADAM if plan == "reconstructed" else ROUNDING
 
 
-@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["whole", "FSDP2"])
-def test_two_processes_agree_with_one(shard: list[str], tmp_path: Path) -> None:
-    assert run(tmp_path / "one", *PLANS) == []
-    assert run(tmp_path / "two", *PLANS, *shard, processes=2) == []
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "FSDP2"])
+def test_two_processes_agree_with_one(shard: bool, shared: Shared, tmp_path: Path) -> None:
+    one = alone(shared, PLANS)
+    assert run(tmp_path / "two", PLANS, 2, shard=shard) == []
     for plan in PLANS:
         two = tmp_path / "two" / plan
-        check_equal(tmp_path / "one" / plan, two, bound(plan))
+        check_equal(one / plan, two, bound(plan))
         first, second = (load_tensors(two / f"weights{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(value, second[name]) for name, value in first.items())
         assert all(torch.equal(mask, masks(two, 1)[name]) for name, mask in masks(two).items())
@@ -73,19 +74,21 @@ def test_two_processes_agree_with_one(shard: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plans", "arguments"),
+    ("plans", "options"),
     [
-        (["wanda", "reconstructed"], ["--model", "mixtral"]),
-        (["admm", "gblm", "reconstructed"], ["--sequences", "1", "--length", "128"]),
+        (["wanda", "reconstructed"], {"model_type": "mixtral"}),
+        (["admm", "gblm", "reconstructed"], {"sequences": 1, "length": 128}),
     ],
     ids=["experts", "a process without a sequence"],
 )
-@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["whole", "FSDP2"])
-def test_all_processes_are_heard(plans: list[str], arguments: list[str], shard: list[str], tmp_path: Path) -> None:
-    assert run(tmp_path / "one", *plans, *arguments) == []
-    assert run(tmp_path / "two", *plans, *arguments, *shard, processes=2) == []
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "FSDP2"])
+def test_all_processes_are_heard(
+    plans: list[str], options: dict[str, Any], shard: bool, shared: Shared, tmp_path: Path
+) -> None:
+    one = alone(shared, plans, **options)
+    assert run(tmp_path / "two", plans, 2, **options, shard=shard) == []
     for plan in plans:
-        check_equal(tmp_path / "one" / plan, tmp_path / "two" / plan, bound(plan))
+        check_equal(one / plan, tmp_path / "two" / plan, bound(plan))
 
 
 @pytest.mark.parametrize(
@@ -96,16 +99,16 @@ def test_all_processes_are_heard(plans: list[str], arguments: list[str], shard: 
     ],
 )
 def test_what_fails_in_one_process_is_said_by_all(plan: str, message: str, tmp_path: Path) -> None:
-    said = run(tmp_path, plan, "--sequences", "2", "--length", "8", processes=2)
+    said = run(tmp_path, [plan], 2, sequences=2, length=8)
     assert len(said) == 2 and all(message in text for text in said), said
 
 
 def test_killed_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
     straight, resumed, journal = tmp_path / "straight", tmp_path / "resumed", tmp_path / "journal"
-    assert run(straight, "admm", processes=2) == []
-    assert len(run(resumed, "admm", "--journal", str(journal), "--kill-after", "2", processes=2)) == 2
+    assert run(straight, ["admm"], 2) == []
+    assert len(run(resumed, ["admm"], 2, journal=journal, kill_after=2)) == 2
     assert (journal / "block_0000.record").is_file()  # the next one may still have been on its way to the disk
-    assert run(resumed, "admm", "--journal", str(journal), processes=2) == []
+    assert run(resumed, ["admm"], 2, journal=journal) == []
     expected = load_tensors(straight / "admm" / "weights0.safetensors")
     for rank in (0, 1):
         found = load_tensors(resumed / "admm" / f"weights{rank}.safetensors")

@@ -18,6 +18,7 @@ from lit_prune.pruning.progress import Position
 from lit_prune.pruning.report import LayerReport
 from lit_prune.scorers import Magnitude, Scorer, SparseGPTSaliency, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
+from support.killed import KilledError, kill_at
 from support.rounding import distance
 
 MODELS = ["llama", "qwen2", "gemma3_text", "opt", "gpt2", "gpt_neox"]
@@ -30,10 +31,6 @@ PLANS = {
     "wanda 2:4": PruningPlan(NM(2, 4), Wanda()),
     "admm corrected": PruningPlan(Unstructured(0.5), solver=ADMM(iterations=6), correction=0.5),
 }
-
-
-class KilledError(Exception):
-    pass
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -158,12 +155,8 @@ def test_dense_propagation_takes_one_pass_and_sees_the_dense_model(
         name = f"model.layers.{block}.mlp.up_proj.weight"
         assert torch.equal(alone.get_parameter(name), model.get_parameter(name))
 
-    def kill(position: Position) -> None:
-        if position.block == 2:
-            raise KilledError
-
     with pytest.raises(KilledError):
-        prune(tiny_model(), tokens, plan, journal_folder=tmp_path, on_progress=kill)
+        prune(tiny_model(), tokens, plan, journal_folder=tmp_path, on_progress=kill_at(2))
     resumed = tiny_model()
     prune(resumed, tokens, plan, journal_folder=tmp_path, resume=True)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())

@@ -21,6 +21,7 @@ from lit_prune.pruning.documents import render
 from lit_prune.pruning.progress import Position
 from lit_prune.scorers import Magnitude, Wanda
 from lit_prune.solvers import ADMM
+from support.killed import KilledError, kill_at
 from support.rounding import network
 
 TRAINED = Reconstruction(steps=40, rate=0.1)
@@ -230,10 +231,6 @@ def test_the_stage_is_timed_and_announced(tiny_model: Callable[..., nn.Module], 
     assert report.seconds["reconstruct"] >= sum(done.seconds for done in report.reconstructions) > 0
 
 
-class KilledError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize("stage", ["solve", "reconstruct"])
 def test_a_killed_run_resumes_to_the_same_bits(
@@ -243,12 +240,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
     straight, resumed = tiny_model(model_type), tiny_model(model_type)
     expected = prune(straight, tokens, plan)
 
-    def kill(position: Position) -> None:
-        if (position.block, position.stage) == (1, stage):
-            raise KilledError
-
     with pytest.raises(KilledError):
-        prune(tiny_model(model_type), tokens, plan, journal_folder=tmp_path, on_progress=kill)
+        prune(tiny_model(model_type), tokens, plan, journal_folder=tmp_path, on_progress=kill_at(1, stage))
     trained: list[int] = []
 
     def note(position: Position) -> None:

@@ -3,22 +3,22 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from lit_prune.cli import main
 from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_masks, load_model, load_tokenizer, save_pruned
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
-
-import masks_matrix
+from support.cells import LLAMA, count_pruned, difference
+from support.processes import Ended, run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategies"
 MIXTURE = {
-    **masks_matrix.LLAMA,
+    **LLAMA,
     "model_type": "glm4_moe",
     "moe_intermediate_size": 25,
     "n_routed_experts": 3,
@@ -77,27 +77,27 @@ def test_fit_resume_and_export_of_a_sharded_checkpoint_agree(
     run = {**RUN, "model": {"pretrained": "dense"}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
 
-    def lit_prune(command: str, *arguments: str) -> None:
-        configs = ["-c", "run.yaml", "-c", str(CONFIGS / f"{strategy}.yaml")]
-        subprocess.run(
-            [sys.executable, "-m", "lit_prune", command, *configs, *arguments], cwd=tmp_path, check=True, timeout=600
-        )
+    configs = ["-c", "run.yaml", "-c", str(CONFIGS / f"{strategy}.yaml")]
 
-    lit_prune("fit")
+    def lit_prune(processes: int, command: str, *arguments: str) -> None:
+        ended = run_ranks(tmp_path / "log", partial(main, [command, *configs, *arguments]), processes, folder=tmp_path)
+        assert not any(process.code for process in ended), ended
+
+    lit_prune(2, "fit")
     halfway, last = (tmp_path / "checkpoints" / f"step={step}.ckpt" for step in (2, 4))
     assert halfway.is_dir() and last.is_dir()
-    lit_prune("export", "--checkpoint", str(last), "--output", "exported")
+    lit_prune(1, "export", "--checkpoint", str(last), "--output", "exported")
     (tmp_path / "trained").rename(tmp_path / "straight")
-    lit_prune("fit", "--ckpt_path", str(halfway))  # between the prunings after steps 0 and 3
+    lit_prune(2, "fit", "--ckpt_path", str(halfway))  # between the prunings after steps 0 and 3
 
     for other in ("exported", "trained"):
-        assert masks_matrix.difference(tmp_path / other, tmp_path / "straight") < 1e-6
+        assert difference(tmp_path / other, tmp_path / "straight") < 1e-6
         model, masks = load_model(str(tmp_path / other)), load_masks(tmp_path / other)
         biases = [buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
         assert all((bias == BIAS).all() for bias in biases) and len(biases) == (2 if config is MIXTURE else 0)
         take_apart(model)
         weights = model.state_dict()
-        revived, pruned = masks_matrix.count_pruned(iter(weights.items()), masks)
+        revived, pruned = count_pruned(iter(weights.items()), masks)
         assert revived == 0
         assert pruned > 0.49 * sum(weights[name].numel() for name in masks)  # 24 of 49 inputs
 
@@ -105,7 +105,7 @@ def test_fit_resume_and_export_of_a_sharded_checkpoint_agree(
 @pytest.mark.timeout(600)
 def test_one_shot_pruning_in_two_processes(tmp_path: Path) -> None:
     # In float64, so that no weight is chosen otherwise because two processes add up in another order.
-    dense = load_model("random", torch.float64, masks_matrix.LLAMA)
+    dense = load_model("random", torch.float64, LLAMA)
     save_pruned(tmp_path / "dense", dense, load_tokenizer("random"), {}, {})
     run = {"data": {**RUN["data"], "sequences": 32}, "model": {"pretrained": "dense"}}
     plan = {
@@ -116,19 +116,20 @@ def test_one_shot_pruning_in_two_processes(tmp_path: Path) -> None:
     run["trainer"] = {"accelerator": "cpu", "logger": False, "callbacks": prunes}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
 
-    def prune(output: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lit_prune", "prune", "-c", "run.yaml", "--output", output, *arguments]
-        return subprocess.run(command, cwd=tmp_path, check=False, timeout=300, capture_output=True, text=True)
+    def prune(output: str, *arguments: str, processes: int = 1) -> Ended:
+        command = ["prune", "-c", "run.yaml", "--output", output, *arguments]
+        return run_ranks(tmp_path / "log", partial(main, command), processes, folder=tmp_path)[0]
 
     ddp = ["-c", str(CONFIGS / "ddp.yaml")]
-    assert "pruning takes about" in prune("one").stdout
-    assert prune("two", *ddp).returncode == 0
-    assert masks_matrix.difference(tmp_path / "one", tmp_path / "two") < 1e-9  # 1,000 sums, conditions below 1,000
+    assert "pruning takes about" in prune("one").said
+    command = [sys.executable, "-m", "lit_prune", "prune", "-c", "run.yaml", "--output", "two", *ddp]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=600)  # it starts the other process itself
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-9  # 1,000 sums, conditions below 1,000
     report = json.loads((tmp_path / "two" / "pruning.json").read_text())
     assert report["evaluation"]["perplexity_after"] > 0 and len(report["samples"]) == 2
-    assert prune("lazy", "--model.lazy", "blocks", *ddp).returncode == 0
+    assert prune("lazy", "--model.lazy", "blocks", *ddp, processes=2).code == 0
     expected = load_model(str(tmp_path / "two")).state_dict()
     assert all(torch.equal(v, expected[name]) for name, v in load_model(str(tmp_path / "lazy")).state_dict().items())
     assert not (tmp_path / "blocks").exists() and not list(tmp_path.glob(".*"))
     refused = prune("three", "-c", str(CONFIGS / "fsdp2.yaml"))
-    assert refused.returncode == 2 and "trainer.strategy is FSDP2: to prune once, use ddp" in refused.stderr
+    assert refused.code == 2 and "trainer.strategy is FSDP2: to prune once, use ddp" in refused.said

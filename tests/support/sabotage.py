@@ -1,33 +1,26 @@
-"""Train a cell of scripts/bench/masks_matrix.py, killed, resumed, or with a part of mask keeping switched off."""
+"""Trainings of a cell that are killed, or have a part of mask keeping switched off."""
 
-import argparse
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
-
-import masks_matrix
-
 from lit_prune.callbacks import KeepMasks, keep_masks
 from lit_prune.callbacks.keep_masks import find_keep_masks
 from lit_prune.models import access
+from support.cells import train
 
 
 class Kill(Callback):
-    """Kills all processes with SIGKILL after an optimizer step."""
+    """Kills each process with SIGKILL after an optimizer step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step == self.step and trainer.is_global_zero:
-            for process in getattr(trainer.strategy.launcher, "procs", []):
-                process.kill()
+        if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -63,22 +56,12 @@ def leave_masters_alone() -> None:
 MUTATIONS = {"gradients": leave_gradients_alone, "masters": leave_masters_alone}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cell", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--leave-alone", choices=MUTATIONS)
-    parser.add_argument("--kill-after", type=int)
-    parser.add_argument("--resume", type=Path)
-    options = parser.parse_args()
-    callbacks: list[Callback] = []
-    if options.leave_alone:
-        MUTATIONS[options.leave_alone]()
-        callbacks.append(Audit())
-    if options.kill_after:
-        callbacks.append(Kill(options.kill_after))
-    masks_matrix.train(options.cell, options.out, callbacks, options.resume)
+def train_and_kill(cell: str, folder: Path, step: int) -> None:
+    """Train a cell until a step."""
+    train(cell, folder, [Kill(step)])
 
 
-if __name__ == "__main__":
-    main()
+def train_and_leave_alone(cell: str, folder: Path, part: str) -> None:
+    """Train a cell without one of ``MUTATIONS``, and audit its masks before the first step and after every batch."""
+    MUTATIONS[part]()
+    train(cell, folder, [Audit()])

@@ -1,12 +1,11 @@
-"""One of several processes that prune a tiny model together; the first one writes what came out."""
+"""What each of several processes does that prune a tiny model together: carry out plans and write what came out."""
 
-import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -53,57 +52,65 @@ def batches(sequences: int, length: int) -> list[torch.Tensor]:
     return list(torch.randint(384, (sequences, length), generator=torch.Generator().manual_seed(1)).split(2))
 
 
-def pruned(name: str, out: Path, options: argparse.Namespace) -> None:
-    """Carry a plan out on a new model, and write weights, masks and report of this process."""
+def prune_together(
+    out: Path,
+    plans: Sequence[str],
+    model_type: str = "llama",
+    sequences: int = 5,
+    length: int = 64,
+    shard: bool = False,
+    journal: Path | None = None,
+    kill_after: int | None = None,
+) -> None:
+    """Carry plans out, each on a new model, and write weights, masks and report of this process.
+
+    Args:
+        out: folder; a folder for each plan comes into it.
+        plans: names in ``PLANS``.
+        model_type: one of ``SHAPES``.
+        sequences: number of calibration sequences of all processes together.
+        length: of a sequence, in tokens.
+        shard: use FSDP2.
+        journal: folder to go on from.
+        kill_after: block after whose solve the process kills itself.
+    """
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        distributed.init_process_group("gloo")
+
+    def kill(position: Position) -> None:
+        if (position.block, position.stage) == (kill_after, "solve"):
+            os._exit(9)
+
+    for name in plans:
+        model = build(name, model_type, shard)
+        report = prune(
+            model,
+            batches(sequences, length),
+            PLANS[name],
+            journal_folder=journal,
+            resume=journal is not None,
+            on_progress=kill if kill_after is not None else None,
+        )
+        weights = {parameter: read_whole(value).clone() for parameter, value in model.named_parameters()}
+        rank = processes.rank()
+        save_tensors(out / name / f"weights{rank}.safetensors", weights)
+        save_masks(out / name / f"masks{rank}.safetensors", report.masks)
+        write_json(out / name / f"report{rank}.json", report.as_dict())
+
+
+def build(plan: str, model_type: str, shard: bool) -> nn.Module:
+    """Return a new model for a plan."""
     torch.manual_seed(0)
     # In float64, so that processes differ by much less than any two scores or sparsities do.
-    model = load_model("random", torch.float64, config(options.model))
+    model = load_model("random", torch.float64, config(model_type))
     take_apart(model)
-    if name == "overflow":
+    if plan == "overflow":
         model.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(1e100)
         model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0] = 1e300
-    if options.shard:
+    if shard:
         mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
         for block in find_blocks(model):
             fully_shard(block.module, mesh=mesh)
         fully_shard(model, mesh=mesh)
-
-    def kill(position: Position) -> None:
-        if (position.block, position.stage) == (options.kill_after, "solve"):
-            os._exit(9)
-
-    report = prune(
-        model,
-        batches(options.sequences, options.length),
-        PLANS[name],
-        journal_folder=options.journal,
-        resume=options.journal is not None,
-        on_progress=kill if options.kill_after is not None else None,
-    )
-    weights = {parameter: read_whole(value).clone() for parameter, value in model.named_parameters()}
-    rank = processes.rank()
-    save_tensors(out / f"weights{rank}.safetensors", weights)
-    save_masks(out / f"masks{rank}.safetensors", report.masks)
-    write_json(out / f"report{rank}.json", report.as_dict())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("plans", nargs="+", choices=PLANS)
-    parser.add_argument("--model", choices=SHAPES, default="llama")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=5)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--shard", action="store_true", help="FSDP2")
-    parser.add_argument("--journal", type=Path)
-    parser.add_argument("--kill-after", type=int, help="block")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        distributed.init_process_group("gloo")
-    for name in options.plans:
-        pruned(name, options.out / name, options)
-
-
-if __name__ == "__main__":
-    main()
+    return model
