@@ -1,18 +1,74 @@
-"""``lit-prune`` and ``python -m lit_prune``."""
+"""The command ``lit-prune``: what needs no model is answered at once, without loading torch."""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from textwrap import dedent
 
-import lit_prune
+COMMANDS = {
+    "prune": "Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.",
+    "analyze": "Tells how prunable each layer is, from the spectra of the weights; nothing is changed.",
+    "fit": "Trains a model, pruning it where the schedule of a Prune callback says so.",
+    "validate": "Evaluates a model on the validation text.",
+    "test": "Evaluates a model on the test text.",
+    "evaluate": "Runs tasks of lm-evaluation-harness on a model; for its perplexity, see validate and test.",
+    "speed": "Times one layer of each shape, with its zeros multiplied and in a sparse form of torch, on this machine.",
+    "export": "Turns a training checkpoint, sharded or not, or a pruned folder into a folder to hand on; masks are "
+    "verified.",
+    "compare": "Sets pruned folders side by side on one page.",
+    "recipes": "Lists the configurations that ship: name, summary and path.",
+}
+"""Subcommands and their summaries."""
 
 
-def main() -> int:
-    """Run the command line and return its exit status; print the version before the libraries are imported."""
-    if sys.argv[1:] == ["--version"]:
-        print(f"lit-prune {lit_prune.__version__}")
-        return 0
-    from lit_prune.cli import main as command_line
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+    elif arguments[0] == "--version":
+        from lit_prune import __version__
 
-    return command_line()
+        print(f"lit-prune {__version__}")
+    elif arguments[0] == "recipes":
+        print(recipes())
+    else:
+        from lit_prune.cli import main as run
+
+        return run(arguments)
+    return 0
+
+
+def overview() -> str:
+    """Return the help of the whole command line."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items())
+    return dedent(
+        """\
+        usage: lit-prune COMMAND [-c CONFIG ...] [--OPTION VALUE ...]
+
+        Prune large language models, keep the masks, recover what was lost.
+
+        {commands}
+
+        examples:
+          lit-prune prune --model.pretrained MODEL --plan wanda --sparsity 0.5
+          lit-prune prune -c models/smollm2 -c data/wikitext2 --pattern 2:4
+          lit-prune fit -c recipes/recover --sparsity 0.6 -c strategies/zero3
+
+        lit-prune COMMAND --help shows its options, lit-prune prune --plan.solver.help ADMM those of a part of the plan.
+        lit-prune --version shows the version."""
+    ).format(commands=commands)
+
+
+def recipes() -> str:
+    """Return the table of the configurations that ship."""
+    from lit_prune.recipes import shipped
+
+    items = shipped()
+    width = max(len(item.name) for item in items)
+    return "\n".join(f"{item.name:{width}}  {item.summary}\n{'':{width}}  {item.path}" for item in items)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -16,12 +17,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
+from lit_prune.arguments import overridden, prepare
+from lit_prune.callbacks import Prune
 from lit_prune.cli_errors import ArgumentsError, explain
+from lit_prune.errors import InputError
 from lit_prune.freed_memory import keep_freed_memory
 from lit_prune.interruption import Interrupted, stopping_on_signals
 from lit_prune.models.io import disable_model_progress_bars, hub_model
+from lit_prune.pruning import PruningPlan
 from lit_prune.pruning.comparison import compare
 from lit_prune.pruning.report import Recipe
+from lit_prune.pruning.schedule import Schedule
+from lit_prune.recipes import path_of
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule
 
@@ -35,8 +42,11 @@ _SUBCOMMANDS = {
     "validate": {"model", "dataloaders", "datamodule"},
     "test": {"model", "dataloaders", "datamodule"},
 }
-_FLAGS = {"--overwrite": "true", "--trust": "true", "--resume": "auto"}
-"""What options that want a value mean without one."""
+_PLAN_HELP = (
+    "What to prune, how far and how: the name of a plan that ships (lit-prune recipes), a YAML file, or the parts. "
+    "In short: --sparsity 0.6 for --plan.pattern.sparsity, --pattern 2:4 for a pattern N:M."
+)
+_SCHEDULE_HELP = "When fit prunes, in optimizer steps; null = once, at the start."
 
 _load_any_yaml = get_loader("yaml")
 
@@ -55,7 +65,10 @@ class PruningCLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Note the arguments, and do as the parent does."""
         self.arguments: list[str] = list(kwargs["args"])
-        super().__init__(*args, **kwargs)
+        self.prepared = prepare(self.arguments)
+        for note in self.prepared.notes:
+            print(f"lit-prune: {note}", file=sys.stderr)
+        super().__init__(*args, **{**kwargs, "args": self.prepared.arguments})
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the subcommands, and the arguments that are no options; the one that is asked for, if it is known.
@@ -66,7 +79,9 @@ class PruningCLI(LightningCLI):
         return {asked: _SUBCOMMANDS[asked]} if asked in _SUBCOMMANDS else _SUBCOMMANDS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--debug`` and ``--quiet``."""
+        """Add ``--plan``, ``--schedule``, ``--debug`` and ``--quiet``."""
+        parser.add_argument("--plan", type=PruningPlan | None, sub_configs=True, help=_PLAN_HELP)
+        parser.add_argument("--schedule", type=Schedule | None, help=_SCHEDULE_HELP)
         parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
         parser.add_argument("--quiet", action="store_true", help="Show no progress and no tables.")
 
@@ -78,7 +93,16 @@ class PruningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; whatever is raised meanwhile is about an argument."""
         with _mistakes():
+            if self.prepared.overrides:
+                args = [*args, f"--trainer.callbacks={self._overridden(parser, args)}"]
             super().parse_arguments(parser, args)
+
+    def _overridden(self, parser: LightningArgumentParser, args: list[str]) -> str:
+        """Return ``trainer.callbacks`` as all other arguments give it, with the overrides, as JSON."""
+        config = parser.parse_args([argument for argument in args if not argument.startswith("--print_config")])
+        config = config[config.subcommand] if config.get("subcommand") else config
+        callbacks = [entry.as_dict() for entry in config.trainer.callbacks or []]
+        return json.dumps(overridden(callbacks, self.prepared.overrides))
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, and tell the trainer how it was started."""
@@ -93,6 +117,20 @@ class PruningCLI(LightningCLI):
             base_model=hub_model(self.model.pretrained),
             datasets=self.datamodule.hub_names(training=self.subcommand == "fit"),
         )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; a plan becomes a ``Prune`` callback in front of the others."""
+        plan, schedule = self._get(self.config_init, "plan"), self._get(self.config_init, "schedule")
+        settings = self._get(self.config_init, "trainer")
+        callbacks = settings.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if plan is not None:
+            if any(isinstance(callback, Prune) for callback in callbacks):
+                raise InputError("plan is given, and trainer.callbacks has a Prune with a plan of its own: leave one")
+            callbacks = [Prune(plan, schedule), *callbacks]
+        elif schedule is not None:
+            raise InputError("schedule is given without a plan: name one with --plan, such as --plan wanda")
+        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
 
     def before_instantiate_classes(self) -> None:
         """Give the data the model's tokenizer where none is named; be quiet where that is asked for."""
@@ -131,7 +169,7 @@ def build(arguments: list[str], run: bool = True) -> PruningCLI:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake is one line (a traceback with ``--debug``)."""
     keep_freed_memory()
-    arguments = _with_flags(sys.argv[1:] if args is None else args)
+    arguments = list(sys.argv[1:] if args is None else args)
     try:
         if arguments[:1] == ["compare"]:
             _compare(arguments[1:])
@@ -163,15 +201,6 @@ def _compare(arguments: Sequence[str]) -> None:
     print(f"wrote {compare(options.runs, options.output)}")
 
 
-def _with_flags(arguments: Sequence[str]) -> list[str]:
-    """Let ``--overwrite`` alone mean ``--overwrite=true``, and ``--resume`` alone ``--resume=auto``."""
-    following = [*arguments[1:], ""][: len(arguments)]
-    return [
-        f"{argument}={_FLAGS[argument]}" if argument in _FLAGS and (not value or value.startswith("-")) else argument
-        for argument, value in zip(arguments, following, strict=True)
-    ]
-
-
 @contextmanager
 def _mistakes() -> Iterator[None]:
     """Mark any error of the parser, or of a class that is built from arguments, as a user's mistake."""
@@ -186,7 +215,10 @@ def _mistakes() -> Iterator[None]:
 def _load_yaml(text: str) -> Any:
     """Load a configuration; raise ``YAMLError`` for a key that stands twice in one mapping, which YAML forbids."""
     _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-    return _load_any_yaml(text)
+    content = _load_any_yaml(text)
+    if isinstance(content, dict) and isinstance(content.get("plan"), str):
+        content["plan"] = path_of("plan", content["plan"]) or content["plan"]
+    return content
 
 
 def _refuse_repeated_keys(node: yaml.Node | None) -> None:
