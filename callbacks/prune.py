@@ -51,6 +51,8 @@ class Prune(Callback):
 
     The calibration set is the data module's. ``KeepMasks`` keeps pruned weights at zero between and after prunings.
 
+    On the command line ``plan`` and ``schedule`` are options of their own, of which this callback is made. Written out:
+
     .. code-block:: yaml
 
         trainer:

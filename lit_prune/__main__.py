@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from textwrap import dedent
+
+import lit_prune
 
 COMMANDS = {
     "prune": "Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.",
@@ -28,12 +31,12 @@ def main(args: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
     elif arguments[0] == "--version":
-        from lit_prune import __version__
-
-        print(f"lit-prune {__version__}")
+        print(f"lit-prune {lit_prune.__version__}")
     elif arguments[0] == "recipes":
         print(recipes())
     else:
+        if not {"", os.getcwd()} & set(sys.path):
+            sys.path.append(os.getcwd())  # classes of one's own are named as modules of the working directory
         from lit_prune.cli import main as run
 
         return run(arguments)

@@ -38,6 +38,7 @@ from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.models.sparse import Speed, measure_speed
 from lit_prune.ops import Unstructured, processes
 from lit_prune.ops.masks import check_sparsity
+from lit_prune.options import as_list
 from lit_prune.pruning import PruningPlan, PruningReport
 from lit_prune.pruning.analysis import analyze, spectra_of
 from lit_prune.pruning.documents import read_report, render
@@ -239,10 +240,10 @@ class PruningTrainer(Trainer):
         datamodule: TextDataModule,
         output: str = "pruned",
         overwrite: bool = False,
-        resume: Resume = "never",
-        tasks: Sequence[str] = (),
+        resume: Resume | None = None,
+        tasks: Sequence[str] | str = (),
         harness: Harness = HARNESS,
-        prompts: Sequence[str] = PROMPTS,
+        prompts: Sequence[str] | str = PROMPTS,
     ) -> None:
         """Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.
 
@@ -251,8 +252,8 @@ class PruningTrainer(Trainer):
             datamodule: Its calibration and test text.
             output: Folder to write.
             overwrite: Replace the folder where it exists.
-            resume: Go on with a run that was stopped, from its finished blocks, where there is one (auto), or begin
-                anew (never).
+            resume: Go on with a run that was stopped, from its finished blocks, if there are any (auto), or begin anew
+                without them (never); null = refuse to begin if there are any.
             tasks: Tasks of lm-evaluation-harness, to be run before and after; none = the perplexity alone.
             harness: How they are run.
             prompts: Beginnings that the model goes on from, before and after, for the report.
@@ -266,11 +267,17 @@ class PruningTrainer(Trainer):
             raise InputError("trainer.limit_test_batches is 0: prune evaluates before and after, on at least one batch")
         self._drop_unwritable_logs()
         callback = find_prune(self)
+        tasks, prompts = as_list(tasks), as_list(prompts)
         for prompt in prompts:
             if not prompt.strip():
                 raise InputError(f"prompts hold {prompt!r}: give each some words, or --prompts '[]' for none")
         folder = check_output(output, overwrite, reads=_read_by(model, datamodule, callback.plan))
         journal = folder.with_name(f".{folder.name}.journal")
+        if resume is None and (blocks := Journal.blocks(journal)):
+            raise InputError(
+                f"output is {output!r}: {str(journal)!r} has {blocks} finished blocks of a stopped run; go on from "
+                "them with --resume auto, or begin anew with --resume never"
+            )
         if tasks:
             harness.check(tasks)
         if callback.plan.needs_data:
@@ -348,7 +355,7 @@ class PruningTrainer(Trainer):
         self,
         model: LitCausalLM,
         datamodule: TextDataModule,
-        tasks: Sequence[str],
+        tasks: Sequence[str] | str,
         harness: Harness = HARNESS,
         output: str | None = None,
     ) -> Scores:
@@ -361,6 +368,7 @@ class PruningTrainer(Trainer):
             harness: How they are run.
             output: JSON file to write the scores to; null = none.
         """
+        tasks = as_list(tasks)
         harness.check(tasks)
         model.configure_model()
         scores = self._scores(model, tasks, harness)
@@ -373,7 +381,7 @@ class PruningTrainer(Trainer):
         self,
         model: LitCausalLM,
         datamodule: TextDataModule,
-        tokens: Sequence[int] = (1, 16, 256),
+        tokens: Sequence[int] | int = (1, 16, 256),
         output: str | None = None,
     ) -> list[Speed]:
         """Times one layer of each shape, with its zeros multiplied and in a sparse form of torch, on this machine.
@@ -385,6 +393,7 @@ class PruningTrainer(Trainer):
             output: JSON file to write the figures to; null = none.
         """
         _refuse_lazy(model, "speed")
+        tokens = as_list(tokens)
         if not tokens or not all(1 <= rows <= _MOST_ROWS for rows in tokens):
             raise InputError(f"tokens are {list(tokens)}: give numbers from 1 to {_MOST_ROWS:,}, such as [1, 16, 256]")
         masks = load_masks(model.pretrained)
@@ -419,8 +428,8 @@ class PruningTrainer(Trainer):
         datamodule: TextDataModule,
         output: str = "analysis",
         overwrite: bool = False,
-        sparsities: Sequence[float] = (0.5, 0.6, 0.7, 0.8),
-        histograms: Sequence[str] = (),
+        sparsities: Sequence[float] | float = (0.5, 0.6, 0.7, 0.8),
+        histograms: Sequence[str] | str = (),
     ) -> None:
         """Tells how prunable each layer is, from the spectra of the weights; nothing is changed.
 
@@ -435,6 +444,7 @@ class PruningTrainer(Trainer):
             histograms: Shell patterns over layer names: whose spectra are plotted with the fitted tail; none = those of
                 the first block.
         """
+        sparsities, histograms = as_list(sparsities), as_list(histograms)
         if not sparsities:
             raise InputError("sparsities are empty: give at least one, such as [0.5]")
         for sparsity in sparsities:

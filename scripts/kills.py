@@ -3,7 +3,7 @@
 One run is timed from its start to its end. Then, for each moment drawn between the two, a run is killed, resumed once,
 and its weights and masks are compared with those of the run that nobody killed.
 
-    python scripts/kills.py --config configs/demo.yaml --kills 10
+    python scripts/kills.py --config recipes/demo --kills 10
 """
 
 from __future__ import annotations

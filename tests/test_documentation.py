@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_prune.cli import build, main
+from lit_prune import recipes
+from lit_prune.__main__ import main
+from lit_prune.cli import build
 from lit_prune.models.io import load_model, load_tokenizer, save_pruned
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +35,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 def commands(page: str) -> list[str]:
     """Return the ``lit-prune`` commands of a page, in order."""
     lines = [line for where, text in blocks("bash") if where == page for line in text.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith("lit-prune ") and "configs/strategies" not in line]
+    return [line for line in lines if line.startswith("lit-prune ") and "strategies/" not in line]
 
 
 WITH_COMMANDS = [page for page in dict.fromkeys(page for page, _ in blocks("bash")) if commands(page)]
@@ -75,9 +77,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, write_task: Callable[[Pa
     write_task(place / "tasks")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setattr(recipes, "_FOLDER", place / "configs")
         for pruned in ("sparse-model", "other-model", "out/demo"):
-            assert main(["prune", "-c", "configs/demo.yaml", *SMALL, "--output", pruned]) == 0
-        assert main(["fit", "-c", "configs/gradual.yaml", *SMALL, "--trainer.callbacks+=ModelCheckpoint"]) == 0
+            assert main(["prune", "-c", "recipes/demo", *SMALL, "--output", pruned]) == 0
+        assert main(["fit", "-c", "recipes/gradual", *SMALL, "--trainer.callbacks+=ModelCheckpoint"]) == 0
         (checkpoint,) = Path("lightning_logs").rglob("*.ckpt")
         shutil.copy(checkpoint, "lightning_logs/last.ckpt")
         shutil.rmtree("out/gradual")
@@ -90,10 +93,11 @@ def test_the_commands_of_a_page_work(
     page: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipes, "_FOLDER", workplace / "configs")
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
-    recipes = [text for where, text in blocks("yaml") if where == page and "pretrained:" in text]
-    if recipes:
-        whole = next(text for text in recipes if "callbacks" in text)
+    written = [text for where, text in blocks("yaml") if where == page and "pretrained:" in text]
+    if written:
+        whole = next(text for text in written if "plan:" in text)
         (tmp_path / "my.yaml").write_text(whole.replace("HuggingFaceTB/SmolLM2-135M", "out/smollm2-135m"))
     for command in commands(page):
         arguments = shlex.split(command, comments=True)[1:]
@@ -107,7 +111,7 @@ def test_the_commands_of_a_page_work(
 def _smaller(arguments: list[str]) -> list[str]:
     """Return options that make a command last seconds, and need no network."""
     options = SMALL if arguments[0] in ("prune", "fit", "test") else []
-    if "--tasks" in arguments or "configs/tasks/zero_shot.yaml" in arguments:
+    if "--tasks" in arguments or "tasks/zero_shot" in arguments:
         options = [*options, "--tasks", "[sums]", "--harness.include_path", "tasks"]
     return options
 
@@ -119,8 +123,6 @@ def test_there_are_commands_and_pages() -> None:
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda value: value[:30] if "/" in value else "")
 def test_a_yaml_is_understood(page: str, text: str, tmp_path: Path) -> None:
     run = yaml.safe_load(text)
-    if "plan" in run:
-        run = {"trainer": {"callbacks": [{"class_path": "Prune", "init_args": run}]}}
     run.setdefault("model", {}).setdefault("pretrained", "random")
     run["trainer"] = {"default_root_dir": str(tmp_path), **run.get("trainer", {})}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))

@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_what_is_finished(limit: int, command: list[str], str
     check_resumed(command, out, straight)
 
 
-def test_the_next_run_without_resume_starts_anew(
+def test_finished_blocks_are_kept_unless_told_otherwise(
     command: list[str], straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, journal = tmp_path / "out", tmp_path / ".out.journal"
@@ -114,6 +114,9 @@ def test_the_next_run_without_resume_starts_anew(
     (journal / "run.record").write_text("nonsense")
     (journal / "block_0000.record").write_text("nonsense")
     assert main([*command, "--output", str(out), "--resume"]) == 2
-    assert "run.record' is damaged; start again without --resume" in capsys.readouterr().err
-    assert main([*command, "--output", str(out)]) == 0
+    assert "run.record' is damaged; start again with --resume never" in capsys.readouterr().err
+    assert main([*command, "--output", str(out)]) == 2
+    assert "has 1 finished blocks of a stopped run; go on from them with --resume auto" in capsys.readouterr().err
+    assert (journal / "block_0000.record").read_text() == "nonsense"
+    assert main([*command, "--output", str(out), "--resume", "never"]) == 0
     assert os.listdir(tmp_path) == ["out"]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_demo_prunes_a_real_model(tmp_path: Path) -> None:
     model = ROOT / "out" / "smollm2-135m"
     subprocess.run([sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py"), str(model)], check=True)
-    command = [sys.executable, "-m", "lit_prune", "prune", "--config", str(ROOT / "configs" / "demo.yaml")]
+    command = [sys.executable, "-m", "lit_prune", "prune", "--config", "recipes/demo"]
     small = ["--data.sequences", "4", "--data.max_windows", "6", "--trainer.default_root_dir", str(tmp_path)]
     subprocess.run([*command, "--model.pretrained", str(model), "--output", str(tmp_path / "out"), *small], check=True)
     report = json.loads((tmp_path / "out" / "pruning.json").read_text())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from lit_prune.errors import DiskError, InputError, first_line
@@ -132,6 +132,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name, atomically."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+
+
+def save_tensors_in_order(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its content alone, atomically; meant for small files.
+
+    safetensors puts the metadata into the header in an order that changes from process to process.
+    """
+    content = save(dict(tensors), dict(metadata))
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight bytes
+    ordered = len(header).to_bytes(8, "little") + header + content[8 + length :]
+    write_atomically(path, lambda temporary: temporary.write_bytes(ordered))
 
 
 def tensor_names(path: Path) -> set[str]:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -37,7 +36,7 @@ from lit_prune.models.bitmask import BITMASK_FILE, opened, read_bitmask, save_bi
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.configs import load_generation_config, read_config, save_configs
 from lit_prune.models.experts import apart, together
-from lit_prune.models.files import replacing_folder, write_atomically
+from lit_prune.models.files import replacing_folder, save_tensors_in_order
 from lit_prune.models.folders import check_folder, check_tokenizer_files
 from lit_prune.models.homes import Home, home_of
 from lit_prune.models.lazy import disk_of, open_lazily, save_lazily
@@ -349,7 +348,7 @@ def save_masks(path: Path, masks: Mapping[str, PackedMask]) -> None:
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     bits = {name: mask.bits.cpu().contiguous() for name, mask in masks.items()}
     metadata = {"format": _FORMAT, "shapes": json.dumps(shapes)}
-    write_atomically(path, lambda temporary: save_file(bits, temporary, metadata=metadata))
+    save_tensors_in_order(path, bits, metadata)
 
 
 def load_masks(path: str | Path) -> dict[str, PackedMask]:

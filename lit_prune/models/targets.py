@@ -12,6 +12,15 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.models.access import PRUNABLE, read_weight
 from lit_prune.models.blocks import Block
+from lit_prune.options import as_list
+
+Patterns = Sequence[str] | str
+"""Shell patterns over module names, or one of them."""
+
+
+def as_patterns(patterns: Patterns) -> tuple[str, ...]:
+    """Return shell patterns as a tuple; one that stands alone counts as a list of one."""
+    return tuple(as_list(patterns))
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,11 @@ class Journal:
         try:
             found = list(differences(_read_record(run), json.loads(json.dumps(identity))))
         except DamagedError as error:
-            raise InputError(f"cannot resume: {error}; start again without --resume") from error
+            raise InputError(f"cannot resume: {error}; start again with --resume never") from error
         if found:
             raise InputError(
                 f"cannot resume from {str(self._folder)!r}: {'; '.join(found[:3])}; "
-                "resume with what the run was started with, or start again without --resume"
+                "resume with what the run was started with, or start again with --resume never"
             )
 
     def allocation(self) -> tuple[dict[str, float], dict[str, float]] | None:
@@ -185,6 +185,11 @@ class Journal:
             file.unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+    @staticmethod
+    def blocks(folder: Path) -> int:
+        """Return how many finished blocks a folder has."""
+        return len(list(folder.glob("block_*.record")))
 
     def _tensors(self, block: int) -> Path:
         return self._folder / f"block_{block:04d}.safetensors"

@@ -16,7 +16,7 @@ from lit_prune.errors import InputError, NumericalError, first_line
 from lit_prune.introspection import describe
 from lit_prune.models.access import read_weight
 from lit_prune.models.blocks import Block, find_blocks
-from lit_prune.models.targets import Target, find_targets
+from lit_prune.models.targets import Patterns, Target, as_patterns, find_targets
 from lit_prune.ops import NM, LayerStats, PackedMask, Pattern
 from lit_prune.pruning.reconstruction import Reconstruction
 from lit_prune.scorers import Scorer
@@ -57,9 +57,9 @@ class PruningPlan:
     in the papers. Costs one more forward pass and a product per Gram matrix."""
     reconstruction: Reconstruction | None = None
     """How what is left of a block is trained to give the dense block's outputs; null = not at all."""
-    include: Sequence[str] = ("*",)
+    include: Patterns = ("*",)
     """Shell patterns over module names: layers to prune, of the linear layers in the decoder blocks."""
-    exclude: Sequence[str] = ()
+    exclude: Patterns = ()
     """Shell patterns over module names: layers to leave alone."""
     cache: str | None = None
     """Folder that keeps gradient norms and spectral metrics for other runs with the same model; null = nowhere."""
@@ -79,6 +79,9 @@ class PruningPlan:
         """Fill in the defaults, and raise ``InputError`` where the parts do not fit together."""
         object.__setattr__(self, "allocator", self.allocator or Uniform())
         object.__setattr__(self, "solver", self.solver or Zero())
+        object.__setattr__(self, "include", as_patterns(self.include))
+        object.__setattr__(self, "exclude", as_patterns(self.exclude))
+        self._check_parts()
         if self.scorer is None and self.solver.needs_score:
             raise InputError(f"plan.solver {type(self.solver).__name__} needs a plan.scorer, such as Wanda")
         if not 0 <= self.correction <= 1:
@@ -92,9 +95,22 @@ class PruningPlan:
             )
         if self.hidden_dtype is not None and self.hidden_dtype not in get_args(HiddenDtype):
             raise InputError(f"plan.hidden_dtype is {self.hidden_dtype!r}: it must be one of {get_args(HiddenDtype)}")
-        for name in ("include", "exclude"):
-            if isinstance(getattr(self, name), str):
-                raise InputError(f"plan.{name} is {getattr(self, name)!r}: it must be a list of shell patterns")
+
+    def _check_parts(self) -> None:
+        """Raise ``InputError`` if a part is of another kind, as a name or a number in its place."""
+        for name, kind, example in (
+            ("pattern", Pattern, "Unstructured(0.5)"),
+            ("scorer", Scorer, "Wanda()"),
+            ("allocator", Allocator, "AlphaPruning()"),
+            ("solver", Solver, "SparseGPT()"),
+            ("reconstruction", Reconstruction, "Reconstruction()"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (value is None and name in ("scorer", "reconstruction")):
+                raise InputError(
+                    f"plan.{name} is {value!r}: it must be a {kind.__name__}, such as {example}; a whole plan is "
+                    'PruningPlan(Unstructured(0.5), scorer=Wanda()), and on the command line "--plan wanda"'
+                )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_prune.errors import InputError
 from lit_prune.models.io import load_tokenizer
 from lit_prune.models.limits import check_tokens
+from lit_prune.options import as_list
 from lit_prune.training.parts import NAMES, Split
 from lit_prune.training.resumable import ResumableLoader
 from lit_prune.training.text import hub_name, local_path, read_documents
@@ -77,7 +78,7 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         max_windows: int | None = None,
-        other_val: Sequence[str] = (),
+        other_val: Sequence[str] | str = (),
         trust_remote_code: bool | None = None,
     ) -> None:
         """Validate and keep the arguments; text is read when it is first needed.
@@ -125,17 +126,14 @@ class TextDataModule(LightningDataModule):
                 f"data.sequences is {sequences} and data.seqlen {seqlen}: their {8 * sequences * seqlen / 1e9:,.0f} GB "
                 "are more than any calibration needs; the papers take 128 x 2,048"
             )
-        if isinstance(other_val, str):
-            raise InputError(f"data.other_val is {other_val!r}: it must be a list of text sources, such as [embedded]")
+        other_val = as_list(other_val)
         named = {"dataset": dataset, "train": train, "val": val, "test": test, "calibration": calibration}
         for name, source in [*named.items(), *(("other_val", source) for source in other_val)]:
             if source is not None and not source.strip():
                 raise InputError(f"data.{name} is {source!r}: name a text source, such as wikitext2 or a .txt file")
         names = validation_names(other_val)
         if len(set(names)) < len(names):
-            raise InputError(
-                f"data.other_val is {list(other_val)}: two texts have one name, under which they are logged"
-            )
+            raise InputError(f"data.other_val is {other_val}: two texts have one name, under which they are logged")
         if seqlen < 2:
             raise InputError(
                 f"data.seqlen is {seqlen}: it must be at least 2, so that there is a next token to predict"

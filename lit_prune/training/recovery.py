@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import final
 
@@ -13,7 +12,7 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.lora import adapt
-from lit_prune.models.targets import find_targets
+from lit_prune.models.targets import Patterns, as_patterns, find_targets
 from lit_prune.ops import PackedMask
 
 
@@ -85,8 +84,8 @@ class LoRA(Trainable):
         self,
         rank: int = 8,
         alpha: float | None = None,
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
+        include: Patterns = ("*",),
+        exclude: Patterns = (),
         norms_and_biases: bool = False,
         masked: bool = True,
     ) -> None:
@@ -104,15 +103,12 @@ class LoRA(Trainable):
             raise InputError(f"LoRA.rank is {rank}: it must be at least 1, such as 8")
         if alpha is not None and not 0 < alpha < math.inf:
             raise InputError(f"LoRA.alpha is {alpha}: it must be above 0, such as {2 * rank} for the rank {rank}")
-        for name, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str):
-                raise InputError(f"LoRA.{name} is {patterns!r}: it must be a list of shell patterns")
         if not masked and find_spec("peft") is None:
             raise InputError("LoRA.masked is false: plain adapters are saved by PEFT; run pip install lit-prune[peft]")
         self.rank = rank
         self.alpha = 2.0 * rank if alpha is None else alpha
-        self.include = include
-        self.exclude = exclude
+        self.include = as_patterns(include)
+        self.exclude = as_patterns(exclude)
         self.norms_and_biases = norms_and_biases
         self.masked = masked
 

@@ -1,9 +1,9 @@
-"""What every scorer, allocator and solver promises, checked on all that are discovered."""
+"""What scorers, allocators and solvers promise, checked on all that are discovered; and that the checks can fail."""
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +13,19 @@ from docstring_parser import parse_from_object
 from torch import Tensor
 
 from lit_prune import allocators, scorers, solvers
-from lit_prune.allocators.base import Allocator, Layer
-from lit_prune.errors import InputError
+from lit_prune.allocators import Allocator, Uniform
 from lit_prune.introspection import describe
-from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
-from lit_prune.ops.stats import COLLECTABLE
-from lit_prune.scorers.base import Scorer
-from lit_prune.solvers.base import Solver
-from support.rounding import distance, stable
+from lit_prune.ops import LayerStats, Pattern
+from lit_prune.scorers import Scorer, Wanda
+from lit_prune.solvers import Solver, Zero
+from lit_prune.solvers.base import Solution
+from lit_prune.testing import check_allocator, check_scorer, check_solver
 
 METHODS = [*scorers.METHODS.values(), *allocators.METHODS.values(), *solvers.METHODS.values()]
-PATTERNS = [
-    Unstructured(0.5),
-    Unstructured(0.3, "row"),
-    Unstructured(0.52, "row"),
-    Unstructured(0.9),
-    Unstructured(0.0),
-    NM(2, 4),
-    NM(1, 4),
-]
-OUTPUTS, INPUTS = 10, 24  # not square, on purpose
 
 
 def by_name(cls: type) -> str:
     return cls.__name__
-
-
-def make_layer(dtype: torch.dtype = torch.float32, order: Tensor | None = None) -> tuple[Tensor, LayerStats, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(OUTPUTS, INPUTS, generator=generator).to(dtype)
-    mixing = torch.randn(INPUTS, INPUTS, generator=generator)
-    statistics = torch.promote_types(dtype, torch.float32)  # "float32 or better"
-    inputs = (torch.randn(4, 20, INPUTS, generator=generator) @ mixing).to(statistics)
-    gradients = (torch.randn(3, OUTPUTS, INPUTS, generator=generator) * 0.01).to(statistics)
-    stats = LayerStats.from_inputs(inputs, gradients if order is None else gradients[:, order])
-    return weight, stats, torch.rand(OUTPUTS, INPUTS, generator=generator).to(statistics)
-
-
-def twenty_solves(stats: LayerStats) -> float:
-    """Return how far two ways may be apart that each solve with the Gram matrix twenty times, in float64."""
-    return 20 * stable(stats.gram)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=by_name)
@@ -68,121 +41,13 @@ def test_a_method_is_final_documented_and_alone_in_its_file(method: type) -> Non
 
 
 @pytest.mark.parametrize("scorer", scorers.METHODS.values(), ids=by_name)
-class TestScorers:
-    def test_scores_are_finite_float32_and_of_the_weights_shape(self, scorer: type[Scorer]) -> None:
-        for dtype in (torch.float32, torch.bfloat16):
-            weight, stats, _ = make_layer(dtype)
-            score = scorer().score(weight, stats)
-            assert score.shape == weight.shape
-            assert score.dtype == torch.float32
-            assert score.isfinite().all()
-
-    def test_arguments_are_not_changed(self, scorer: type[Scorer]) -> None:
-        weight, stats, _ = make_layer()
-        before, gram = weight.clone(), stats.gram.clone()
-        scorer().score(weight, stats)
-        assert torch.equal(weight, before)
-        assert torch.equal(stats.gram, gram)
-
-    def test_permuting_outputs_permutes_scores(self, scorer: type[Scorer]) -> None:
-        weight, stats, _ = make_layer(torch.float64)
-        order = torch.randperm(OUTPUTS)
-        _, permuted, _ = make_layer(torch.float64, order)
-        score = scorer().score(weight, stats)[order]
-        assert distance(scorer().score(weight[order], permuted), score) <= twenty_solves(stats)
-
-    def test_needs_can_be_collected(self, scorer: type[Scorer]) -> None:
-        assert scorer.needs <= COLLECTABLE
+def test_a_scorer_keeps_its_promises(scorer: type[Scorer]) -> None:
+    check_scorer(scorer())
 
 
 @pytest.mark.parametrize("solver", solvers.METHODS.values(), ids=by_name)
-class TestSolvers:
-    @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
-    @pytest.mark.parametrize("scored", [False, True])
-    def test_the_pattern_is_met_exactly(self, solver: type[Solver], pattern: Pattern, scored: bool) -> None:
-        if not scored and solver.needs_score:
-            pytest.skip("needs a score")
-        for dtype in (torch.float32, torch.bfloat16):
-            weight, stats, score = make_layer(dtype)
-            solution = solver().solve(weight, stats, pattern, score if scored else None)
-            assert solution.weight.dtype == dtype
-            assert solution.weight.shape == solution.keep.shape == weight.shape
-            assert solution.weight.isfinite().all()
-            assert (solution.weight[~solution.keep] == 0).all()
-            assert (solution.keep == pattern.mask(solution.keep.float())).all()  # the counts are the pattern's
-            if isinstance(pattern, Unstructured):
-                assert (~solution.keep).sum() == round(pattern.sparsity * weight.numel())
-
-    @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.6, "row"), NM(2, 4)], ids=repr)
-    @pytest.mark.parametrize("scored", [False, True])
-    def test_what_is_not_allowed_stays_pruned(self, solver: type[Solver], pattern: Pattern, scored: bool) -> None:
-        if not scored and solver.needs_score:
-            pytest.skip("needs a score")
-        weight, stats, score = make_layer()
-        # As uneven as the pattern lets it be: an earlier, milder pruning by scores that have nothing to do with these.
-        earlier = NM(3, 4) if isinstance(pattern, NM) else pattern.at(pattern.sparsity - 0.05)
-        for seed in range(5):
-            scores = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
-            scores[:, -8:] -= 0.0 if isinstance(pattern, NM) else 0.6  # the last columns are nearly empty
-            allowed = earlier.mask(scores)
-            solution = solver().solve(weight, stats, pattern, score if scored else None, allowed)
-            assert not (solution.keep & ~allowed).any()
-            assert (solution.keep == pattern.mask(solution.keep.float())).all()
-
-    def test_too_few_allowed_weights_are_refused(self, solver: type[Solver]) -> None:
-        weight, stats, score = make_layer()
-        with pytest.raises(InputError, match="keeps weights that were pruned before"):
-            solver().solve(weight, stats, Unstructured(0.5), score, torch.rand(weight.shape) > 0.6)
-
-    def test_arguments_are_not_changed(self, solver: type[Solver]) -> None:
-        weight, stats, score = make_layer()
-        copies = weight.clone(), stats.gram.clone(), score.clone()
-        solver().solve(weight, stats, Unstructured(0.5), score)
-        for now, before in zip((weight, stats.gram, score), copies, strict=True):
-            assert torch.equal(now, before)
-
-    def test_nothing_pruned_is_nothing_changed(self, solver: type[Solver]) -> None:
-        weight, stats, score = make_layer(torch.float64)
-        solution = solver().solve(weight, stats, Unstructured(0.0), score)
-        assert distance(solution.weight, weight) <= twenty_solves(stats)
-
-    def test_permuting_outputs_permutes_the_solution(self, solver: type[Solver]) -> None:
-        weight, stats, score = make_layer(torch.float64)
-        order = torch.randperm(OUTPUTS)
-        pattern = Unstructured(0.5, "row")
-        straight = solver().solve(weight, stats, pattern, score)
-        permuted = solver().solve(weight[order], stats, pattern, score[order])
-        assert torch.equal(permuted.keep, straight.keep[order])
-        assert distance(permuted.weight, straight.weight[order]) <= twenty_solves(stats)
-
-    def test_indivisible_inputs_are_refused(self, solver: type[Solver]) -> None:
-        weight, score = torch.randn(4, 30), torch.rand(4, 30)
-        stats = LayerStats.from_inputs(torch.randn(2, 40, 30))
-        with pytest.raises(InputError, match="divisible by 4"):
-            solver().solve(weight, stats, NM(2, 4), score)
-
-
-def make_layers() -> list[Layer]:
-    shapes = [(8, 8), (4, 8), (16, 8), (8, 16)] * 3
-    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k, shape in enumerate(shapes)]
-    return [Layer(f"layers.{k}", k // 4, tuple(w.shape), lambda w=w: w) for k, w in enumerate(weights)]
-
-
-def observed(allocator: Allocator, layers: list[Layer], target: float) -> list[Layer]:
-    """Show the allocator every block, as the engine does."""
-    if not allocator.needs:
-        return layers
-    stats = [LayerStats.from_inputs(torch.randn(2, 9, layer.shape[1])) for layer in layers]
-    seen = {
-        block: allocator.observe(
-            layers[4 * block : 4 * block + 4],
-            stats[4 * block : 4 * block + 4],
-            Unstructured(target),
-            lambda pattern, block=block: (1 + block) * pattern.sparsity**2,
-        )
-        for block in range(3)
-    }
-    return [replace(layer, evidence=seen[layer.block]) for layer in layers]
+def test_a_solver_keeps_its_promises(solver: type[Solver]) -> None:
+    check_solver(solver())
 
 
 @pytest.fixture
@@ -197,36 +62,13 @@ def make_allocator(tmp_path: Path) -> Callable[[type[Allocator]], Allocator]:
     return make
 
 
-def mean(layers: Sequence[Layer], sparsity: dict[str, float]) -> float:
-    return sum(sparsity[layer.name] * layer.numel for layer in layers) / sum(layer.numel for layer in layers)
-
-
 @pytest.mark.parametrize("allocator", allocators.METHODS.values(), ids=by_name)
-class TestAllocators:
-    @pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.8, 0.95])
-    def test_the_budget_is_met_exactly(
-        self, allocator: type[Allocator], target: float, make_allocator: Callable[..., Allocator]
-    ) -> None:
-        method, layers = make_allocator(allocator), make_layers()
-        sparsity = method.allocate(observed(method, layers, target), target)
-        assert list(sparsity) == [layer.name for layer in layers]
-        assert mean(layers, sparsity) == pytest.approx(target, abs=1e-9)
-        assert all(0 <= value < 1 for value in sparsity.values())
-
-    def test_bounds_hold(self, allocator: type[Allocator], make_allocator: Callable[..., Allocator]) -> None:
-        if "max_sparsity" not in inspect.signature(allocator).parameters:
-            pytest.skip("has no bounds")
-        layers = make_layers()
-        method = make_allocator(allocator, min_sparsity=0.5, max_sparsity=0.7)
-        sparsity = method.allocate(observed(method, layers, 0.6), 0.6)
-        assert mean(layers, sparsity) == pytest.approx(0.6, abs=1e-9)
-        assert all(0.5 <= value <= 0.7 for value in sparsity.values())
-
-    def test_a_description_rebuilds_the_method(
-        self, allocator: type[Allocator], make_allocator: Callable[..., Allocator]
-    ) -> None:
-        method = make_allocator(allocator)
-        assert describe(type(method)(**describe(method)["init_args"])) == describe(method)
+def test_an_allocator_keeps_its_promises(allocator: type[Allocator], make_allocator: Callable[..., Allocator]) -> None:
+    method = make_allocator(allocator)
+    check_allocator(method)
+    if "max_sparsity" in inspect.signature(allocator).parameters:
+        check_allocator(make_allocator(allocator, min_sparsity=0.45, max_sparsity=0.7))
+    assert describe(type(method)(**describe(method)["init_args"])) == describe(method)
 
 
 @pytest.mark.parametrize("method", [*scorers.METHODS.values(), *solvers.METHODS.values()], ids=by_name)
@@ -235,3 +77,104 @@ def test_a_description_rebuilds_the_method(method: type) -> None:
     assert description["class_path"] == method.__name__
     assert describe(method(**description["init_args"])) == description
     json.dumps(description)
+
+
+class NoScorer:
+    pass
+
+
+class Spoiled(Scorer):
+    """A scorer that breaks one promise."""
+
+    def __init__(self, spoil: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.spoil = spoil
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        return self.spoil(weight, Wanda().score(weight, stats))
+
+
+class Demanding(Spoiled):
+    needs = frozenset({"hessian"})
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (NoScorer(), "is no Scorer"),
+        (Demanding(lambda _, score: score), "needs are {'hessian'}"),
+        (Spoiled(lambda _, score: score.T), r"scores are \[24, 10\], the weight is \[10, 24\]"),
+        (Spoiled(lambda _, score: score.half()), "and not float32"),
+        (Spoiled(lambda _, score: score.log().sub(score.log())), None),
+        (Spoiled(lambda _, score: score / 0), "hold NaN or Inf"),
+        (Spoiled(lambda weight, score: weight.zero_().float() + score), "an argument is changed"),
+        (Spoiled(lambda _, score: score + torch.arange(10)[:, None]), "permuted outputs have other scores"),
+    ],
+)
+def test_a_scorer_that_breaks_a_promise_is_told_which(scorer: Any, message: str | None) -> None:
+    if message is None:
+        check_scorer(scorer)  # all scores equal: a poor scorer, but one
+        return
+    with pytest.raises(AssertionError, match=message):
+        check_scorer(scorer)
+
+
+class Altered(Solver):
+    """A solver that breaks one promise."""
+
+    needs_score = True
+
+    def __init__(self, alter: Callable[[Solution, Pattern], Solution]) -> None:
+        self.alter = alter
+
+    def solve(
+        self,
+        weight: Tensor,
+        stats: LayerStats,
+        pattern: Pattern,
+        score: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> Solution:
+        return self.alter(Zero().solve(weight, stats, pattern, score, allowed), pattern)
+
+
+class Careless(Altered):
+    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern, score: Any = None, allowed: Any = None) -> Any:
+        return super().solve(weight, stats, pattern, score)
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        (Zero, "is no Solver"),
+        (Altered(lambda found, _: Solution(found.weight.half(), found.keep)), "the weight comes out in torch.float16"),
+        (Altered(lambda found, _: Solution(found.weight + 1, found.keep)), "pruned weights are not zero"),
+        (Altered(lambda found, _: Solution(found.weight * 0, found.keep & False)), "the mask has other counts"),
+        (Altered(lambda found, _: Solution(found.weight * 0, found.keep)), "a pattern that prunes nothing changes"),
+        (Careless(lambda found, _: found), "weights that are not allowed are kept"),
+    ],
+)
+def test_a_solver_that_breaks_a_promise_is_told_which(solver: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_solver(solver)
+
+
+@dataclass(frozen=True)
+class Skewed(Allocator):
+    by: float = 0.01
+
+    def allocate(self, layers: Any, target: float) -> dict[str, float]:
+        found = Uniform().allocate(layers, target)
+        return found | {layers[0].name: target + self.by}
+
+
+@pytest.mark.parametrize(
+    ("allocator", "message"),
+    [
+        (Uniform, "is no Allocator"),
+        (Skewed(), "the mean is"),
+        (Skewed(1e-9), "the mean is"),
+    ],
+)
+def test_an_allocator_that_breaks_a_promise_is_told_which(allocator: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_allocator(allocator)

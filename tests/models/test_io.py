@@ -181,3 +181,21 @@ def test_json_is_read_as_written(tmp_path: Path) -> None:
     files.write_json(tmp_path / "deep" / "a.json", {"x": [1, None]})
     assert files.read_json(tmp_path / "deep" / "a.json") == {"x": [1, None]}
     assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"x": [1, None]}
+
+
+def test_equal_masks_are_equal_files(tmp_path: Path) -> None:
+    """Also of several processes: safetensors orders metadata by a hash that is seeded anew in each."""
+    program = """
+import sys, torch
+from pathlib import Path
+from lit_prune.models.io import save_masks
+from lit_prune.ops import PackedMask
+masks = {name: PackedMask.pack(torch.arange(12).reshape(3, 4) % 5 > 1) for name in ("b.weight", "a.weight")}
+for number in range(8):
+    save_masks(Path(sys.argv[1]) / f"{number}.safetensors", masks)
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 8 and len({file.read_bytes() for file in files}) == 1
+    masks = io.load_masks(files[0])
+    assert torch.equal(masks["a.weight"].unpack(), torch.arange(12).reshape(3, 4) % 5 > 1)

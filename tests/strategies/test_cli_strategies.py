@@ -16,7 +16,6 @@ from lit_prune.models.io import load_masks, load_model, load_tokenizer, save_pru
 from support.cells import LLAMA, count_pruned, difference
 from support.processes import Ended, run_ranks
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "strategies"
 MIXTURE = {
     **LLAMA,
     "model_type": "glm4_moe",
@@ -77,7 +76,7 @@ def test_fit_resume_and_export_of_a_sharded_checkpoint_agree(
     run = {**RUN, "model": {"pretrained": "dense"}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
 
-    configs = ["-c", "run.yaml", "-c", str(CONFIGS / f"{strategy}.yaml")]
+    configs = ["-c", "run.yaml", "-c", f"strategies/{strategy}"]
 
     def lit_prune(processes: int, command: str, *arguments: str) -> None:
         ended = run_ranks(tmp_path / "log", partial(main, [command, *configs, *arguments]), processes, folder=tmp_path)
@@ -120,7 +119,7 @@ def test_one_shot_pruning_in_two_processes(tmp_path: Path) -> None:
         command = ["prune", "-c", "run.yaml", "--output", output, *arguments]
         return run_ranks(tmp_path / "log", partial(main, command), processes, folder=tmp_path)[0]
 
-    ddp = ["-c", str(CONFIGS / "ddp.yaml")]
+    ddp = ["-c", "strategies/ddp"]
     assert "pruning takes about" in prune("one").said
     command = [sys.executable, "-m", "lit_prune", "prune", "-c", "run.yaml", "--output", "two", *ddp]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=600)  # it starts the other process itself
@@ -131,5 +130,5 @@ def test_one_shot_pruning_in_two_processes(tmp_path: Path) -> None:
     expected = load_model(str(tmp_path / "two")).state_dict()
     assert all(torch.equal(v, expected[name]) for name, v in load_model(str(tmp_path / "lazy")).state_dict().items())
     assert not (tmp_path / "blocks").exists() and not list(tmp_path.glob(".*"))
-    refused = prune("three", "-c", str(CONFIGS / "fsdp2.yaml"))
+    refused = prune("three", "-c", "strategies/fsdp2")
     assert refused.code == 2 and "trainer.strategy is FSDP2: to prune once, use ddp" in refused.said

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.ops import Pattern
+from lit_prune.testing import distance, stable
+
+__all__ = ["check_mask", "check_sums", "distance", "gamma", "network", "stable"]
 
 
 def gamma(terms: int, dtype: torch.dtype = torch.float64) -> float:
@@ -20,11 +23,6 @@ def gamma(terms: int, dtype: torch.dtype = torch.float64) -> float:
     error = terms * torch.finfo(dtype).eps / 2
     assert error < 0.5, f"a sum of {terms} products means nothing in {dtype}"
     return error / (1 - error)
-
-
-def stable(matrix: Tensor, dtype: torch.dtype = torch.float64) -> float:
-    """Return the relative error of what a stable algorithm finds for a matrix, in norms."""
-    return float(torch.linalg.cond(matrix.double())) * torch.finfo(dtype).eps
 
 
 def network(model: nn.Module) -> float:
@@ -51,13 +49,6 @@ def check_sums(actual: Tensor, expected: Tensor, terms: int, sizes: Tensor | flo
     bound = 2 * gamma(terms, coarser) * torch.as_tensor(expected.abs() if sizes is None else sizes).double()
     gap = (actual.double() - expected.double()).abs()
     assert bool((gap <= bound).all()), f"{float((gap / bound).max()):.3g} times what rounding can do"
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference, relative to that of ``expected``."""
-    assert actual.shape == expected.shape
-    whole = float(expected.double().norm())
-    return float((actual.double() - expected.double()).norm()) / (whole or 1.0)
 
 
 def check_mask(keep: Tensor, scores: Tensor, pattern: Pattern, relative: float) -> None:

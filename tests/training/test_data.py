@@ -225,7 +225,7 @@ def test_a_tokenizer_is_needed() -> None:
 
 @pytest.mark.parametrize(
     ("other_val", "message"),
-    [("embedded", "it must be a list of text sources"), (["a/text.txt", "b/text.txt"], "two texts have one name")],
+    [(" ", "name a text source"), (["a/text.txt", "b/text.txt"], "two texts have one name")],
 )
 def test_other_validation_texts_need_names_of_their_own(other_val: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):

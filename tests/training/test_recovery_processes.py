@@ -59,9 +59,10 @@ def test_a_sharded_model_is_distilled_and_its_best_exported(
     if strategy == "DeepSpeed" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     save_pruned(tmp_path / "dense", tiny_model("llama"), load_tokenizer("random"), {}, {})
-    config = yaml.safe_load((ROOT / "configs" / "smollm2" / "recover_distill_zero3.yaml").read_text())
+    config = yaml.safe_load((ROOT / "configs" / "recipes" / "recover.yaml").read_text())
     config["model"]["pretrained"] = config["model"]["loss"]["init_args"]["teacher"] = str(tmp_path / "dense")
-    config["data"] |= {"dataset": "embedded", "seqlen": 16, "sequences": 4, "max_windows": 40}
+    config["data"] |= {"dataset": "embedded", "seqlen": 16, "sequences": 4, "max_windows": 40, "batch_size": 1}
+    config["trainer"] |= {"accelerator": "cpu", "devices": 2}
     config["trainer"] |= {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 2}
     config["trainer"] |= {"logger": False, "default_root_dir": str(tmp_path)}
     config["trainer"]["callbacks"][-1]["init_args"]["output"] = str(tmp_path / "out")
