@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 from textwrap import dedent
 
 import lit_prune
@@ -32,6 +34,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(overview())
     elif arguments[0] == "--version":
         print(f"lit-prune {lit_prune.__version__}")
+    elif arguments[1:] in (["-h"], ["--help"]) and (written := written_help(arguments[0])):
+        print(written, end="")
     elif arguments[0] == "recipes":
         print(recipes())
     else:
@@ -63,6 +67,19 @@ def overview() -> str:
         lit-prune COMMAND --help shows its options, lit-prune prune --plan.solver.help ADMM those of a part of the plan.
         lit-prune --version shows the version."""
     ).format(commands=commands)
+
+
+def written_help(command: str) -> str | None:
+    """Return a subcommand's help as scripts/write_help.py wrote it; None if it is of another version of Lightning.
+
+    To make the parser takes seconds.
+    """
+    file = Path(__file__).parent / "help" / f"{command}.txt"
+    if command not in COMMANDS or not file.is_file():
+        return None
+    versions, _, text = file.read_text(encoding="utf-8").partition("\n")
+    installed = ".".join(version("lightning").split(".")[:2])
+    return text if f"lightning {installed}" in versions else None
 
 
 def recipes() -> str:

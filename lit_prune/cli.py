@@ -32,7 +32,7 @@ from lit_prune.recipes import path_of
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule
 
-_SUBCOMMANDS = {
+SUBCOMMANDS = {
     "prune": {"model", "datamodule"},
     "analyze": {"model", "datamodule"},
     "evaluate": {"model", "datamodule"},
@@ -71,12 +71,8 @@ class PruningCLI(LightningCLI):
         super().__init__(*args, **{**kwargs, "args": self.prepared.arguments})
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the subcommands, and the arguments that are no options; the one that is asked for, if it is known.
-
-        It takes half a second to make the parser of each.
-        """
-        asked = self.arguments[0] if self.arguments else ""
-        return {asked: _SUBCOMMANDS[asked]} if asked in _SUBCOMMANDS else _SUBCOMMANDS
+        """Return the subcommands, and the arguments that are no options."""
+        return _asked(self.arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--plan``, ``--schedule``, ``--debug`` and ``--quiet``."""
@@ -143,6 +139,12 @@ class PruningCLI(LightningCLI):
             config.trainer.enable_progress_bar = config.trainer.enable_model_summary = False
 
 
+def _asked(arguments: Sequence[str]) -> dict[str, set[str]]:
+    """Return the subcommand that is asked for, or all of them: it takes half a second to make the parser of each."""
+    asked = arguments[0] if arguments else ""
+    return {asked: SUBCOMMANDS[asked]} if asked in SUBCOMMANDS else SUBCOMMANDS
+
+
 def build(arguments: list[str], run: bool = True) -> PruningCLI:
     """Parse the arguments, build model, data and trainer, and carry the subcommand out (unless ``run`` is off)."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -157,9 +159,9 @@ def build(arguments: list[str], run: bool = True) -> PruningCLI:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_kwargs={
+            "prog": "lit-prune",
             "exit_on_error": False,
-            "epilog": "lit-prune compare RUN RUN ... sets pruned folders side by side. "
-            "lit-prune --version prints the version.",
+            **{name: {"usage": f"lit-prune {name} [-c CONFIG ...] [--OPTION VALUE ...]"} for name in _asked(arguments)},
         },
         args=arguments,
         run=run,

@@ -30,9 +30,14 @@ def _belongs(cls: type, package: ModuleType) -> bool:
 
 
 def describe(method: Any) -> dict[str, Any]:
-    """Return ``{"class_path": ..., "init_args": ...}`` of a method that keeps its arguments under their own names."""
+    """Return ``{"class_path": ..., "init_args": ...}`` of a method that keeps its arguments under their own names.
+
+    The path is the bare name for a class of this package.
+    """
     init_args = {name: _plain(getattr(method, name)) for name in inspect.signature(type(method)).parameters}
-    return {"class_path": type(method).__name__, "init_args": init_args}
+    cls = type(method)
+    name = cls.__name__ if cls.__module__.startswith("lit_prune.") else f"{cls.__module__}.{cls.__qualname__}"
+    return {"class_path": name, "init_args": init_args}
 
 
 def _plain(value: Any) -> Any:

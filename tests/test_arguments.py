@@ -193,3 +193,20 @@ print(json.dumps(sorted(heavy)))
 """
     result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert json.loads(result.stdout.splitlines()[-1]) == []
+
+
+def test_help_is_shown_at_once_and_is_that_of_the_parser() -> None:
+    """The written help is what the parser says, with the versions that it was written with."""
+    check = Path(__file__).parents[1] / "scripts" / "write_help.py"
+    first = command.written_help("prune")
+    assert first and first.startswith("usage: lit-prune prune [-c CONFIG ...]") and "\n  --plan PLAN " in first
+    written = {line.split(" ")[0]: line for line in (check.parents[1] / "lit_prune/help/prune.txt").open()}
+    if written["Python"].strip() != made_with(check):
+        pytest.skip("written with other versions")
+    result = subprocess.run([sys.executable, str(check), "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def made_with(script: Path) -> str:
+    program = f"import runpy; print(runpy.run_path({str(script)!r})['made_with']())"
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,58 @@
+"""A method that is no part of the package: named on the command line, and checked with ``lit_prune.testing``."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_prune.models.io import load_model, load_tokenizer, save_pruned
+
+TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = ["--data.dataset", "embedded", "--data.sequences", "2", "--data.seqlen", "32", "--data.max_windows", "2"]
+PAGE = Path(__file__).parents[1] / "docs" / "guides" / "extend.md"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model, and the module of the documentation."""
+    folder = tmp_path_factory.mktemp("place")
+    model = load_model("random", config={**TINY, "intermediate_size": 48})
+    save_pruned(folder / "model", model, load_tokenizer("random"), {}, {})
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (folder / "my_module.py").write_text(code)
+    return folder
+
+
+def prune(place: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as it is installed, which does not put the working directory first on the path."""
+    program = Path(sys.executable).parent / "lit-prune"
+    command = [program, "prune", "--model.pretrained", "model", *SMALL, "--trainer.accelerator", "cpu", *options]
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+
+
+def test_a_class_in_the_working_directory_is_named_by_its_path(place: Path) -> None:
+    own = ["--plan.scorer", "my_module.Activation", "--plan.scorer.power", "2", "--plan.solver", "SparseGPT"]
+    result = prune(place, *own, "--output", "out")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((place / "out" / "pruning.json").read_text())["plan"]
+    assert plan["scorer"] == {"class_path": "my_module.Activation", "init_args": {"power": 2.0}}
+
+
+def test_the_module_checks_itself(place: Path) -> None:
+    subprocess.run([sys.executable, "my_module.py"], cwd=place, check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_module.Missing", "plan: PruningPlan: scorer: my_module.Missing: module 'my_module' has no attribute"),
+        ("my_module.LayerStats", "plan: PruningPlan: scorer: Import path does not correspond to a subclass of Scorer"),
+    ],
+)
+def test_what_is_no_scorer_is_refused_in_one_line(name: str, message: str, place: Path) -> None:
+    result = prune(place, "--plan", "wanda", "--plan.scorer", name, "--output", "none")
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not (place / "none").exists()
