@@ -24,7 +24,7 @@ from lit_prune.callbacks.order import run_last
 from lit_prune.callbacks.prune import Prune
 from lit_prune.errors import InputError
 from lit_prune.models.access import count_revived, mask_gradient, sets_sharded_gradients, whole_shape, zero_pruned
-from lit_prune.models.io import load_masks
+from lit_prune.models.io import MASKS_FILE, load_masks
 from lit_prune.models.lora import mask_adapters, unmasked_adapter
 from lit_prune.models.zeros import masks_of_zeros
 from lit_prune.ops import PackedMask
@@ -208,7 +208,10 @@ class KeepMasks(Callback):
 
     def _refuse_change(self, restored: Mapping[str, PackedMask]) -> None:
         """Raise ``InputError`` if a checkpoint was written with other masks than those that are given now."""
-        if self.source in (None, ZEROS) or not Path(str(self.source)).expanduser().exists():
+        if self.source in (None, ZEROS):
+            return
+        path = Path(str(self.source)).expanduser()
+        if not (path / MASKS_FILE if path.is_dir() else path).is_file():  # the checkpoint has them all
             return
         given = load_masks(str(self.source))
         for name in sorted(given.keys() | restored.keys()):

@@ -12,7 +12,7 @@ from lit_prune.models.files import read_json
 
 _OBJECTS = ("config.json", "generation_config.json")
 _TOKENIZER_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_WEIGHTS = ("*.safetensors", "*.bin")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def check_folder(folder: Path, pretrained: str) -> None:
