@@ -25,7 +25,10 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     library = {str(p.relative_to(ROOT)) for p in (ROOT / "lit_prune").rglob("*.py")}
     callbacks = {f"lit_prune/callbacks/{p.relative_to(ROOT / 'callbacks')}" for p in (ROOT / "callbacks").rglob("*.py")}
-    assert packed == library | callbacks | {"lit_prune/py.typed"}
+    configs = {f"lit_prune/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.yaml")}
+    written_help = {str(p.relative_to(ROOT)) for p in (ROOT / "lit_prune" / "help").glob("*.txt")}
+    assert len(configs) > 20 and len(written_help) == 8
+    assert packed == library | callbacks | configs | written_help | {"lit_prune/py.typed"}
 
 
 def test_the_maths_import_no_lightning_and_no_transformers() -> None:
