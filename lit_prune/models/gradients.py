@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ def gradient_norms(
         NumericalError: where a gradient is NaN or infinite; it names layer and sequence.
     """
     names = [target.name for target in targets]
-    if cache is not None and processes.from_first(lambda: cache.is_file() and set(names) <= tensor_names(cache)):
+    if cache is not None and holds_norms(cache, names):
         known = load_tensors(cache)
         return {name: known[name] for name in names}
     home = home or home_of(model)
@@ -90,6 +90,11 @@ def gradient_norms(
     if cache is not None:
         processes.from_first(lambda: save_tensors(cache, norms))
     return norms
+
+
+def holds_norms(cache: Path, names: Iterable[str]) -> bool:
+    """Tell whether a file has the norms of all these layers; every process gets the first one's answer."""
+    return processes.from_first(lambda: cache.is_file() and set(names) <= tensor_names(cache))
 
 
 def _own_sequences(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]]:

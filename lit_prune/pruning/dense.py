@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lit_prune.models.batches import Batch, first_sequences, split_batch
 from lit_prune.models.blocks import Block
 from lit_prune.models.calibrate import BlockReplay, ForwardContext
 from lit_prune.models.files import read_json, write_json
-from lit_prune.models.gradients import gradient_norms
+from lit_prune.models.gradients import gradient_norms, holds_norms
 from lit_prune.models.homes import Home
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, Pattern, processes
@@ -41,6 +41,8 @@ class DenseModel:
     stages: Stages
     forward_context: ForwardContext
     identity: Mapping[str, Any]
+    cached: list[str] = field(default_factory=list)
+    """Names of the cache's files that were read in place of a computation."""
 
     def replay(self, sequences: int | None = None) -> BlockReplay:
         """Return a replay of the first sequences (None = all) of the calibration set, before the first block."""
@@ -115,6 +117,8 @@ class DenseModel:
             return {}
         path = self._cached(f"{allocator.metric_name}-{self.identity['model']}.json")
         known: dict[str, float] = processes.from_first(lambda: read_json(path) if path and path.is_file() else {})
+        if path and known:
+            self.cached.append(path.name)
         missing = [as_layer(target) for target in self.targets if target.name not in known]
         for block in self.blocks:
             if mine := [layer for layer in missing if layer.block == block.index]:
@@ -144,14 +148,16 @@ class DenseModel:
             return {}
         precision = precision_of(self.forward_context, self.plan.device or next(self.model.parameters()).device)
         parts = (scorer.gradient_norm, precision or "plain", self.identity["model"], self.identity["data"])
-        name = f"gradients-{'-'.join(parts)}.safetensors"
+        path = self._cached(f"gradients-{'-'.join(parts)}.safetensors")
+        if path and holds_norms(path, [target.name for target in self.targets]):
+            self.cached.append(path.name)
         with self.stages.stage("gradients"):
             return gradient_norms(
                 self.model,
                 self.calibration,
                 self.targets,
                 scorer.gradient_norm,
-                self._cached(name),
+                path,
                 self.forward_context,
                 self.home,
             )

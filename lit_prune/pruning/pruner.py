@@ -83,6 +83,7 @@ def prune(
         dense = DenseModel(whole, home, blocks, targets, calibration, plan, stages, forward_context, identity)
         gradients = dense.gradients()
         report.allocation, report.metrics = _allocate(dense, gradients, allocation, journal)
+        report.cached = dense.cached
         patterns = plan.patterns(targets, report.allocation, sparsity, within)
         replay = dense.replay() if plan.needs_replay else None
         reference = replay.fork() if replay and plan.needs_reference else None

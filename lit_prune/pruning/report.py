@@ -148,6 +148,8 @@ class PruningReport:
     """Peak memory of the process (of the GPU where one is used), in bytes."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the allocator measured of every layer's weight, by name; empty where it measures nothing."""
+    cached: list[str] = field(default_factory=list)
+    """Names of the files of ``plan.cache`` that were read in place of a computation."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """``perplexity_before``, ``perplexity_after``, ``seqlen``, ``text``, and ``tasks``, the scores ``before`` and
     ``after``: filled in by whoever evaluates."""
@@ -197,6 +199,7 @@ class PruningReport:
             **self.identity,
             "allocation": self.allocation,
             "metrics": self.metrics,
+            "cached": self.cached,
             "spectra": {
                 name: {"eigenvalues": spectrum.eigenvalues, "tail": spectrum.tail._asdict()}
                 for name, spectrum in self.spectra.items()
@@ -233,6 +236,7 @@ class PruningReport:
             reconstructions=[ReconstructionReport(**done) for done in content["reconstructions"]],
             allocation=dict(content["allocation"]),
             metrics=dict(content["metrics"]),
+            cached=content.get("cached", []),  # newer than the format
             spectra={
                 name: Spectrum(spectrum["eigenvalues"], PowerLaw(**spectrum["tail"]))
                 for name, spectrum in content["spectra"].items()
@@ -285,6 +289,7 @@ class PruningReport:
             )
             lines.append(("mean block error before and after reconstruction", f"{before:.4f}, {after:.4f}"))
         lines += [(f"{stage} seconds", f"{seconds:.1f}") for stage, seconds in self.seconds.items()]
+        lines += [("read from the cache", name) for name in self.cached]
         if self.peak_memory is not None:
             lines.append(("peak memory", f"{self.peak_memory / 2**30:.2f} GiB"))
         return lines

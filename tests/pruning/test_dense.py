@@ -61,13 +61,17 @@ def test_gradients_are_kept_for_the_same_model_and_data(
 ) -> None:
     plan = PruningPlan(Unstructured(0.5), GBLM(), cache=str(tmp_path))
     passes: list[int] = []
+    read: list[int] = []
     for seed, batches in ((0, tokens), (0, tokens), (1, tokens), (0, tokens[:1])):
         model = tiny_model(seed=seed)
         calls: list[int] = []
         model.lm_head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        prune(model, batches, plan)
+        report = prune(model, batches, plan)
         passes.append(len(calls))
+        read.append(len(report.cached))
+        assert set(report.cached) <= {file.name for file in tmp_path.iterdir()}
     assert passes == [6, 0, 6, 3]
+    assert read == [0, 1, 0, 0]  # the report tells
 
 
 def test_only_layers_that_are_new_are_measured(
@@ -75,8 +79,9 @@ def test_only_layers_that_are_new_are_measured(
 ) -> None:
     prune(tiny_model(), [], plan_of(AlphaPruning(), tmp_path, include=["*.mlp.*"]))
     assert len(spectra) == 9
-    prune(tiny_model(), [], plan_of(AlphaPruning(), tmp_path))
+    report = prune(tiny_model(), [], plan_of(AlphaPruning(), tmp_path))
     assert len(spectra) == 21
+    assert report.cached == [file.name for file in tmp_path.iterdir()]
 
 
 def test_other_metrics_windows_and_weights_share_nothing(
