@@ -11,19 +11,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_prune.callbacks.keep_masks import find_keep_masks
+from lit_prune.callbacks.keep_masks import ZEROS, find_keep_masks
 from lit_prune.callbacks.order import run_last
 from lit_prune.callbacks.prune import Prune, find_prune
 from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.errors import InputError
 from lit_prune.models.access import whole_model
 from lit_prune.models.checkpoints import plain_data_only
-from lit_prune.models.io import save_pruned
+from lit_prune.models.io import load_masks, save_pruned
 from lit_prune.models.outputs import check_output
 from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import PruningReport
-from lit_prune.pruning.documents import check_report, read_report, render
+from lit_prune.pruning.documents import read_report, render
 
 
 class Export(Callback):
@@ -73,8 +73,8 @@ class Export(Callback):
         check_output(self.output, self.overwrite, reads=[str(name) for name in reads if name])
         if keep_masks is None or _prunes(trainer):
             find_prune(trainer)
-        elif keep_masks.source is not None:
-            check_report(keep_masks.source)
+        elif keep_masks.source not in (None, ZEROS):
+            read_report(keep_masks.source, load_masks(keep_masks.source))
         if self.best and _monitoring(trainer).save_weights_only and isinstance(trainer.strategy, ModelParallelStrategy):
             raise InputError(
                 f"Export.best is on, and ModelCheckpoint.save_weights_only: {type(trainer.strategy).__name__} cannot "

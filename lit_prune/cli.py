@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
 from lit_prune.arguments import overridden, prepare
 from lit_prune.callbacks import Prune
-from lit_prune.cli_errors import ArgumentsError, explain
+from lit_prune.cli_errors import ArgumentsError, did_you_mean, explain
 from lit_prune.errors import InputError
 from lit_prune.freed_memory import keep_freed_memory
 from lit_prune.interruption import Interrupted, stopping_on_signals
@@ -47,6 +49,11 @@ _PLAN_HELP = (
     "In short: --sparsity 0.6 for --plan.pattern.sparsity, --pattern 2:4 for a pattern N:M."
 )
 _SCHEDULE_HELP = "When fit prunes, in optimizer steps; null = once, at the start."
+
+_UNKNOWN_SUBCOMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)'")
+_UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)")
+_SEEDS = 2**32
+"""NumPy takes no more."""
 
 _load_any_yaml = get_loader("yaml")
 
@@ -88,10 +95,22 @@ class PruningCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; whatever is raised meanwhile is about an argument."""
-        with _mistakes():
-            if self.prepared.overrides:
-                args = [*args, f"--trainer.callbacks={self._overridden(parser, args)}"]
-            super().parse_arguments(parser, args)
+        with _mistakes(self.arguments):
+            try:
+                if self.prepared.overrides:
+                    args = [*args, f"--trainer.callbacks={self._overridden(parser, args)}"]
+                super().parse_arguments(parser, args)
+            except ArgumentError as error:
+                raise ArgumentsError(f"{error}{self._near(str(error))}") from error
+
+    def _near(self, message: str) -> str:
+        """Return a hint at the option or subcommand that was meant by an unknown one."""
+        if found := _UNKNOWN_SUBCOMMAND.search(message):
+            return did_you_mean(found[1], [*SUBCOMMANDS, "compare"])
+        if not (found := _UNKNOWN_OPTION.search(message)) or self.arguments[0] not in SUBCOMMANDS:
+            return ""
+        options = [option for action in self._parser(self.arguments[0])._actions for option in action.option_strings]
+        return did_you_mean(f"--{found[1]}", options)
 
     def _overridden(self, parser: LightningArgumentParser, args: list[str]) -> str:
         """Return ``trainer.callbacks`` as all other arguments give it, with the overrides, as JSON."""
@@ -102,7 +121,7 @@ class PruningCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, and tell the trainer how it was started."""
-        with _mistakes():
+        with _mistakes(self.arguments):
             super().instantiate_classes()
         parser = self._parser(self.subcommand)
         config = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -127,6 +146,13 @@ class PruningCLI(LightningCLI):
         elif schedule is not None:
             raise InputError("schedule is given without a plan: name one with --plan, such as --plan wanda")
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+
+    def _set_seed(self) -> None:
+        """Seed everything, if the seed can be one."""
+        seed = self._get(self.config, "seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < _SEEDS:
+            raise InputError(f"--seed_everything is {seed}: it must be from 0 to {_SEEDS - 1:,}")
+        super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         """Give the data the model's tokenizer where none is named; be quiet where that is asked for."""
@@ -204,14 +230,28 @@ def _compare(arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def _mistakes() -> Iterator[None]:
+def _mistakes(arguments: Sequence[str]) -> Iterator[None]:
     """Mark any error of the parser, or of a class that is built from arguments, as a user's mistake."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise ArgumentsError(f"--config names a file that is not text in UTF-8 ({error})") from error
+        values = [argument.partition("=")[2] or argument for argument in arguments]
+        named = next((repr(value) for value in values if _undecodable(value)), "a file named in a configuration")
+        raise ArgumentsError(
+            f"{named} is not text in UTF-8 ({error.reason} at byte {error.start}): give a YAML file in UTF-8"
+        ) from error
     except Exception as error:
         raise ArgumentsError(str(error)) from error
+
+
+def _undecodable(value: str) -> bool:
+    """Tell whether an argument names a file that is no text in UTF-8."""
+    try:
+        return Path(value).expanduser().is_file() and not Path(value).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return True
+    except (OSError, RuntimeError, ValueError):  # no name of a file
+        return False
 
 
 def _load_yaml(text: str) -> Any:

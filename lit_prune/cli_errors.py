@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
@@ -25,8 +27,14 @@ _LONGEST = 600
 """Characters of a message that are shown."""
 _KEY = re.compile(r'(?:- )?Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)')
 _CLASS = re.compile(r"(?:- )?Problem with given class_path '(?P<path>[^']+)':\s*(?P<rest>.*)")
-_FRAME = re.compile(r"Does not validate against|Subtypes:|Errors:|$")
+_FRAME = re.compile(
+    r"(?:- )?(?:Does not validate against|Subtypes:|Errors:|Given value|Subclass types expect"
+    r"|a class path \(str\)|a dict with)|$"
+)
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>.*)")
+_LITERALS = re.compile(r"typing\.Literal\[([^\]]*)\]")
+_UNLIKELY = ("Expected a path but", "Expected a <class 'NoneType'>", "Expected a <class 'list'>")
+"""Reasons of those branches of a union that a value was hardly meant for."""
 
 
 class ArgumentsError(Exception):
@@ -50,8 +58,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return _of_child(str(error))
     if isinstance(error, ProcessExitedException):
         return _of_killed_child(error), _MISTAKE
-    if isinstance(error, MisconfigurationException) or _is_refused_by_lightning(error):
-        return one_line(error), _MISTAKE
+    if refusal := _refusal_of_library(error):
+        return refusal, _MISTAKE
     return (
         f"unexpected {type(error).__name__} ({one_line(error)}); --debug shows where, and a report of it is welcome",
         _UNEXPECTED,
@@ -64,13 +72,16 @@ def one_line(error: BaseException) -> str:
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
 
 
-def _is_refused_by_lightning(error: BaseException) -> bool:
-    """Tell whether Lightning itself raised an error: it checks most of the trainer's settings only when it runs."""
+def _refusal_of_library(error: BaseException) -> str | None:
+    """Return one line if a library refuses a value: Lightning checks most of the trainer's settings when it runs."""
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    return isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) and raised_in.startswith(
+    if raised_in == "torch.optim.lr_scheduler":
+        return f"model.lr_scheduler cannot be used ({one_line(error)})"
+    by_lightning = isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) and raised_in.startswith(
         ("lightning.", "lightning_")
     )
+    return one_line(error) if by_lightning or isinstance(error, MisconfigurationException) else None
 
 
 def _of_child(report: str) -> tuple[str, int]:
@@ -86,33 +97,60 @@ def _of_child(report: str) -> tuple[str, int]:
 def _of_killed_child(error: ProcessExitedException) -> str:
     if error.signal_name is None:
         return f"process {error.error_index} ended with status {error.exit_code}, and said why above"
-    return (
-        f"process {error.error_index} was ended by {error.signal_name}; SIGKILL mostly means that memory was short: "
-        "lower --trainer.devices, or the size of the batches"
-    )
+    ended = f"process {error.error_index} was ended by {error.signal_name}"
+    if error.signal_name == "SIGKILL":
+        return f"{ended}, mostly because memory was short: lower --trainer.devices, or the size of the batches"
+    return f"{ended}; with --trainer.devices 1 it may say why"
 
 
 def _innermost(message: str) -> str:
-    r"""Reduce jsonargparse's tree of attempts to the path of keys and the first reason at its end.
+    r"""Reduce jsonargparse's tree of attempts to the path of keys and the reason of the attempt that was meant.
+
+    That is the one that came furthest into the value; among equals, one that names a class, or the first.
 
     >>> _innermost('Parser key "data.seqlen":\n  Expected an int. Got value: abc')
     'data.seqlen: Expected an int. Got value: abc'
+    >>> _innermost('Parser key "x":\n  - Expected a path but [a]\n  - Problem with given class_path \'a\':\n    No b')
+    'x: a: No b'
     """
-    path: list[str] = []
+    path: list[tuple[int, str]] = []
+    found: list[tuple[tuple[str, ...], str]] = []
     for line in message.splitlines():
-        text = line.strip()
+        text, indent = line.strip(), len(line) - len(line.lstrip())
+        if text:
+            path = [(place, key) for place, key in path if place < indent]
         for pattern, group in ((_KEY, "key"), (_CLASS, "path")):
             if match := pattern.match(text):
-                path.append(match[group].removeprefix("lit_prune.").removeprefix("callbacks."))
+                path.append((indent, match[group].removeprefix("lit_prune.").removeprefix("callbacks.")))
                 text = match["rest"]
         if not _FRAME.match(text):
-            return ": ".join([*path, _reason(text.removeprefix("- "), path)])
-    return first_line(ValueError(message))
+            found.append((tuple(key for _, key in path), text.removeprefix("- ")))
+    if not found:
+        return first_line(ValueError(message))
+    if not found[0][0]:
+        return found[0][1]
+    keys, text = min(found, key=_likelihood)
+    return ": ".join([*keys, _reason(text, keys, message)])
 
 
-def _reason(text: str, path: list[str]) -> str:
+def _likelihood(attempt: tuple[tuple[str, ...], str]) -> tuple[int, bool, bool]:
+    """Return what is smallest for the branch of a union that a value was meant for."""
+    keys, text = attempt
+    return -len(keys), _UNKNOWN_CLASS.match(text) is None, text.startswith(_UNLIKELY)
+
+
+def _reason(text: str, path: Sequence[str], message: str) -> str:
     if match := _UNKNOWN_CLASS.match(text):
-        known = _KNOWN.get(path[-1], []) if path else []
+        known = _KNOWN.get(path[-1], [])
         choices = f"use {', '.join(known)}, or" if known else "use the name of a known class, or"
         return f"there is no class {match['name']!r}; {choices} a full import path"
+    choices = ", ".join(_LITERALS.findall(message))
+    if choices and "Subtypes:" in message and text.startswith("Expected a <class") and "Got value" not in text:
+        return f"give one of {choices}"
     return text
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the known name that is nearest to an unknown one; nothing if none is near."""
+    near = get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else ""

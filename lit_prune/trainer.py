@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -28,12 +27,12 @@ from lit_prune.callbacks.prune import find_prune
 from lit_prune.errors import DiskError, InputError, first_line
 from lit_prune.interruption import Interrupted, stopping_on_signals
 from lit_prune.models.checkpoints import by_layer, check_trusted, read_checkpoint
-from lit_prune.models.files import write_json
+from lit_prune.models.files import as_json, write_json
 from lit_prune.models.generate import continuations
 from lit_prune.models.io import Format, check_shard_size, load_masks, save_documents, save_pruned
 from lit_prune.models.lazy import disk_of
 from lit_prune.models.locks import locked
-from lit_prune.models.outputs import ANALYSIS, check_output, check_space
+from lit_prune.models.outputs import ANALYSIS, check_folder_for, check_output, check_space
 from lit_prune.models.peft_format import adapter_files, without_adapters
 from lit_prune.models.sparse import Speed, measure_speed
 from lit_prune.ops import Unstructured, processes
@@ -44,11 +43,11 @@ from lit_prune.pruning.analysis import analyze, spectra_of
 from lit_prune.pruning.documents import read_report, render
 from lit_prune.pruning.figures import analysis_figures, as_png
 from lit_prune.pruning.journal import Journal
-from lit_prune.pruning.report import Recipe, Sample, scores_table, speed_table
+from lit_prune.pruning.report import Recipe, Sample, Scores, scores_table, speed_table
 from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.strategies import FSDP2, DeepSpeed
-from lit_prune.training.tasks import Harness, Scores
+from lit_prune.training.tasks import Harness
 
 PROMPTS = ("The capital of France is", "The most important thing about a good bridge is")
 Resume = Literal["auto", "never"]
@@ -93,6 +92,7 @@ class PruningTrainer(Trainer):
             trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
         """
         self._check_settings()
+        self._check_folders()
         weights_only = self._check_checkpoint(ckpt_path, trust)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
@@ -170,6 +170,11 @@ class PruningTrainer(Trainer):
         check_output(output, overwrite, reads=[model.pretrained, *([checkpoint] if checkpoint else [])])
         read = None if checkpoint is None else read_checkpoint(checkpoint, trust)
         masks = read.masks if read else load_masks(model.pretrained)
+        if read:
+            kept = read.callbacks.get("Prune", {}).get("report")
+            report = PruningReport.from_dict(kept, by_layer(masks), f"the report in {checkpoint!r}") if kept else None
+        else:
+            report = read_report(model.pretrained, masks)
         model.configure_model()
         if read:
             try:
@@ -178,10 +183,6 @@ class PruningTrainer(Trainer):
                 raise InputError(
                     f"checkpoint is {checkpoint!r}: it is not of the model {model.pretrained!r} ({first_line(error)})"
                 ) from error
-            kept = read.callbacks.get("Prune", {}).get("report")
-            report = PruningReport.from_dict(kept, by_layer(masks)) if kept else None
-        else:
-            report = read_report(model.pretrained, masks)
         with without_adapters(model.model) as trained:
             adapters = trained if read else adapter_files(model.pretrained)
             title = Path(model.pretrained).name
@@ -200,11 +201,21 @@ class PruningTrainer(Trainer):
             "gradient_clip_val": 0,
             "num_sanity_val_steps": -1,
             "limit_train_batches": 0,
+            "min_steps": 0,
+            "min_epochs": 0,
         }
         for name, lowest in least.items():
             value = getattr(self, name)
             if isinstance(value, (int, float)) and (value < lowest or (value == 0 and name in _NOT_ZERO)):
                 raise InputError(f"trainer.{name} is {value}: it must be {'above 0' if name in _NOT_ZERO else lowest}")
+
+    def _check_folders(self) -> None:
+        """Refuse folders for logs and checkpoints that cannot be made."""
+        folders = {logger.save_dir for logger in self.loggers}
+        folders |= {self.default_root_dir} if self.checkpoint_callbacks else set()
+        for folder in folders:
+            if folder and "://" not in str(folder):
+                check_folder_for("trainer.default_root_dir or a logger's folder", folder)
 
     def _drop_unwritable_logs(self) -> None:
         """Go on without loggers whose folder cannot be written: a pruning does not need them."""
@@ -305,8 +316,9 @@ class PruningTrainer(Trainer):
                 "perplexity_after": after["test/perplexity"],
                 "seqlen": datamodule.seqlen,
                 "text": datamodule.test_text,
-                **({"tasks": dict(zip(("before", "after"), scores, strict=True))} if scores else {}),
             }
+            if scores:
+                report.evaluation["tasks"] = {"before": scores[0], "after": scores[1]}
             report.spectra = spectra
             report.samples = [Sample(*sample) for sample in zip(prompts, *texts, strict=True)]
             report.recipes = [self.recipe] if self.recipe else []
@@ -461,7 +473,7 @@ class PruningTrainer(Trainer):
             advance = partial(bar.update, task)
             analysis = analyze(model.model, targets, allocator, sparsities, shown, lambda done: advance(completed=done))
         figures = analysis_figures(analysis)
-        documents: dict[str, str | bytes] = {"analysis.json": json.dumps(analysis.as_dict(), indent=1)}
+        documents: dict[str, str | bytes] = {"analysis.json": as_json(analysis.as_dict())}
         documents |= {f"{name}.png": as_png(figure) for name, figure in figures.items()}
         folder = save_documents(output, documents, overwrite)
         for logger in self.loggers:

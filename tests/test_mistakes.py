@@ -1,14 +1,17 @@
 """Mistakes on the command line: each is one line that names the option or file, and nothing is written."""
 
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from lit_prune import cli
 from lit_prune.cli import main
+from lit_prune.cli_errors import explain
 
 PLAN_OF_ALL = {
     "pattern": {"class_path": "Unstructured", "init_args": {"sparsity": 0.5}},
@@ -59,19 +62,20 @@ FILES: dict[str, bytes] = {
 # {at} is the folder of those files, and of the pruned model "pruned". The second string is in the line that is said.
 ARGUMENTS = [
     ("", 'expected "subcommand" to be one of'),
-    ("prine", "argument subcommand: invalid choice: 'prine' (choose from"),
+    ("prine", "did you mean prune?"),
     ("prune --data.nope 3", "unrecognized arguments: --data.nope 3"),
-    ("prune --data.seqlenn 3", "unrecognized arguments: --data.seqlenn 3"),
+    ("prune --data.seqlenn 3", "unrecognized arguments: --data.seqlenn 3; did you mean --data.seqlen?"),
     ("prune extra", "unrecognized arguments: extra"),
     ("prune --overwrite maybe", "overwrite: Expected a <class 'bool'>. Got value: maybe"),
     ("prune --resume maybe", "Expected a typing.Literal['auto', 'never']"),
-    ("prune --debugg", "unrecognized arguments: --debugg"),
-    ("prune --seed_everything -1", "-1 is not in bounds, numpy accepts from 0 to 4294967295"),
-    ("prune --seed_everything 99999999999999999999", "99999999999999999999 is not in bounds, numpy accepts from 0 to"),
+    ("prune --debugg", "unrecognized arguments: --debugg; did you mean --debug?"),
+    ("prune --seed_everything -1", "--seed_everything is -1: it must be from 0 to 4,294,967,295"),
+    ("prune --seed_everything 99999999999999999999", "--seed_everything is 99999999999999999999: it must be"),
     ("prune --seed_everything banana", "seed_everything: Expected a <class 'bool'>"),
     ("prune -c {at}/missing.yaml", "missing.yaml': there is no such file, and no configuration of that name"),
     ("prune -c {at}", "there is no such file, and no configuration of that name"),
-    ("prune -c {at}/binary.yaml", "'utf-8' codec can't decode byte 0x80 in position 128: invalid"),
+    ("prune -c {at}/binary.yaml", "binary.yaml' is not text in UTF-8 (invalid start byte at byte 128): give a YAML"),
+    ("prune -c {at}/latin1.txt", "latin1.txt' is not text in UTF-8"),
     ("prune -c {at}/list.yaml", "Unexpected config: - 1"),
     ("prune -c {at}/text.yaml", "Unexpected config: just words"),
     ("prune -c {at}/tabs.yaml", "Problems parsing config: while scanning for the next token"),
@@ -126,7 +130,8 @@ PLAN = [
     ("pattern: {class_path: NM, init_args: {keep: 2, of: 3}}", "2:3 needs inputs divisible by 3, and"),
     ("scorer: {class_path: Wandah}", "trainer.callbacks: Prune: plan.scorer: there is no class"),
     ("scorer: {class_path: no.such.Module}", "trainer.callbacks: Prune: plan.scorer: no.such.Module: No"),
-    ("scorer: banana", "trainer.callbacks: Prune: plan.scorer: Expected a path but"),
+    ("scorer: banana", "trainer.callbacks: Prune: plan.scorer: there is no class 'banana'; use"),
+    ("cache: '{at}/short.txt'", "plan.cache is '"),
     ("scorrer: null", "trainer.callbacks: Prune: Group 'plan' does not accept option"),
     ("solver: {class_path: ADMM, init_args: {iterations: 0}}", "iterations is 0: it must be at least 1, such as 20"),
     ("include: '*.nothing'", "plan.include"),
@@ -204,9 +209,34 @@ TRAINING = [
     ("prune --trainer.devices 0", "`Trainer(devices='0')` value is not a valid input using cpu"),
     ("prune --trainer.devices banana", "`devices` selected with `CPUAccelerator` should be an int > 0."),
     ("prune --trainer.num_nodes 0", "`num_nodes` must be a positive integer, but got 0."),
-    ("prune --trainer.precision fp7", "trainer.precision: Expected a <class 'int'>"),
-    ("prune --trainer.logger TensorBoardLoger", "trainer.logger: Expected a path but TensorBoardLoger either not"),
-    ("prune --trainer.callbacks Banana", "trainer.callbacks: Expected a path but Banana either not"),
+    ("prune --trainer.precision fp7", "trainer.precision: give one of 64, 32, 16, 'transformer-engine'"),
+    (
+        "prune --trainer.logger TensorBoardLoger",
+        "trainer.logger: there is no class 'TensorBoardLoger'; use the name of a known class",
+    ),
+    ("prune --trainer.callbacks Banana", "trainer.callbacks: there is no class 'Banana'; use the name of"),
+    (
+        "prune --trainer.callbacks '[{{class_path: Prune, init_args: {{plan: {{scorer: {{class_path: Wandah}}}}}}}}]'",
+        "trainer.callbacks: Prune: plan.scorer: there is no class 'Wandah'; use",
+    ),
+    (
+        "prune --trainer.callbacks '[{{class_path: KeepMasks, init_args: {{maks: 3}}}}]'",
+        "trainer.callbacks: KeepMasks: Option 'maks' is not accepted",
+    ),
+    (
+        "prune --trainer.callbacks '[{{class_path: EarlyStopping, init_args: {{monitor: x, patience: many}}}}]'",
+        "EarlyStopping: patience: Expected a <class 'int'>. Got value: many",
+    ),
+    (
+        "fit --trainer.max_steps 1 --model.lr_scheduler torch.optim.lr_scheduler.StepLR"
+        " --model.lr_scheduler.step_size 0",
+        "model.lr_scheduler cannot be used (integer modulo by zero)",
+    ),
+    ("fit --trainer.max_steps 1 --trainer.min_steps -7", "trainer.min_steps is -7: it must be 0"),
+    (
+        "fit --trainer.max_steps 1 --trainer.logger true --trainer.default_root_dir {at}/short.txt/x",
+        "short.txt/x', where no file can be written: name another folder",
+    ),
     ("prune --trainer.callbacks '[]'", "trainer.callbacks has 0 Prune callbacks: exactly one is needed"),
     ("prune --trainer.profiler banana", "When passing string value for the `profiler` parameter of"),
     ("prune --trainer.limit_test_batches 1.5", "You have passed invalid value 1.5 for limit_test_batches, it"),
@@ -251,11 +281,11 @@ TRAINING = [
     ),
     (
         "fit --trainer.max_steps 1 --model.lr_scheduler Banana",
-        "model.lr_scheduler: Expected a path but Banana either not",
+        "model.lr_scheduler: there is no class 'Banana'",
     ),
     (
         "fit --trainer.max_steps 1 --model.loss Banana",
-        "model.loss: Expected a path but Banana either not accessible or",
+        "model.loss: there is no class 'Banana'",
     ),
     (
         "fit --trainer.max_steps 1 --model.trainable LoRA --model.trainable.rank 100000",
@@ -339,3 +369,31 @@ def test_a_flag_may_have_its_value_behind_it(at: Path, tmp_path_factory: pytest.
     command = ["prune", "-c", str(at / "config.yaml"), "--output", str(output), "--quiet"]
     assert main(command) == 0
     assert main([*command, "--overwrite", "True"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "signal", "said"),
+    [
+        (-9, "SIGKILL", "process 1 was ended by SIGKILL, mostly because memory was short: lower --trainer.devices"),
+        (-11, "SIGSEGV", "process 1 was ended by SIGSEGV; with --trainer.devices 1 it may say why"),
+        (3, None, "process 1 ended with status 3, and said why above"),
+    ],
+)
+def test_the_end_of_another_process_is_explained(exit_code: int, signal: str | None, said: str) -> None:
+    message, status = explain(ProcessExitedException("process 1 terminated", 1, 4321, exit_code, signal))
+    assert message.startswith(said) and status == 2
+
+
+def test_a_damaged_report_is_refused_before_the_model_is_loaded(
+    at: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pruned = tmp_path_factory.mktemp("damaged") / "pruned"
+    shutil.copytree(at / "pruned", pruned)
+    (pruned / "pruning.json").write_text((pruned / "pruning.json").read_text().replace('"asked": 0.5', '"asked": 7'))
+    monkeypatch.setattr("lit_prune.training.LitCausalLM.configure_model", pytest.fail)
+    export = ["export", "-c", str(at / "config.yaml"), "--model.pretrained", str(pruned), "--model.config", "null"]
+    for command in (export, ["compare", str(pruned)]):
+        is_one_line("pruning.json' is damaged (layers[0].asked is 7.0: it must be in [0, 1])", capsys, command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -115,9 +116,22 @@ def _flush(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
+def as_json(content: Any) -> str:
+    """Return plain data as JSON, which has no NaN and no infinity: they become null."""
+    return json.dumps(_finite(content), indent=1, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    """Write ``content`` as JSON, atomically; see ``as_json``."""
+    write_atomically(path, lambda temporary: temporary.write_text(as_json(content), encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:

@@ -309,7 +309,8 @@ def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], ove
 def _write_documents(folder: Path, documents: Mapping[str, str | bytes]) -> None:
     for name, content in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        # A name that is quoted in it may have bytes that are no text.
+        (folder / name).write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
 
 
 def check_shard_size(size: str) -> None:

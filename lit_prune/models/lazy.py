@@ -7,7 +7,6 @@ memory of one block and is read once for every pass.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from lit_prune.freed_memory import give_back_freed_memory
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.configs import load_generation_config, read_config, save_configs
 from lit_prune.models.experts import has_fused_experts
-from lit_prune.models.files import load_tensors, read_json, save_tensors, tensor_names, tensor_shapes
+from lit_prune.models.files import as_json, load_tensors, read_json, save_tensors, tensor_names, tensor_shapes
 from lit_prune.models.folders import check_folder
 from lit_prune.models.homes import Home, home_of, make_hollow, without_weights
 from lit_prune.models.weights import check_finite, ignored_by, refuse
@@ -191,7 +190,7 @@ def save_lazily(folder: Path, model: Any, disk: Disk) -> None:
         with disk.resident(part):
             size += write(part.index + 1, part.module.state_dict(prefix=f"{part.name}."))
     index = {"metadata": {"total_size": size}, "weight_map": weights}
-    (folder / _INDEX).write_text(json.dumps(index, indent=1))
+    (folder / _INDEX).write_text(as_json(index), encoding="utf-8")
     save_configs(folder, model)
 
 

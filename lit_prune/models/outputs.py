@@ -63,6 +63,18 @@ def check_output(folder: str | Path, overwrite: bool, kind: str = PRUNED, reads:
     return path
 
 
+def check_folder_for(option: str, folder: str | Path) -> None:
+    """Raise ``InputError`` that names the option if files cannot be written to a folder, or it cannot be made."""
+    try:
+        path = Path(folder).expanduser().absolute()
+        parent = path if path.exists() else _existing_parent(path)
+        possible = parent.is_dir() and os.access(parent, os.W_OK) and "\0" not in str(path)
+    except (OSError, RuntimeError, ValueError):
+        possible = False
+    if not possible:
+        raise InputError(f"{option} is {str(folder)[:_LONGEST]!r}, where no file can be written: name another folder")
+
+
 def check_space(folder: str | Path, model: nn.Module, copies: int = 1, replaced: Path | None = None) -> None:
     """Raise ``DiskError`` if the disk of ``folder`` has no room for ``copies`` of the model and its masks.
 

@@ -29,7 +29,7 @@ def compare(runs: Sequence[str], output: str = "compare.html") -> Path:
     if path.suffix != ".html":
         raise InputError(f"output is {output!r}: give a file that ends in .html")
     page = comparison_page({name: _read(run) for name, run in zip(_names(runs), runs, strict=True)})
-    write_atomically(path, lambda temporary: temporary.write_text(page))
+    write_atomically(path, lambda temporary: temporary.write_bytes(page.encode(errors="replace")))
     return path
 
 

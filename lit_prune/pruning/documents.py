@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.figure import Figure
 
 from lit_prune.models.checkpoints import by_layer
-from lit_prune.models.files import read_json
+from lit_prune.models.files import as_json, read_json
+from lit_prune.models.folders import inside
 from lit_prune.models.io import REPORT_FILE, Format
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import pages
@@ -25,7 +26,7 @@ from lit_prune.pruning.figures import (
     kind_of,
     mask_pictures,
 )
-from lit_prune.pruning.report import LayerReport, PruningReport, check_format
+from lit_prune.pruning.report import LayerReport, PruningReport
 
 PAGE_FILE = "report.html"
 _CARD = """---
@@ -73,7 +74,7 @@ def render(report: PruningReport, title: str, to: Format = "hf", adapters: bool 
     figures = report_figures(report)
     plots = {f"{name}.png": as_png(figures[name]) for name in _PLOTS if name in figures}
     return {
-        REPORT_FILE: json.dumps(report.as_dict(), indent=1),
+        REPORT_FILE: as_json(report.as_dict()),
         PAGE_FILE: _page(report, title, {name: as_svg(figure) for name, figure in figures.items()}),
         "README.md": _card(report, title, list(plots), to, adapters),
         **plots,
@@ -82,15 +83,8 @@ def render(report: PruningReport, title: str, to: Format = "hf", adapters: bool 
 
 def read_report(folder: str | Path, masks: Mapping[str, PackedMask]) -> PruningReport | None:
     """Return the report of a pruned folder, whose masks by parameter name are known; None where it holds no report."""
-    file = Path(folder).expanduser() / REPORT_FILE
-    return PruningReport.from_dict(read_json(file), by_layer(masks)) if file.is_file() else None
-
-
-def check_report(folder: str | Path) -> None:
-    """Raise ``InputError`` where a pruned folder holds a report that this version cannot read."""
-    file = Path(folder).expanduser() / REPORT_FILE
-    if file.is_file():
-        check_format(read_json(file))
+    file = inside(Path(folder).expanduser(), REPORT_FILE)
+    return PruningReport.from_dict(read_json(file), by_layer(masks), repr(str(file))) if file.is_file() else None
 
 
 def report_figures(report: PruningReport) -> dict[str, Figure]:
@@ -188,7 +182,7 @@ def _page(report: PruningReport, title: str, figures: Mapping[str, str]) -> str:
         pages.section(
             "Plan, model and data",
             "",
-            pages.folded("as JSON", pages.preformatted(json.dumps(report.identity, indent=1))),
+            pages.folded("as JSON", pages.preformatted(as_json(report.identity))),
         ),
     )
 
@@ -215,7 +209,8 @@ def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, a
         text, seqlen = report.evaluation["text"], report.evaluation["seqlen"]
         name = f"{text}, windows of {seqlen} tokens"
         scores.append(_result(text, name, "perplexity", report.evaluation["perplexity_after"]))
-    for task, metrics in report.evaluation.get("tasks", {}).get("after", {}).items():
+    tasks = report.evaluation["tasks"]["after"] if "tasks" in report.evaluation else {}
+    for task, metrics in tasks.items():
         scores += [_result(task, task, name, value) for name, value in metrics.items() if not name.endswith("_stderr")]
     front = ModelCardData(
         base_model=next((recipe.base_model for recipe in report.recipes if recipe.base_model), None),
@@ -225,7 +220,7 @@ def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, a
         pipeline_tag="text-generation",
         tags=["pruned", "sparse", "lit-prune"],
         model_name=f"{title}-pruned",
-        eval_results=scores or None,
+        eval_results=[score for score in scores if math.isfinite(score.metric_value)] or None,
     )
     return _CARD.format(
         front=front.to_yaml(),
@@ -238,7 +233,7 @@ def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, a
         sparsity=f"{report.sparsity:.2%}",
         summary="\n".join(f"| {what} | {value} |" for what, value in report.summary()),
         plots="\n\n".join(f"![{plot.removesuffix('.png').replace('_', ' ')}]({plot})" for plot in plots),
-        plan=json.dumps(report.identity["plan"], indent=1),
+        plan=as_json(report.identity["plan"]),
     )
 
 

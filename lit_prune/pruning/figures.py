@@ -36,7 +36,15 @@ _STYLE: Any = {
 }
 _PIXELS = 128
 """Sides of a mask's picture, at most."""
+_LONGEST = 100
+"""Characters of a name that are shown."""
 _P = ParamSpec("_P")
+
+
+def _shown(name: str) -> str:
+    """Return a name so that it is not read as a formula, can be drawn, and is in legends, which pass over ``_x``."""
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name[:_LONGEST])
+    return (" " if text[:1] in ("", "_") else "") + text.replace("$", r"\$")
 
 
 def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
@@ -60,7 +68,7 @@ def by_block(
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=over, ylabel=label, yscale="log" if log else "linear")
     for name, points in series.items():
-        axes.plot([block for block, _ in points], [value for _, value in points], ".-", label=name)
+        axes.plot([block for block, _ in points], [value for _, value in points], ".-", label=_shown(name))
     if limits is not None:
         axes.set_ylim(*limits)
     axes.grid(alpha=0.3, color=_INK)
@@ -74,7 +82,7 @@ def bars(values: Mapping[str, float], label: str) -> Figure:
     figure = Figure(figsize=(9, 0.6 + 0.35 * len(values)), layout="constrained")
     axes = figure.add_subplot(xlabel=label)
     ordered = sorted(values.items(), key=lambda item: item[1])
-    drawn = axes.barh([name for name, _ in ordered], [value for _, value in ordered], color=_COLOURS[0])
+    drawn = axes.barh([_shown(name) for name, _ in ordered], [value for _, value in ordered], color=_COLOURS[0])
     axes.bar_label(drawn, fmt="%.1f", padding=3)
     return figure
 
@@ -85,7 +93,7 @@ def scatter(points: Mapping[str, tuple[float, float]], across: str, up: str, log
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=across, ylabel=up, yscale="log", xscale="log" if log else "linear")
     for name, (x, y) in points.items():
-        axes.plot([x], [y], "o", label=name)
+        axes.plot([x], [y], "o", label=_shown(name))
     for axis in (axes.yaxis, axes.xaxis) if log else (axes.yaxis,):  # 60 and not 6 x 10^1
         axis.set_major_formatter(LogFormatter())
         axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
@@ -120,7 +128,8 @@ def analysis_figures(analysis: Analysis) -> dict[str, Figure]:
 def histogram(name: str, values: np.ndarray, tail: PowerLaw) -> Figure:
     """Plot a spectrum's density with the power law that was fitted to its tail, both axes logarithmic."""
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="eigenvalue of WᵀW", ylabel="density", xscale="log", yscale="log", title=name)
+    axes = figure.add_subplot(xlabel="eigenvalue of WᵀW", ylabel="density", xscale="log", yscale="log")
+    axes.set_title(_shown(name))
     axes.hist(values, bins=np.geomspace(values[0], values[-1], 101).tolist(), density=True, alpha=0.6)
     grid = np.geomspace(tail.lambda_min, values[-1], 50)
     law = (tail.alpha - 1) / tail.lambda_min * (grid / tail.lambda_min) ** -tail.alpha
@@ -139,7 +148,7 @@ def mask_pictures(masks: Mapping[str, PackedMask], most: int = 8) -> Figure:
     figure = Figure(figsize=(9, 2.6 * rows), layout="constrained")
     for place, (name, mask) in enumerate(chosen.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
-        axes.set_title(f"{kind_of(name)} {mask.shape[-2]} x {mask.shape[-1]}", fontsize="small")
+        axes.set_title(f"{_shown(kind_of(name))} {mask.shape[-2]} x {mask.shape[-1]}", fontsize="small")
         axes.imshow(density(mask), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axes.set_axis_off()
     return figure

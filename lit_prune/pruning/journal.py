@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.models.batches import Batch
-from lit_prune.models.files import load_tensors, save_tensors, write_atomically
+from lit_prune.models.files import as_json, load_tensors, save_tensors, write_atomically
 from lit_prune.models.io import data_fingerprint
 from lit_prune.ops import PackedMask, processes
+from lit_prune.pruning.plain_data import typed, typed_fields
 from lit_prune.pruning.report import LayerReport, ReconstructionReport, changed_parameters, versions
 
-_FIELDS = {"run", "tensors", "layers", "reconstructions"}
-"""What a block's record holds."""
+_BLOCK = {"run": str, "tensors": str, "layers": list[dict[str, Any]], "reconstructions": list[dict[str, Any]]}
+_ALLOCATION = {"allocation": dict[str, float], "metrics": dict[str, float]}
+"""What the records hold."""
 
 
 class DamagedError(Exception):
@@ -44,7 +46,9 @@ class FinishedBlock:
             weight = model.get_parameter(f"{record['name']}.weight")
             mask = PackedMask(self.tensors[f"mask {record['name']}"], tuple(weight.shape))
             layers.append(LayerReport.from_dict(record, mask))
-        reconstructions = [ReconstructionReport(**record) for record in self.records["reconstructions"]]
+        reconstructions = [
+            typed(record, ReconstructionReport, "reconstruction") for record in self.records["reconstructions"]
+        ]
         for name in changed_parameters(layers, reconstructions):
             model.get_parameter(name).copy_(self.tensors[f"parameter {name}"])
         return layers, reconstructions
@@ -98,7 +102,7 @@ class Journal:
             _write_record(run, identity)
             return
         try:
-            found = list(differences(_read_record(run), json.loads(json.dumps(identity))))
+            found = list(differences(_read_record(run), json.loads(as_json(identity))))
         except DamagedError as error:
             raise InputError(f"cannot resume: {error}; start again with --resume never") from error
         if found:
@@ -109,7 +113,7 @@ class Journal:
 
     def allocation(self) -> tuple[dict[str, float], dict[str, float]] | None:
         """Return the allocation and the allocator's metrics, by layer name; None where they are not (rightly) there."""
-        found = processes.from_first(lambda: self._intact(self._folder / "allocation.record"))
+        found = processes.from_first(lambda: self._intact(self._folder / "allocation.record", _ALLOCATION))
         return None if found is None else (found["allocation"], found["metrics"])
 
     def save_allocation(self, allocation: Mapping[str, float], metrics: Mapping[str, float]) -> None:
@@ -123,12 +127,9 @@ class Journal:
         return None if records is None else FinishedBlock(records, load_tensors(self._tensors(block)))
 
     def _undamaged(self, block: int) -> Any:
-        records = self._intact(self._records(block))
+        records = self._intact(self._records(block), _BLOCK)
         file = self._tensors(block)
         if records is None:
-            return None
-        if not isinstance(records, dict) or not records.keys() >= _FIELDS:
-            _warn_damaged(self._records(block))
             return None
         if records["run"] != self._run:  # another run wrote here at the same time
             warnings.warn(f"{str(file)!r} is of another run: the block is pruned again", stacklevel=2)
@@ -198,13 +199,13 @@ class Journal:
         return self._folder / f"block_{block:04d}.record"
 
     @staticmethod
-    def _intact(path: Path) -> Any:
-        """Return the content of a record; None where there is none, or a damaged one."""
+    def _intact(path: Path, fields: Mapping[str, Any]) -> Any:
+        """Return the content of a record that has these fields; None if there is none, or a damaged one."""
         if not path.is_file():
             return None
         try:
-            return _read_record(path)
-        except DamagedError:
+            return typed_fields(_read_record(path), fields, required=fields)
+        except (DamagedError, TypeError):
             _warn_damaged(path)
             return None
 
@@ -215,7 +216,7 @@ def identity_of(plan: Mapping[str, Any], model: str, batches: Sequence[Batch]) -
 
 
 def _write_record(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1).encode()
+    text = as_json(content).encode()
     write_atomically(path, lambda temporary: temporary.write_bytes(_digest(text).encode() + b"\n" + text))
 
 

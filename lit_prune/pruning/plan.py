@@ -16,6 +16,7 @@ from lit_prune.errors import InputError, NumericalError, first_line
 from lit_prune.introspection import describe
 from lit_prune.models.access import read_weight
 from lit_prune.models.blocks import Block, find_blocks
+from lit_prune.models.outputs import check_folder_for
 from lit_prune.models.targets import Patterns, Target, as_patterns, find_targets
 from lit_prune.ops import NM, LayerStats, PackedMask, Pattern
 from lit_prune.pruning.reconstruction import Reconstruction
@@ -151,6 +152,8 @@ class PruningPlan:
         """Return the model's decoder blocks and the layers to prune; raise if the plan cannot be carried out here."""
         for name in ("device", "hidden_device"):
             _check_device(f"plan.{name}", getattr(self, name))
+        if self.cache:
+            check_folder_for("plan.cache", self.cache)
         blocks = find_blocks(model)
         targets = find_targets(model, blocks, self.include, self.exclude)
         for target in targets:

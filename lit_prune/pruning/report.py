@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import repeat
 from statistics import fmean
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 from rich.table import Table
 
@@ -17,10 +16,11 @@ from lit_prune.errors import InputError, first_line
 from lit_prune.models.sparse import Speed
 from lit_prune.ops import PackedMask
 from lit_prune.ops.spectrum import PowerLaw
+from lit_prune.pruning.plain_data import typed, typed_fields
 
 _FORMAT = 1
 """Of ``pruning.json``; docs/pruning.schema.json describes it."""
-_FILE = "pruning.json"
+_MOST_BLOCKS = 100_000
 _VERSIONED = ("lit-prune", "torch", "transformers")
 
 
@@ -62,9 +62,17 @@ class LayerReport:
         return {name: getattr(self, name) for name in names} | {"shape": list(self.shape)}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], mask: PackedMask) -> LayerReport:
-        """Rebuild what ``as_dict`` returned."""
-        return cls(**{**content, "shape": tuple(content["shape"])}, mask=mask)
+    def from_dict(cls, content: Mapping[str, Any], mask: PackedMask, name: str = "layer") -> LayerReport:
+        """Rebuild what ``as_dict`` returned; raise ``TypeError`` or ``ValueError`` that names the wrong part of it."""
+        layer: LayerReport = typed({**content, "mask": mask}, cls, name)
+        if not 0 <= layer.block < _MOST_BLOCKS:
+            raise ValueError(f"{name}.block is {layer.block}: it must be from 0 to {_MOST_BLOCKS - 1:,}")
+        for part in ("asked", "reached"):
+            if not 0 <= (value := getattr(layer, part)) <= 1:
+                raise ValueError(f"{name}.{part} is {value}: it must be in [0, 1]")
+        if mask.shape not in (layer.shape, layer.shape[::-1]):
+            raise ValueError(f"{name}.shape is {list(layer.shape)}, and its mask has {list(mask.shape)}")
+        return layer
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,50 @@ class Sample:
     """How the pruned one does."""
 
 
+Scores = dict[str, dict[str, float]]
+"""By task: each metric, and its standard error as ``METRIC_stderr``."""
+
+
+class TaskScores(TypedDict):
+    """Scores of tasks."""
+
+    before: Scores
+    """Of the dense model."""
+    after: Scores
+    """Of the pruned one."""
+
+
+class Evaluation(TypedDict, total=False):
+    """How good the model is; without ``tasks`` if none were run, and empty if nothing was evaluated."""
+
+    perplexity_before: float
+    """Of the dense model."""
+    perplexity_after: float
+    """Of the pruned one."""
+    seqlen: int
+    """Tokens per window."""
+    text: str
+    """What it is measured on."""
+    tasks: TaskScores
+    """Of lm-evaluation-harness."""
+
+
+class _Method(TypedDict):
+    class_path: str
+    init_args: dict[str, Any]
+
+
+class _Plan(TypedDict):
+    """What every plan has, and a report speaks of."""
+
+    pattern: _Method
+    scorer: _Method | None
+    allocator: _Method
+    solver: _Method
+    reconstruction: _Method | None
+    correction: float
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a run was started."""
@@ -150,9 +202,8 @@ class PruningReport:
     """What the allocator measured of every layer's weight, by name; empty where it measures nothing."""
     cached: list[str] = field(default_factory=list)
     """Names of the files of ``plan.cache`` that were read in place of a computation."""
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    """``perplexity_before``, ``perplexity_after``, ``seqlen``, ``text``, and ``tasks``, the scores ``before`` and
-    ``after``: filled in by whoever evaluates."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """Filled in by whoever evaluates."""
     spectra: dict[str, Spectrum] = field(default_factory=dict)
     """Of a few layers, by name."""
     samples: list[Sample] = field(default_factory=list)
@@ -212,47 +263,47 @@ class PruningReport:
         }
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> PruningReport:
+    def from_dict(
+        cls, content: Mapping[str, Any], masks: Mapping[str, PackedMask], source: str = "the report of this model"
+    ) -> PruningReport:
         """Rebuild a report from ``as_dict`` and the masks by layer name.
+
+        Args:
+            content: plain data, from a file or a checkpoint of anyone's.
+            masks: of all its layers.
+            source: of the content, for errors.
 
         Raises:
             InputError: another version wrote it, in another format; or it is damaged.
         """
-        check_format(content)
+        check_format(content, source)
         try:
             return cls._from_dict(content, masks)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-            raise InputError(f"the report of this model, {_FILE}, is damaged ({reason})") from error
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{source} is damaged ({first_line(error)})") from error
 
     @classmethod
     def _from_dict(cls, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> PruningReport:
-        known = cls(identity={"plan": {}, "model": "", "data": ""})
-        if unknown := content.keys() - known.as_dict().keys():
-            raise ValueError(f"it has the unknown field {sorted(unknown)[0]!r}")
-        report = cls(
-            identity={name: content[name] for name in ("plan", "model", "data")},
-            layers=[LayerReport.from_dict(layer, masks[layer["name"]]) for layer in content["layers"]],
-            reconstructions=[ReconstructionReport(**done) for done in content["reconstructions"]],
-            allocation=dict(content["allocation"]),
-            metrics=dict(content["metrics"]),
-            cached=content.get("cached", []),  # newer than the format
-            spectra={
-                name: Spectrum(spectrum["eigenvalues"], PowerLaw(**spectrum["tail"]))
-                for name, spectrum in content["spectra"].items()
-            },
-            samples=[Sample(**sample) for sample in content["samples"]],
-            recipes=[Recipe(**recipe) for recipe in content["recipes"]],
-            seconds=dict(content["seconds"]),
-            peak_memory=content["peak_memory"],
-            evaluation=dict(content["evaluation"]),
-            validation={
-                text: [(step, perplexity) for step, perplexity in curve]
-                for text, curve in content["validation"].items()
-            },
-        )
-        for part in (report, *report.layers, *report.reconstructions, *report.samples, *report.recipes):
-            _check_types(part)
+        hints = {**get_type_hints(cls), **_BESIDE, "layers": list[dict[str, Any]]}
+        del hints["identity"]
+        parts = typed_fields(content, hints, required=hints.keys() - {"cached"})  # which is newer than the format
+        identity = {name: parts[name] for name in _IDENTITY}
+        typed({name: value for name, value in identity["plan"].items() if name in _Plan.__annotations__}, _Plan, "plan")
+        report = cls(identity, **{name: value for name, value in parts.items() if name not in _BESIDE})
+        report.layers = [_layer(f"layers[{place}]", layer, masks) for place, layer in enumerate(parts["layers"])]
+        names = {layer.name for layer in report.layers}
+        if len(names) < len(report.layers):
+            raise ValueError("layers has a name twice")
+        known = {"layers": names, "metrics": report.metrics or names, "allocation": report.allocation or names}
+        for part, its in known.items():
+            if lacking := masks.keys() - its:
+                raise ValueError(f"{part} lacks {min(lacking)!r}, which has a mask")
+        for name, spectrum in report.spectra.items():
+            values = spectrum.eigenvalues
+            if not values or not all(0 < value < math.inf for value in (*values, spectrum.tail.lambda_min)):
+                raise ValueError(f"spectra.{name} has eigenvalues that are not above 0, or none")
+        if report.evaluation and (lacking := _EVALUATED - report.evaluation.keys()):
+            raise ValueError(f"evaluation lacks {min(lacking)!r}")
         return report
 
     @property
@@ -281,8 +332,9 @@ class PruningReport:
             text = f"perplexity, {self.evaluation['text']}, windows of {self.evaluation['seqlen']} tokens"
             before, after = self.evaluation["perplexity_before"], self.evaluation["perplexity_after"]
             lines.append((text, f"{before:.2f} before, {after:.2f} after"))
-        for task, metric, (before, after) in scores_of(self.evaluation.get("tasks", {})):
-            lines.append((f"{task}, {metric}", f"{before} before, {after} after"))
+        tasks = self.evaluation.get("tasks", TaskScores(before={}, after={}))
+        for task, metric, (first, then) in scores_of({"before": tasks["before"], "after": tasks["after"]}):
+            lines.append((f"{task}, {metric}", f"{first} before, {then} after"))
         if self.reconstructions:
             before, after = (
                 fmean(getattr(done, when) for done in self.reconstructions) for when in ("before", "after")
@@ -318,7 +370,7 @@ class PruningReport:
                 f"{_weighted(layers, 'reached'):.2%}",
                 "not measured" if worst.output_error is None else f"{worst.output_error:.4f} {name}",
                 f"{sum(layer.seconds for layer in layers):.1f}",
-                *([reconstructed[index]] if reconstructed else []),
+                *([reconstructed.get(index, "")] if reconstructed else []),
             )
         return table
 
@@ -330,39 +382,30 @@ class PruningReport:
         return table
 
 
-def _check_types(part: Any) -> None:
-    """Raise ``TypeError`` that names the first field of a dataclass whose value is not of its type."""
-    for name, hint in get_type_hints(type(part)).items():
-        if not _fits(getattr(part, name), hint):
-            raise TypeError(f"{name} is {getattr(part, name)!r:.80}")
+_IDENTITY = {"plan": dict[str, Any], "model": str, "data": str}
+_BESIDE = {**_IDENTITY, "format": int, "sparsity": float, "versions": dict[str, str]}
+"""What a file has beside the fields of the report: its identity, and what follows from the rest."""
+_EVALUATED = {"perplexity_before", "perplexity_after", "seqlen", "text"}
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether plain data is of a type, its elements included."""
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is Any or not isinstance(value, kind):
-        return kind is Any
-    parts: Iterable[tuple[Any, Any]] = ()
-    if kind is dict:
-        parts = [pair for item in value.items() for pair in zip(item, inner, strict=True)]
-    elif kind in (list, tuple):
-        parts = zip(value, inner if kind is tuple else repeat(inner[0]), strict=False)
-    return (kind is not tuple or len(value) == len(inner)) and all(_fits(part, its) for part, its in parts)
+def _layer(place: str, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> LayerReport:
+    name = content.get("name")
+    if not isinstance(name, str) or name not in masks:
+        raise ValueError(f"{place}.name is {name!r:.80}, which has no mask")
+    return LayerReport.from_dict(content, masks[name], place)
 
 
-def check_format(content: Mapping[str, Any]) -> None:
-    """Raise ``InputError`` where another version wrote a report, in another format."""
+def check_format(content: Any, source: str) -> None:
+    """Raise ``InputError`` if a report was written by another version, in another format."""
     if not isinstance(content, Mapping):
-        raise InputError(f"{_FILE} holds no report, but {type(content).__name__}")
+        raise InputError(f"{source} holds no report, but a {type(content).__name__}")
     if content.get("format") != _FORMAT:
-        writer = content.get("versions", {}).get("lit-prune", "another program")
+        versions = content.get("versions")
+        writer = versions.get("lit-prune") if isinstance(versions, Mapping) else None
         raise InputError(
-            f"a report is in format {content.get('format')!r}, written by lit-prune {writer}: this version, "
-            f"{version('lit-prune')}, reads format {_FORMAT}; prune again, or install that version"
+            f"{source} is in format {content.get('format')!r:.80}, written by "
+            f"{f'lit-prune {writer!r:.80}' if writer else 'another program'}: this version, {version('lit-prune')}, "
+            f"reads format {_FORMAT}; prune again, or install that version"
         )
 
 
@@ -401,11 +444,15 @@ def scores_of(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[
     for task, metrics in next(iter(columns.values()), {}).items():
         for metric in (name for name in metrics if not name.endswith("_stderr")):
             values = [
-                f"{scores[task][metric]:.4f} ± {scores[task].get(f'{metric}_stderr', float('nan')):.4f}"
+                f"{_score(scores, task, metric):.4f} ± {_score(scores, task, f'{metric}_stderr'):.4f}"
                 for scores in columns.values()
             ]
             found.append((task, metric, values))
     return found
+
+
+def _score(scores: Mapping[str, Mapping[str, float]], task: str, metric: str) -> float:
+    return scores.get(task, {}).get(metric, math.nan)
 
 
 def _weighted(layers: Iterable[LayerReport], attribute: str) -> float:

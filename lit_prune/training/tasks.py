@@ -15,9 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.io import quiet_hub
-
-Scores = dict[str, dict[str, float]]
-"""By task, every metric and its standard error (``acc``, ``acc_stderr``, …)."""
+from lit_prune.pruning.report import Scores
 
 
 @dataclass(frozen=True)
