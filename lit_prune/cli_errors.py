@@ -117,7 +117,7 @@ def _innermost(message: str) -> str:
     found: list[tuple[tuple[str, ...], str]] = []
     for line in message.splitlines():
         text, indent = line.strip(), len(line) - len(line.lstrip())
-        if text:
+        if text.startswith("- "):
             path = [(place, key) for place, key in path if place < indent]
         for pattern, group in ((_KEY, "key"), (_CLASS, "path")):
             if match := pattern.match(text):
