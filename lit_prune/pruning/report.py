@@ -286,7 +286,7 @@ class PruningReport:
     def _from_dict(cls, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> PruningReport:
         hints = {**get_type_hints(cls), **_BESIDE, "layers": list[dict[str, Any]]}
         del hints["identity"]
-        parts = typed_fields(content, hints, required=hints.keys() - {"cached"})  # which is newer than the format
+        parts = typed_fields(content, hints, required=[name for name in hints if name != "cached"])
         identity = {name: parts[name] for name in _IDENTITY}
         typed({name: value for name, value in identity["plan"].items() if name in _Plan.__annotations__}, _Plan, "plan")
         report = cls(identity, **{name: value for name, value in parts.items() if name not in _BESIDE})
