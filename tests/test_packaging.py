@@ -91,6 +91,25 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert lit_prune.__version__ == newest[1] == citation["version"]
 
 
+def test_the_readme_names_the_versions_that_are_tested() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith(("| versions |", "| highest |", "| lowest |"))
+    ]
+    (_, _, *names), (_, _, *highest), (_, python, *lowest) = rows
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert highest == [pinned[name] for name in names]
+    requirements = [
+        *PROJECT["dependencies"],
+        *(r for extra in PROJECT["optional-dependencies"].values() for r in extra),
+    ]
+    floors = dict(re.split(r"\[.*\]>=|>=", requirement) for requirement in requirements if ">=" in requirement)
+    assert PROJECT["requires-python"] == f">={python}"
+    for name, version in zip(names, lowest, strict=True):
+        assert f"{version}.".startswith(f"{floors[name]}."), name
+
+
 def test_the_command_prints_the_version_without_importing_torch() -> None:
     module, function = PROJECT["scripts"]["lit-prune"].split(":")
     program = (

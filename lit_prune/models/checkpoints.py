@@ -273,7 +273,8 @@ def plain_data_only(path: str | Path) -> Iterator[None]:
 
 def _read_metadata(reader: FileSystemReader, *_: Any, **options: Any) -> Metadata:
     """Read an index as ``FileSystemReader`` does, with an unpickler that knows its classes alone."""
-    index = Path(reader._get_metadata_path(options.get("rank")))
+    rank = options.get("rank")  # of a process that wrote an index of its own
+    index = Path(reader.path) / f"{'' if rank is None else f'__{rank}'}{_METADATA}"
     with index.open("rb") as handle:
         metadata = _MetadataUnpickler(handle).load()
     _check_entries(index, metadata)

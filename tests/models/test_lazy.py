@@ -119,6 +119,7 @@ def test_a_checkpoint_of_the_model_without_its_head_is_read(
     folder = saved("gpt2")
     whole = load_model(str(folder))
     bare = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()  # the whole model may have it mapped
     save_file(bare, folder / "model.safetensors", {"format": "pt"})
     with torch.no_grad():
         lazy = load_model(str(folder), lazy=tmp_path / "changes")
