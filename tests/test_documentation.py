@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lit_prune import recipes
 from lit_prune.__main__ import main
 from lit_prune.cli import build
 from lit_prune.models.io import load_model, load_tokenizer, save_pruned
+from support.shared import Shared
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,10 +63,13 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert not re.search(r'(src|href)="https?://[^"]*\.(js|css|woff2?)"', file.read_text()), file
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, write_task: Callable[[Path], Path]) -> Path:
+@pytest.fixture(scope="session")
+def workplace(shared: Shared, write_task: Callable[[Path], Path]) -> Path:
     """Return a folder with all that the pages' commands ask for: configs, a model, pruned ones, a checkpoint, tasks."""
-    place = tmp_path_factory.mktemp("workplace")
+    return shared.once("workplace", partial(fill, write_task=write_task))
+
+
+def fill(place: Path, write_task: Callable[[Path], Path]) -> None:
     shutil.copytree(ROOT / "configs", place / "configs")
     for config in (place / "configs").rglob("*.yaml"):
         text = config.read_text()
@@ -84,7 +89,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, write_task: Callable[[Pa
         (checkpoint,) = Path("lightning_logs").rglob("*.ckpt")
         shutil.copy(checkpoint, "lightning_logs/last.ckpt")
         shutil.rmtree("out/gradual")
-    return place
 
 
 @pytest.mark.timeout(600)

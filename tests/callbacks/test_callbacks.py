@@ -1,5 +1,6 @@
 """Pruning while training, keeping masks and exporting, on one device."""
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,10 @@ from lit_prune.scorers import Magnitude, Wanda
 from lit_prune.solvers import ADMM
 from lit_prune.solvers.base import Solver
 from lit_prune.training import LitCausalLM, TextDataModule
+from support.training import LLAMA
+from support.training import trainer as quiet_trainer
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-}
+trainer = partial(quiet_trainer, max_steps=8, limit_val_batches=2)
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-1, momentum=0.9, weight_decay=0.1),
@@ -41,11 +37,6 @@ def data(windows: int = 64) -> TextDataModule:
 def lit(optimizer: str = "adamw") -> LitCausalLM:
     torch.manual_seed(0)
     return LitCausalLM("random", config=LLAMA, optimizer=OPTIMIZERS[optimizer])
-
-
-def trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_model_summary": False}
-    return Trainer(**{**quiet, "max_steps": 8, "limit_val_batches": 2, **options}, callbacks=list(callbacks))
 
 
 def wanda(schedule: Schedule | None = None, sparsity: float = 0.5) -> Prune:
@@ -70,7 +61,7 @@ def test_gradual_pruning_reaches_each_sparsity_and_holds_it(optimizer: str, prec
     prune, history = wanda(Cubic(start=2, end=6, every=2, initial=0.2), sparsity=0.6), History()
     module = lit(optimizer)
     options = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
-    trainer(prune, KeepMasks(), history, enable_checkpointing=False, **options).fit(module, data())
+    trainer(prune, KeepMasks(), history, **options).fit(module, data())
     expected = {0: 0.0, 1: 0.0, 2: 0.2, 3: 0.2, 4: 0.55, 5: 0.55, 6: 0.6, 7: 0.6, 8: 0.6}
     assert history.sparsity == pytest.approx({k: expected[k] for k in history.sparsity}, abs=0.01)
     assert prune.report is not None
@@ -79,7 +70,7 @@ def test_gradual_pruning_reaches_each_sparsity_and_holds_it(optimizer: str, prec
 
 def test_without_keep_masks_weights_come_back_and_export_says_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"_proj\.weight: \d+ pruned weights are not zero"):
-        trainer(wanda(), Export(str(tmp_path / "out")), enable_checkpointing=False).fit(lit(), data())
+        trainer(wanda(), Export(str(tmp_path / "out"))).fit(lit(), data())
     assert not (tmp_path / "out").exists()
 
 
@@ -89,7 +80,7 @@ def test_the_audit_names_a_revived_weight() -> None:
             module.model.model.layers[1].mlp.up_proj.weight.data.add_(1.0)
 
     with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: "):
-        trainer(wanda(), KeepMasks(), Revive(), enable_checkpointing=False).fit(lit(), data())
+        trainer(wanda(), KeepMasks(), Revive()).fit(lit(), data())
 
 
 def test_kept_weights_train(tmp_path: Path) -> None:
@@ -97,7 +88,7 @@ def test_kept_weights_train(tmp_path: Path) -> None:
     module.configure_model()
     before = module.model.model.layers[0].mlp.up_proj.weight.detach().clone()
     prune = wanda()
-    trainer(prune, KeepMasks(), enable_checkpointing=False).fit(module, data())
+    trainer(prune, KeepMasks()).fit(module, data())
     assert prune.report is not None
     keep = prune.report.masks["model.layers.0.mlp.up_proj.weight"].unpack()
     after = module.model.model.layers[0].mlp.up_proj.weight
@@ -107,13 +98,13 @@ def test_kept_weights_train(tmp_path: Path) -> None:
 def test_export_writes_a_folder_with_verified_masks(tmp_path: Path) -> None:
     prune = Prune(PruningPlan(NM(2, 4), Magnitude()), OneShot(3))
     module = lit()
-    trainer(prune, KeepMasks(), Export(str(tmp_path / "out")), enable_checkpointing=False).fit(module, data())
+    trainer(prune, KeepMasks(), Export(str(tmp_path / "out"))).fit(module, data())
     loaded = load_model(str(tmp_path / "out"))
     check_masks_hold(loaded, load_masks(tmp_path / "out"))
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in module.model.state_dict().items())
     assert (tmp_path / "out" / "report.html").is_file()
     with pytest.raises(InputError, match="it exists and is kept"):
-        trainer(prune, Export(str(tmp_path / "out")), enable_checkpointing=False).fit(lit(), data())
+        trainer(prune, Export(str(tmp_path / "out"))).fit(lit(), data())
 
 
 class Losses(Callback):
@@ -137,7 +128,7 @@ def test_a_resumed_run_equals_one_without_a_stop(tmp_path: Path, stop: int) -> N
     trainer(whole, KeepMasks(), losses, checkpoint, **options).fit(straight, data(10))
     module, prune, resumed = lit(), wanda(schedule), Losses()
     path = str(tmp_path / f"at-step={stop}.ckpt")
-    quiet = trainer(prune, KeepMasks(), resumed, enable_checkpointing=False, **options)
+    quiet = trainer(prune, KeepMasks(), resumed, **options)
     quiet.fit(module, data(10), ckpt_path=path, weights_only=True)
     assert resumed.losses and resumed.losses == losses.losses[-len(resumed.losses) :]
     assert whole.report is not None and prune.report is not None
@@ -163,7 +154,7 @@ def gradual(solver: Solver | None = None, **options: Any) -> list[PruningReport]
     parts: dict[str, Any] = {"solver": solver} if solver else {"scorer": Magnitude()}
     plan = PruningPlan(Unstructured(0.6), allocator=AlphaPruning(epsilon=0.3), **parts)
     prune = Prune(plan, Cubic(start=0, end=6, every=3, initial=0.2), **options)
-    trainer(prune, KeepMasks(), seen, enable_checkpointing=False).fit(lit(), data())
+    trainer(prune, KeepMasks(), seen).fit(lit(), data())
     assert [round(report.sparsity, 2) for report in seen.reports] == [0.2, 0.55, 0.6]
     layers = seen.reports[-1].layers
     asked = 0.6 * sum(layer.numel for layer in layers)
@@ -205,14 +196,14 @@ def test_regrowth_off_needs_a_frozen_allocation() -> None:
 
 def test_a_schedule_that_outlasts_the_training_is_refused() -> None:
     with pytest.raises(InputError, match="prunes until step 9, and training ends after 8 optimizer steps"):
-        trainer(wanda(OneShot(9)), enable_checkpointing=False).fit(lit(), data())
+        trainer(wanda(OneShot(9))).fit(lit(), data())
 
 
 def test_data_without_a_calibration_set_is_refused() -> None:
     with pytest.raises(InputError, match=r"the data module is .*: pruning needs one with calibration_batches\(\)"):
-        trainer(wanda(), enable_checkpointing=False).fit(lit(), data().train_dataloader())
+        trainer(wanda()).fit(lit(), data().train_dataloader())
 
 
 def test_exactly_one_prune_callback_is_needed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 0 Prune callbacks"):
-        trainer(Export(str(tmp_path / "out")), enable_checkpointing=False).fit(lit(), data())
+        trainer(Export(str(tmp_path / "out"))).fit(lit(), data())

@@ -14,33 +14,25 @@ from lit_prune.ops import NM
 from lit_prune.pruning import Cubic, PruningPlan
 from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule, WarmupCosine
+from support.training import LLAMA, trainer
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-}
+LONGER = {**LLAMA, "num_hidden_layers": 4, "num_attention_heads": 2}
 
 
 def fit(*callbacks: Callback, steps: int, resume: Path | None = None, **options: Any) -> Trainer:
     torch.manual_seed(0)
     schedule = options.pop("schedule", None)
-    module = LitCausalLM("random", config=LLAMA, lr_scheduler=schedule)
+    module = LitCausalLM("random", config=LONGER, lr_scheduler=schedule)
     data = TextDataModule("random", dataset="embedded", seqlen=16, sequences=2, max_windows=40, batch_size=2)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    few = {"limit_val_batches": 0, "max_steps": steps}
-    trainer = Trainer(**{**quiet, **few, **options}, callbacks=list(callbacks))
-    trainer.fit(module, datamodule=data, ckpt_path=resume)
-    return trainer
+    runner = trainer(*callbacks, max_steps=steps, **{"limit_val_batches": 0, **options})
+    runner.fit(module, datamodule=data, ckpt_path=resume)
+    return runner
 
 
 def test_uneven_nm_is_reached_gradually_without_regrowth() -> None:
     plan = PruningPlan(NM(4, 8), Magnitude(), AlphaPruning(epsilon=0.3), output_error=False)
     prune = Prune(plan, Cubic(start=0, end=8, every=1), regrowth=False)
-    fit(prune, KeepMasks(), steps=8, enable_checkpointing=False)
+    fit(prune, KeepMasks(), steps=8)
     assert prune.report is not None
     widest = max(layer.numel for layer in prune.report.layers)
     total = sum(layer.numel for layer in prune.report.layers)
@@ -68,10 +60,9 @@ def test_more_steps_after_a_resume_have_a_rate(total: int | None, tmp_path: Path
         steps=12,
         schedule=lambda o: WarmupCosine(o, total=total),
         resume=tmp_path / "end.ckpt",
-        enable_checkpointing=False,
     )
     straight = Rates()
-    fit(straight, steps=12, schedule=lambda o: WarmupCosine(o, total=total), enable_checkpointing=False)
+    fit(straight, steps=12, schedule=lambda o: WarmupCosine(o, total=total))
     assert rates.rates == straight.rates[6:]
     assert (rates.rates[0] > 0) == (total is None)  # a total that the user gave stays
 
@@ -83,5 +74,5 @@ def test_overfitting_sees_the_same_batches_in_each_epoch() -> None:
         def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, *args: Any) -> None:
             seen.append(batch["input_ids"].flatten().tolist())
 
-    fit(See(), steps=6, overfit_batches=2, enable_checkpointing=False)
+    fit(See(), steps=6, overfit_batches=2)
     assert seen[:2] == seen[2:4] == seen[4:6] and seen[0] != seen[1]

@@ -1,12 +1,13 @@
 """Where masks come from, which strategies are refused, and training that could revive a weight, on one device."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import save_file
@@ -21,15 +22,10 @@ from lit_prune.scorers import Magnitude, Wanda
 from lit_prune.scorers.base import Scorer
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.strategies import FSDP2, DeepSpeed
+from support.training import LLAMA
+from support.training import trainer as quiet_trainer
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-}
+trainer = partial(quiet_trainer, max_steps=6, limit_val_batches=2, val_check_interval=3)
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}  # Conv1D: [i, o]
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -46,12 +42,6 @@ def lit(pretrained: str = "random", config: dict[str, Any] = LLAMA, **options: A
     torch.manual_seed(0)
     own = config if pretrained == "random" else None
     return LitCausalLM(pretrained, config=own, **{"optimizer": adamw, **options})
-
-
-def trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_model_summary": False}
-    few = {"max_steps": 6, "limit_val_batches": 2, "val_check_interval": 3, "enable_checkpointing": False}
-    return Trainer(**{**quiet, **few, **options}, callbacks=list(callbacks))
 
 
 @pytest.fixture
@@ -83,7 +73,7 @@ def test_a_pruned_model_is_fine_tuned(source: str, pruned: Path) -> None:
 
 def test_masks_that_were_given_are_resumed_without_their_folder(pruned: Path, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="at-{step}", every_n_train_steps=3, save_top_k=-1)
-    trainer(KeepMasks(str(pruned)), checkpoint, enable_checkpointing=True).fit(lit(str(pruned)), data())
+    trainer(KeepMasks(str(pruned)), checkpoint).fit(lit(str(pruned)), data())
     expected = load_masks(pruned)
     (pruned / "masks.safetensors").unlink()
     module, keeper = lit(str(pruned)), KeepMasks(str(pruned))

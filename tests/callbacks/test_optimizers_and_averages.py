@@ -24,15 +24,8 @@ from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule, WarmupCosine
 from lit_prune.training.recovery import LoRA
 from lit_prune.training.strategies import FSDP2
+from support.training import SMALLER, trainer
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-}
 UP = "model.layers.0.mlp.up_proj.weight"
 MIXING = {"Muon"}
 """Optimizers that mix the elements of a matrix, so that a weight without a gradient moves."""
@@ -55,15 +48,13 @@ def fit(
     torch.manual_seed(0)
     pretrained = options.pop("pretrained", "random")
     own = {name: options.pop(name) for name in ("trainable", "lr_scheduler") if name in options}
-    own["config"] = LLAMA if pretrained == "random" else None
+    own["config"] = SMALLER if pretrained == "random" else None
     own["optimizer"] = optimizer or partial(torch.optim.AdamW, lr=1e-2)
     module = options.pop("module", None) or LitCausalLM(pretrained, **own)
     data = TextDataModule("random", dataset="embedded", seqlen=16, sequences=2, max_windows=32, batch_size=2)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    few = {"limit_val_batches": 1, "val_check_interval": 2, "enable_checkpointing": False, "max_steps": steps}
-    trainer = Trainer(**{**quiet, **few, **options}, callbacks=list(callbacks))
-    trainer.fit(module, datamodule=data, ckpt_path=resume)
-    return trainer, module
+    runner = trainer(*callbacks, max_steps=steps, **{"limit_val_batches": 1, "val_check_interval": 2, **options})
+    runner.fit(module, datamodule=data, ckpt_path=resume)
+    return runner, module
 
 
 def optimizer_of(name: str) -> Any:
@@ -106,7 +97,7 @@ def test_averages_do_not_bring_pruned_weights_back(first: bool, tmp_path: Path) 
     checkpoint = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2)
     mine = [Prune(plan(), OneShot(2)), keep_masks]
     callbacks = [average, *mine] if first else [*mine, average]
-    _, module = fit(*callbacks, checkpoint, steps=-1, max_epochs=3, enable_checkpointing=True, limit_train_batches=2)
+    _, module = fit(*callbacks, checkpoint, steps=-1, max_epochs=3, limit_train_batches=2)
     saved = torch.load(checkpoint.last_model_path, weights_only=True)["state_dict"]
     for parameter, mask in keep_masks.masks.items():
         for weight in (module.model.get_parameter(parameter), saved[f"model.{parameter}"]):
@@ -134,7 +125,7 @@ def test_the_last_callback_is_audited_too() -> None:
 @pytest.fixture
 def halfway(tmp_path: Path) -> Path:
     checkpoint = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2, save_top_k=-1)
-    fit(Prune(plan()), KeepMasks(), checkpoint, steps=2, enable_checkpointing=True)
+    fit(Prune(plan()), KeepMasks(), checkpoint, steps=2)
     return tmp_path / "half.ckpt"
 
 
@@ -161,7 +152,7 @@ def test_the_start_is_the_best_if_training_only_does_harm(tmp_path: Path) -> Non
     best = ModelCheckpoint(tmp_path, monitor="val/perplexity")
     callbacks = [Prune(plan()), KeepMasks(), ValidateAtStart(), best, Export(str(tmp_path / "out"), best=True)]
     harm = partial(torch.optim.SGD, lr=100.0)
-    fit(*callbacks, optimizer=harm, enable_checkpointing=True)
+    fit(*callbacks, optimizer=harm)
     assert best.best_model_path.endswith("step=0.ckpt")
     start = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     exported = load_model(str(tmp_path / "out")).state_dict()
@@ -184,7 +175,7 @@ def test_the_best_model_is_exported_and_not_the_last_average(last: bool, tmp_pat
     mine = [Prune(plan()), KeepMasks(), Export(str(tmp_path / "out"), best=True)]
     callbacks = [*mine, average] if last else [average, *mine]
     harm = partial(torch.optim.SGD, lr=3.0)
-    trainer, _ = fit(*callbacks, best, optimizer=harm, steps=6, enable_checkpointing=True)
+    trainer, _ = fit(*callbacks, best, optimizer=harm, steps=6)
     content = torch.load(best.best_model_path, weights_only=True)
     assert content["global_step"] < trainer.global_step
     assert torch.equal(load_model(str(tmp_path / "out")).state_dict()[UP], content["state_dict"][f"model.{UP}"])
@@ -194,7 +185,7 @@ def test_the_best_model_is_exported_and_not_the_last_average(last: bool, tmp_pat
 def test_the_start_is_kept_whenever_checkpoints_are_written(options: dict[str, Any], tmp_path: Path) -> None:
     every = options.pop("every", None)
     best = ModelCheckpoint(tmp_path, monitor="val/perplexity", every_n_train_steps=every)
-    fit(ValidateAtStart(), best, optimizer=partial(torch.optim.SGD, lr=100.0), enable_checkpointing=True, **options)
+    fit(ValidateAtStart(), best, optimizer=partial(torch.optim.SGD, lr=100.0), **options)
     assert best.best_model_path.endswith("step=0.ckpt")
 
 
@@ -211,7 +202,7 @@ def test_a_sharded_start_is_kept_and_exported_and_counts_for_no_step(tmp_path: P
     callbacks = [Prune(plan()), KeepMasks(), ValidateAtStart(), best, first, Export(str(tmp_path / "out"), best=True)]
     harm = partial(torch.optim.AdamW, lr=10.0)
     try:
-        fit(*callbacks, optimizer=harm, strategy=FSDP2(), devices=1, enable_checkpointing=True)
+        fit(*callbacks, optimizer=harm, strategy=FSDP2(), devices=1)
     finally:
         torch.distributed.destroy_process_group()
     assert best.best_model_path.endswith("step=0.ckpt") and first.counted == 1
@@ -221,7 +212,7 @@ def test_a_sharded_start_is_kept_and_exported_and_counts_for_no_step(tmp_path: P
 
 def test_another_schedule_is_refused_when_training_goes_on(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2, save_top_k=-1)
-    fit(checkpoint, steps=2, enable_checkpointing=True, lr_scheduler=WarmupCosine)
+    fit(checkpoint, steps=2, lr_scheduler=WarmupCosine)
     with pytest.raises(InputError, match=r"model\.lr_scheduler was 'WarmupCosine' and is now None; give what it"):
         fit(resume=tmp_path / "half.ckpt")
 
@@ -231,7 +222,7 @@ def test_other_masks_are_refused_when_training_goes_on(tmp_path: Path) -> None:
     for folder, sparsity in zip(folders, (0.5, 0.8), strict=True):
         fit(Prune(plan(sparsity)), KeepMasks(), Export(folder), steps=1)
     checkpoint = ModelCheckpoint(tmp_path, filename="saved", every_n_train_steps=2, save_top_k=-1)
-    fit(KeepMasks(folders[0]), checkpoint, pretrained=folders[0], steps=2, enable_checkpointing=True)
+    fit(KeepMasks(folders[0]), checkpoint, pretrained=folders[0], steps=2)
     fit(KeepMasks(folders[0]), pretrained=folders[0], resume=tmp_path / "saved.ckpt")
     with pytest.raises(InputError, match=r"another mask of .* than that of KeepMasks\.masks"):
         fit(KeepMasks(folders[1]), pretrained=folders[1], resume=tmp_path / "saved.ckpt")
@@ -252,7 +243,7 @@ def test_callbacks_that_cannot_work_together_are_refused(callbacks: Any, message
 
 
 def test_a_model_in_half_precision_keeps_the_precision_of_its_buffers(tmp_path: Path) -> None:
-    module = LitCausalLM("random", "bfloat16", config=LLAMA)
+    module = LitCausalLM("random", "bfloat16", config=SMALLER)
     module.configure_model()
     module.model.register_buffer("bias_of_a_router", torch.tensor([1.001]))  # rounds to 1 in bfloat16
     fit(Prune(plan()), KeepMasks(), Export(str(tmp_path / "out")), module=module, steps=1)

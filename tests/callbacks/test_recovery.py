@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +38,9 @@ from lit_prune.training import (
 )
 from lit_prune.training.strategies import FSDP2
 from support.rounding import distance, network
+from support.training import trainer as quiet_trainer
 
+trainer = partial(quiet_trainer, max_steps=8, limit_val_batches=2, val_check_interval=4, check_val_every_n_epoch=None)
 UP = "model.layers.0.mlp.up_proj.weight"
 TRAINABLE = {"everything": Everything, "norms": NormsAndBiases, "lora": lambda: LoRA(4, norms_and_biases=True)}
 
@@ -57,13 +60,6 @@ def lit(model: str, trainable: Trainable | None = None, lr: float = 1e-2, **opti
     return LitCausalLM(
         model, trainable=trainable, optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.1), **options
     )
-
-
-def trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_model_summary": False}
-    steps = {"max_steps": 8, "limit_val_batches": 2, "val_check_interval": 4, "check_val_every_n_epoch": None}
-    checkpointing = {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
-    return Trainer(**{**quiet, **steps, **checkpointing, **options}, callbacks=list(callbacks))
 
 
 def magnitude(schedule: Cubic | None = None) -> Prune:

@@ -3,27 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from transformers import AutoModelForCausalLM
 
 from lit_prune.models.io import save_pruned
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.losses import next_token_loss
 from support.rounding import network
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-}
-
-
-def trainer(**options: object) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    return Trainer(**{**quiet, "enable_model_summary": False, **options})  # type: ignore[arg-type]
+from support.training import LLAMA, trainer
 
 
 @pytest.fixture

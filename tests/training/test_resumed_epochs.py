@@ -9,15 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_prune.training import LitCausalLM, TextDataModule
-
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 16,
-}
+from support.training import SMALLER, trainer
 
 
 class Seen(Callback):
@@ -32,12 +24,10 @@ class Seen(Callback):
 
 def fit(*callbacks: Callback, resume: Path | None = None, num_workers: int = 0, **options: Any) -> dict[str, Any]:
     torch.manual_seed(0)
-    module = LitCausalLM("random", config=CONFIG)
+    module = LitCausalLM("random", config=SMALLER)
     data = TextDataModule("random", "embedded", seqlen=8, max_windows=10, batch_size=2, num_workers=num_workers)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = Trainer(**quiet, limit_val_batches=0, enable_checkpointing=saves, callbacks=list(callbacks), **options)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    runner = trainer(*callbacks, limit_val_batches=0, **options)
+    runner.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return module.model.state_dict()
 
 
