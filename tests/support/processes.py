@@ -13,7 +13,7 @@ from typing import Any
 
 _PRELOADED = ["lit_prune.cli", "lit_prune.callbacks", "lit_prune.training", "peft", "deepspeed"]
 _CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-_TIMEOUT = 600  # seconds, on a busy machine; DeepSpeed compiles a small operation when it is first used
+_TIMEOUT = 600  # seconds, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -127,4 +127,7 @@ def _work(target: Callable[[], int | None], log: str, folder: str, environment: 
     os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, folder)  # as "python -m" has it
+    if deepspeed := sys.modules.get("deepspeed"):
+        # It would compile, for a minute, what only inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     sys.exit(target())
