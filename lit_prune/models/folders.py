@@ -12,6 +12,7 @@ from lit_prune.models.files import read_json
 
 _OBJECTS = ("config.json", "generation_config.json")
 _TOKENIZER_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "tekken.json")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
@@ -47,7 +48,12 @@ def check_folder(folder: Path, pretrained: str) -> None:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raise ``InputError`` if a file of a tokenizer is damaged."""
+    """Raise ``InputError`` if a folder has no tokenizer, or a damaged one."""
+    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise InputError(
+            f"the tokenizer of {str(folder)!r} cannot be loaded (the folder has none); copy the files of its tokenizer "
+            "into the folder"
+        )
     _check_objects(folder, _TOKENIZER_OBJECTS)
 
 

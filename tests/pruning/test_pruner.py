@@ -176,7 +176,6 @@ def test_hidden_states_wait_in_half_precision(tiny_model: Callable[..., nn.Modul
         (lambda: PruningPlan(Unstructured(0.5), Wanda(), propagate="dense", correction=0.3), "they need 'pruned'"),
         (lambda: PruningPlan(Unstructured(0.5), Wanda(), hidden_dtype="int8"), "hidden_dtype is 'int8'"),
         (lambda: PruningPlan(Unstructured(0.5)), "Zero needs a plan.scorer"),
-        (lambda: PruningPlan(Unstructured(0.5), Wanda(), include="*"), "must be a list"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(plan: Callable[[], PruningPlan], message: str) -> None:
