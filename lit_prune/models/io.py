@@ -135,7 +135,8 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrain
     """Load the tokenizer that belongs to ``pretrained`` (bytes for ``random``)."""
     if pretrained == RANDOM:
         return _byte_tokenizer()
-    with _explained(pretrained, "copy the files of its tokenizer into the folder"):
+    remedy = "copy the files of its tokenizer into the folder" if hub_model(pretrained) is None else _MODEL_REMEDY
+    with _explained(pretrained, remedy):
         location, extra = _locate(pretrained)
         if not extra:
             check_tokenizer_files(Path(location))
