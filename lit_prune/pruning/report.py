@@ -401,10 +401,10 @@ def check_format(content: Any, source: str) -> None:
         raise InputError(f"{source} holds no report, but a {type(content).__name__}")
     if content.get("format") != _FORMAT:
         versions = content.get("versions")
-        writer = versions.get("lit-prune") if isinstance(versions, Mapping) else None
+        writer = " ".join(str(versions.get("lit-prune", "")).split())[:80] if isinstance(versions, Mapping) else ""
         raise InputError(
             f"{source} is in format {content.get('format')!r:.80}, written by "
-            f"{f'lit-prune {writer!r:.80}' if writer else 'another program'}: this version, {version('lit-prune')}, "
+            f"{f'lit-prune {writer}' if writer else 'another program'}: this version, {version('lit-prune')}, "
             f"reads format {_FORMAT}; prune again, or install that version"
         )
 

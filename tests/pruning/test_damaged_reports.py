@@ -113,7 +113,7 @@ DAMAGES = [
     ("evaluation.tasks.after", ..., r"evaluation\.tasks\.after is missing"),
     ("evaluation.tasks.after.sums", 0.5, r"evaluation\.tasks\.after\.sums is 0\.5: an object"),
     ("versions", [], r"versions is \[\]: an object is needed"),
-    ("format", 99, "in format 99, written by lit-prune '.*': this version, .*, reads format 1"),
+    ("format", 99, "in format 99, written by lit-prune .*: this version, .*, reads format 1"),
     ("metrics", {"a.q": 3.0}, "metrics lacks 'b.q', which has a mask"),
     ("spectra", {"a.q": {}}, r"spectra\.a\.q\.eigenvalues is missing"),
     ("spectra", {"a.q": {"eigenvalues": [], "tail": TAIL}}, r"spectra\.a\.q has eigenvalues that are not above 0"),
