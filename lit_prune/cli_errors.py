@@ -106,7 +106,7 @@ def _of_killed_child(error: ProcessExitedException) -> str:
 def _innermost(message: str) -> str:
     r"""Reduce jsonargparse's tree of attempts to the path of keys and the reason of the attempt that was meant.
 
-    That is the one that came furthest into the value; among equals, one that names a class, or the first.
+    That is the one that came furthest into the value; among equals, the first that is likely.
 
     >>> _innermost('Parser key "data.seqlen":\n  Expected an int. Got value: abc')
     'data.seqlen: Expected an int. Got value: abc'
@@ -121,8 +121,9 @@ def _innermost(message: str) -> str:
             path = [(place, key) for place, key in path if place < indent]
         for pattern, group in ((_KEY, "key"), (_CLASS, "path")):
             if match := pattern.match(text):
-                path.append((indent, match[group].removeprefix("lit_prune.").removeprefix("callbacks.")))
-                text = match["rest"]
+                key, text = match[group].removeprefix("lit_prune.").removeprefix("callbacks."), match["rest"]
+                if key not in dict(path[-1:]).values():  # it can be told twice
+                    path.append((indent, key))
         if not _FRAME.match(text):
             found.append((tuple(key for _, key in path), text.removeprefix("- ")))
     if not found:
@@ -133,10 +134,10 @@ def _innermost(message: str) -> str:
     return ": ".join([*keys, _reason(text, keys, message)])
 
 
-def _likelihood(attempt: tuple[tuple[str, ...], str]) -> tuple[int, bool, bool]:
+def _likelihood(attempt: tuple[tuple[str, ...], str]) -> tuple[int, bool]:
     """Return what is smallest for the branch of a union that a value was meant for."""
     keys, text = attempt
-    return -len(keys), _UNKNOWN_CLASS.match(text) is None, text.startswith(_UNLIKELY)
+    return -len(keys), text.startswith(_UNLIKELY)
 
 
 def _reason(text: str, path: Sequence[str], message: str) -> str:

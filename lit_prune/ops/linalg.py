@@ -151,10 +151,10 @@ def conjugate_gradient(gram: Tensor, dense: Tensor, start: Tensor, keep: Tensor,
     """
     solution = start
     residual = keep_only((dense - start) @ gram, keep)
-    inverse_diagonal = 1 / gram.diagonal()
+    tiny = torch.finfo(gram.dtype).tiny  # an input that is never there, and a row that is solved, take steps of zero
+    inverse_diagonal = 1 / gram.diagonal().clamp_min(tiny)
     direction = residual * inverse_diagonal
     size = (residual * direction).sum(1, keepdim=True)
-    tiny = torch.finfo(gram.dtype).tiny  # a row that is solved already takes a step of zero
     for _ in range(steps):
         product = keep_only(direction @ gram, keep)
         length = size / (direction * product).sum(1, keepdim=True).clamp_min(tiny)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -170,3 +172,17 @@ def test_nan_inputs_are_an_error() -> None:
 def test_impossible_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ADMM(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("zero", ["weights", "inputs", "both"])
+@pytest.mark.parametrize("mask", ["gradual", "fixed"])
+def test_a_layer_of_zeros_is_pruned(zero: str, mask: Any) -> None:
+    weight, inputs = torch.randn(8, 16), torch.randn(2, 9, 16)
+    if zero != "inputs":
+        weight.zero_()
+    if zero != "weights":
+        inputs.zero_()
+    for pattern in (Unstructured(0.5), Unstructured(0.5, "row"), NM(2, 4)):
+        solution = ADMM(mask=mask).solve(weight, LayerStats.from_inputs(inputs), pattern)
+        assert int((~solution.keep).sum()) == 64 and not solution.weight[~solution.keep].any()
+        assert solution.weight.isfinite().all()
