@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -46,7 +47,8 @@ SUBCOMMANDS = {
 }
 _PLAN_HELP = (
     "What to prune, how far and how: the name of a plan that ships (lit-prune recipes), a YAML file, or the parts. "
-    "In short: --sparsity 0.6 for --plan.pattern.sparsity, --pattern 2:4 for a pattern N:M."
+    "In short: --sparsity 0.6 for --plan.pattern.sparsity, --pattern 2:4 for a pattern N:M. prune without a plan takes "
+    "best, or best_nm for a pattern N:M, and analyze takes alphapruning."
 )
 _SCHEDULE_HELP = "When fit prunes, in optimizer steps; null = once, at the start."
 
@@ -73,7 +75,7 @@ class PruningCLI(LightningCLI):
         """Note the arguments, and do as the parent does."""
         self.arguments: list[str] = list(kwargs["args"])
         self.prepared = prepare(self.arguments)
-        for note in self.prepared.notes:
+        for note in self.prepared.notes if os.environ.get("LOCAL_RANK", "0") == "0" else ():
             print(f"lit-prune: {note}", file=sys.stderr)
         super().__init__(*args, **{**kwargs, "args": self.prepared.arguments})
 

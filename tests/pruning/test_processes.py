@@ -41,8 +41,9 @@ def masks(folder: Path, rank: int = 0) -> dict[str, Tensor]:
 
 # Sums over at most 320 tokens, in float64, and solves with matrices whose condition the damping keeps below 10,000.
 ROUNDING = 320 * 1e4 * torch.finfo(torch.float64).eps
-# Adam divides a gradient by its size plus 1e-8, so a gradient near zero carries its rounding there, at each step.
-BY_ADAM = 6 * torch.finfo(torch.float64).eps / 1e-8
+# Adam divides each gradient by its own size, so one that is t times smaller than most carries t times their rounding.
+# Of n gradients of a matrix the smallest is about n times smaller: in norms that is sqrt(n), in each of six steps.
+BY_ADAM = ROUNDING * (1 + 6 * (32 * 48) ** 0.5)
 
 
 def check_equal(one: Path, other: Path, bound: float) -> None:
