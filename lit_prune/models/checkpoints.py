@@ -166,6 +166,26 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
             ) from error
 
 
+def check_kept_paths(states: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` if a ``ModelCheckpoint`` would delete, as one of its older files, what is elsewhere.
+
+    Lightning deletes what is below the checkpoints' folder by the text of its path, which ``..`` leads out of.
+
+    Args:
+        states: of the callbacks, as a checkpoint has them.
+    """
+    for state in states.values():
+        if not isinstance(state, Mapping):
+            continue
+        kept = state.get("best_k_models", {})
+        single = [state.get(f"{name}_model_path") for name in ("best", "kth_best", "last")]
+        for name in [*(kept if isinstance(kept, Mapping) else ()), *single]:
+            if isinstance(name, str) and ".." in Path(name).parts:
+                raise InputError(
+                    f"the checkpoint names {name!r} as a file of its own, and may not lead out of its folder with '..'"
+                )
+
+
 def _files(path: Path) -> list[Path]:
     """Return the files of a checkpoint that are unpickled when it is loaded."""
     return [path] if path.is_file() else [file for file in _files_of(path) if _is_loaded(file)]

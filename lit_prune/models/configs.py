@@ -35,7 +35,7 @@ def read_config(location: str | Path, pretrained: str, trust_remote_code: bool, 
         weights_per_byte: how many weights a byte of the model's files can stand for, at most.
 
     Raises:
-        InputError: the model is an encoder and a decoder, or far larger than its files.
+        InputError: the model is an encoder and a decoder, far larger than its files, or asks for code of a hub.
     """
     config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
@@ -43,6 +43,13 @@ def read_config(location: str | Path, pretrained: str, trust_remote_code: bool, 
             f"model.pretrained is {pretrained!r}: {config.model_type} is an encoder and a decoder; give the folder or "
             "the name of a causal language model"
         )
+    for kind in ("attn", "experts"):
+        kernel = getattr(config, f"_{kind}_implementation", None)
+        if not trust_remote_code and "/" in str(kernel):
+            raise InputError(
+                f"model.pretrained is {pretrained!r}: its config asks for the {kind}_implementation {kernel!r}, code "
+                "of a hub; take it out of config.json, or set model.trust_remote_code"
+            )
     if Path(location).is_dir():
         check_size(Path(location), config, weights_per_byte)
     return config

@@ -55,6 +55,13 @@ def check_tokenizer_files(folder: Path) -> None:
             "into the folder"
         )
     _check_objects(folder, _TOKENIZER_OBJECTS)
+    templates = (
+        _read_object(config).get("chat_template") if (config := folder / "tokenizer_config.json").is_file() else 0
+    )
+    for template in templates if isinstance(templates, list) else ():
+        name = template.get("name") if isinstance(template, Mapping) else template
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise InputError(f"{str(config)!r} has a chat template of the name {name!r}: it must be a plain word")
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lit_prune.errors import InputError, first_line
+from lit_prune.models.checkpoints import check_kept_paths
 from lit_prune.models.experts import take_apart
 from lit_prune.models.io import load_model, load_tokenizer
 from lit_prune.models.lazy import names_on_disk
@@ -205,7 +206,8 @@ class LitCausalLM(LightningModule):
         checkpoint["steppers"] = self._steppers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the state of another optimizer or schedule."""
+        """Refuse the state of another optimizer or schedule, and paths that lead elsewhere."""
+        check_kept_paths(checkpoint.get("callbacks", {}))
         self._resumed = checkpoint.get("steppers", {})
         self._check_resumed()
 

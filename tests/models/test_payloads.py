@@ -31,6 +31,7 @@ from lit_prune.models.files import load_tensors
 from lit_prune.models.io import load_masks, load_model, load_tokenizer
 from lit_prune.ops import PackedMask
 from lit_prune.trainer import PruningTrainer
+from lit_prune.training import LitCausalLM
 from lit_prune.training.strategies import FSDP2, DeepSpeed
 from support.training import SMALLER
 
@@ -422,3 +423,31 @@ def test_a_damaged_pickle_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(content)
     with pytest.raises(InputError, match=r"last\.ckpt holds more than tensors and plain data, or is damaged"):
         check_trusted(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("state", [{"best_k_models": {"/run/../home": 1.0}}, {"kth_best_model_path": "a/../../b"}])
+def test_a_checkpoint_has_nothing_deleted_elsewhere(state: dict[str, Any], tmp_path: Path) -> None:
+    """Lightning deletes the worst of the files that a resumed checkpoint says it has kept."""
+    run = tmp_path / "run"
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    folder = ModelCheckpoint(run)
+    assert folder._should_remove_checkpoint(Trainer(logger=False), f"{run}/../victim", "new")  # so it would
+    with pytest.raises(InputError, match=r"may not lead out of its folder with '\.\.'"):
+        LitCausalLM("random").on_load_checkpoint({"callbacks": {"ModelCheckpoint": state}})
+
+
+def test_a_kernel_of_a_hub_is_not_loaded(model_folder: Path) -> None:
+    config = model_folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attn_implementation": "someone/attention"}))
+    with pytest.raises(InputError, match=r"the attn_implementation 'someone/attention', code of a hub"):
+        load_model(str(model_folder))
+
+
+def test_a_chat_template_does_not_choose_where_it_is_written(model_folder: Path) -> None:
+    load_tokenizer("random").save_pretrained(model_folder)
+    config = model_folder / "tokenizer_config.json"
+    templates = [{"name": "default", "template": ""}, {"name": "../evil", "template": ""}]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": templates}))
+    with pytest.raises(InputError, match=r"a chat template of the name '\.\./evil': it must be a plain word"):
+        load_tokenizer(str(model_folder))
