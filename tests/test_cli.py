@@ -323,7 +323,7 @@ def test_indivisible_inputs_are_one_line(tmp_path: Path, capsys: pytest.CaptureF
         (["--data.calibration", "{tmp}/short.txt"], r"short\.txt' has 5 tokens, fewer than one sequence"),
         (["--trainer.max_steps", "many"], r"trainer\.max_steps: Expected a .*int.* many"),
         (["--trainer.accelerator", "gpu"], r"CUDA|gpu"),
-        (["-c", "{tmp}/none.yaml"], r"File does not exist"),
+        (["-c", "{tmp}/none.yaml"], r"none\.yaml': there is no such file"),
     ],
 )
 def test_a_bad_argument_is_one_line(
