@@ -20,6 +20,7 @@ def test_the_demo_prunes_a_real_model(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py"), str(model)], check=True)
     command = ["prune", "--config", "recipes/demo"]
     small = ["--data.sequences", "4", "--data.max_windows", "6", "--trainer.default_root_dir", str(tmp_path)]
+    small += ["--prompts", "[]"]
     paths = ["--model.pretrained", str(model), "--output", str(tmp_path / "out")]
     ended = run(tmp_path / "log", partial(main, [*command, *paths, *small]))
     assert ended.code == 0, ended.said

@@ -65,6 +65,8 @@ def test_a_sharded_model_is_distilled_and_its_best_exported(
     config = yaml.safe_load((ROOT / "configs" / "recipes" / "recover.yaml").read_text())
     config["model"]["pretrained"] = config["model"]["loss"]["init_args"]["teacher"] = str(tmp_path / "dense")
     config["data"] |= {"dataset": "embedded", "seqlen": 16, "sequences": 4, "max_windows": 40, "batch_size": 1}
+    config["plan"]["solver"]["init_args"]["iterations"] = 4
+    config["plan"]["reconstruction"]["init_args"] = {"steps": 4}
     config["trainer"] |= {"accelerator": "cpu", "devices": 2}
     config["trainer"] |= {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 2}
     config["trainer"] |= {"logger": False, "default_root_dir": str(tmp_path)}
