@@ -75,7 +75,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, frozen: bool = False) -> nn.Module
     for block in find_blocks(model):
         fully_shard(block.module, mesh=data_parallel)
     # What is outside the blocks stays gathered for the backward pass, which a frozen model never has.
-    fully_shard(model, mesh=data_parallel, **({"reshard_after_forward": True} if frozen else {}))
+    if frozen:
+        fully_shard(model, mesh=data_parallel, reshard_after_forward=True)
+    else:
+        fully_shard(model, mesh=data_parallel)
     return model
 
 
