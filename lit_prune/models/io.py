@@ -98,7 +98,7 @@ def load_model(
         check_complete(found, pretrained)
         check_all_finite(model, f"model.pretrained is {pretrained!r}")
     if extra:  # transformers has dequantised the GGUF file: what it holds now is a plain float model
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         model.hf_quantizer = None
     return model.eval()
 
