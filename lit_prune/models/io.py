@@ -7,10 +7,11 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -219,26 +220,24 @@ def _explained(pretrained: str, remedy: str = _MODEL_REMEDY) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Keep the hub client's retry messages off the screen; what fails in the end is raised all the same."""
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(verbosity)
+def quiet_hub() -> AbstractContextManager[None]:
+    """Keep the hub client's retry messages off the screen; an error is raised all the same."""
+    return _quiet(hub_logging)
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> AbstractContextManager[None]:
     """Keep the warnings of transformers off the screen."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    return _quiet(transformers_logging)
+
+
+@contextmanager
+def _quiet(logging: ModuleType) -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
 
 
 def disable_model_progress_bars() -> None:
