@@ -15,15 +15,16 @@ from lit_prune.callbacks.keep_masks import ZEROS, find_keep_masks
 from lit_prune.callbacks.order import run_last
 from lit_prune.callbacks.prune import Prune, find_prune
 from lit_prune.callbacks.stop_on_divergence import DivergedError
+from lit_prune.checkpoint.masks import load_masks
+from lit_prune.checkpoint.outputs import check_output
+from lit_prune.checkpoint.peft_format import without_adapters
+from lit_prune.checkpoint.save import save_pruned
+from lit_prune.checkpoint.training_checkpoints import plain_data_only
 from lit_prune.errors import InputError
-from lit_prune.models.access import whole_model
-from lit_prune.models.checkpoints import plain_data_only
-from lit_prune.models.io import load_masks, save_pruned
-from lit_prune.models.outputs import check_output
-from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import PruningReport
-from lit_prune.pruning.documents import read_report, render
+from lit_prune.reporting.documents import read_report, render
+from lit_prune.sharding.parameters import full_model
 
 
 class Export(Callback):
@@ -139,7 +140,7 @@ class Export(Callback):
             report.validation = self.validation
             report.recipes += [recipe] if (recipe := getattr(trainer, "recipe", None)) else []
         model = pl_module.get_submodule("model")
-        with whole_model(model) as whole, without_adapters(whole) as adapters:
+        with full_model(model) as whole, without_adapters(whole) as adapters:
             if str(trainer.precision).endswith("-true"):
                 for name, parameter in whole.named_parameters():  # each as it trains, and not as its float32 master
                     parameter.data = parameter.data.to(model.get_parameter(name).dtype)

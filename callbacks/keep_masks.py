@@ -22,14 +22,14 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.callbacks.order import run_last
 from lit_prune.callbacks.prune import Prune
+from lit_prune.checkpoint.infer_masks import masks_of_zeros
+from lit_prune.checkpoint.masks import MASKS_FILE, load_masks
 from lit_prune.errors import InputError
-from lit_prune.models.access import count_revived, mask_gradient, sets_sharded_gradients, whole_shape, zero_pruned
-from lit_prune.models.io import MASKS_FILE, load_masks
 from lit_prune.models.lora import mask_adapters, unmasked_adapter
-from lit_prune.models.zeros import masks_of_zeros
 from lit_prune.ops import PackedMask
 from lit_prune.ops.masks import keep_only
 from lit_prune.pruning import PruningReport
+from lit_prune.sharding.parameters import count_revived, full_shape, mask_gradient, sets_sharded_gradients, zero_pruned
 
 ZEROS = "zeros"
 """The ``masks`` that takes what is exactly zero for pruned."""
@@ -265,7 +265,7 @@ def _parameters_of(model: nn.Module, masks: Mapping[str, PackedMask]) -> dict[st
     """Return the parameters that have masks, or raise ``InputError``."""
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
-        if name not in parameters or whole_shape(parameters[name]) != tuple(mask.shape):
+        if name not in parameters or full_shape(parameters[name]) != tuple(mask.shape):
             raise InputError(f"masks are for another model: it has no {name} of shape {tuple(mask.shape)}")
     return {name: parameters[name] for name in masks}
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lit_prune.pruning import PruningReport
-from lit_prune.pruning.documents import report_figures
+from lit_prune.reporting.documents import report_figures
 
 
 def log_pruning(logger: Logger, report: PruningReport, before: PruningReport | None, step: int) -> None:

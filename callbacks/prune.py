@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from lit_prune.callbacks.log_pruning import log_outcome, log_pruning
 from lit_prune.errors import InputError
-from lit_prune.interruption import stopping_on_signals
 from lit_prune.models.lora import adapted_layers
 from lit_prune.ops import PackedMask
 from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
@@ -98,7 +96,6 @@ class Prune(Callback):
         """What the latest pruning did, its masks included."""
         self.pruned_at: int | None = None
         """The optimizer step of the latest pruning."""
-        self._request: _Request | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a schedule that outlasts the training; prune where step 0 is due."""
@@ -121,24 +118,23 @@ class Prune(Callback):
         """Prune where the step that has just been taken is due."""
         self._prune_if_due(trainer, pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune where ``at_next_test`` asked for it."""
-        if self._request is not None:
-            self._prune(trainer, pl_module, self._request)
-
-    @contextmanager
-    def at_next_test(self, journal_folder: Path | None = None, resume: bool = False) -> Iterator[None]:
-        """Prune at the start of the test run inside this context, which so evaluates the pruned model."""
-        self._request = _Request(self.plan, journal_folder, resume)
-        try:
-            yield
-        finally:
-            self._request = None
+    def prune(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batches: Sequence[Tensor],
+        journal_folder: Path | None = None,
+        resume: bool = False,
+    ) -> PruningReport:
+        """Prune now, as far as the plan says, outside of any schedule; return the report."""
+        return self._prune(trainer, pl_module, batches, _Request(self.plan, journal_folder, resume))
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if self.schedule.due(step) and self.pruned_at != step:
-            self._prune(trainer, pl_module, self._due_at(step))
+            request = self._due_at(step)
+            batches = _calibration(trainer) if request.plan.needs_data else []
+            self._prune(trainer, pl_module, batches, request)
             self.pruned_at = step
 
     def _due_at(self, step: int) -> _Request:
@@ -153,8 +149,9 @@ class Prune(Callback):
             within=before.masks if before and not self.regrowth else None,
         )
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule, request: _Request) -> None:
-        batches = _calibration(trainer) if request.plan.needs_data else []
+    def _prune(
+        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Tensor], request: _Request
+    ) -> PruningReport:
         model, before = pl_module.get_submodule("model"), self.report
         shown = trainer.is_global_zero and not getattr(trainer, "quiet", False)
         context = trainer.precision_plugin.forward_context
@@ -162,17 +159,8 @@ class Prune(Callback):
         expected = preflight(model, batches, request.plan, context) if before is None and not resumed else None
         if expected and shown:
             print(f"pruning takes {expected}", flush=True)
-        # Lightning's own handlers would wait for the other processes, or do nothing.
-        stoppable = stopping_on_signals() if request.journal_folder else nullcontext()
-        # Evaluation runs in inference mode, whose tensors could take no part in training later.
-        with stoppable, torch.inference_mode(False), progress(shown) as show:
-            self.report = prune(
-                model,
-                batches,
-                on_progress=show,
-                forward_context=context,
-                **vars(request),
-            )
+        with progress(shown) as show:
+            self.report = prune(model, batches, on_progress=show, forward_context=context, **vars(request))
         if before and not self.report.metrics:
             self.report.metrics = before.metrics  # of the allocation that this pruning took over
         if trainer.state.fn == TrainerFn.FITTING:
@@ -185,6 +173,7 @@ class Prune(Callback):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 log_pruning(logger, self.report, before, trainer.global_step)
+        return self.report
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where the training has stopped before the schedule ended."""
@@ -197,14 +186,10 @@ class Prune(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan beside the figures that the training ended with."""
-        self._log_outcome(trainer)
+        self.log_outcome(trainer)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the plan beside the figures of a test that pruned."""
-        if self._request is not None:
-            self._log_outcome(trainer)
-
-    def _log_outcome(self, trainer: Trainer) -> None:
+    def log_outcome(self, trainer: Trainer) -> None:
+        """Log the plan beside the perplexities that the trainer measured last."""
         if self.report is None or not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "perplexity" in name}

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_prune.models.io import load_model as load_model
+    from lit_prune.models.load import load_model as load_model
     from lit_prune.ops import NM as NM
     from lit_prune.ops import LayerStats as LayerStats
     from lit_prune.ops import Unstructured as Unstructured
@@ -25,7 +25,7 @@ _HOMES = {
     "Unstructured": "lit_prune.ops",
     "PruningPlan": "lit_prune.pruning",
     "PruningReport": "lit_prune.pruning",
-    "load_model": "lit_prune.models.io",
+    "load_model": "lit_prune.models.load",
     "prune": "lit_prune.pruning",
 }
 

@@ -24,14 +24,15 @@ from lit_prune.arguments import overridden, prepare
 from lit_prune.callbacks import Prune
 from lit_prune.cli_errors import ArgumentsError, did_you_mean, explain
 from lit_prune.errors import InputError
-from lit_prune.freed_memory import keep_freed_memory
-from lit_prune.interruption import Interrupted, stopping_on_signals
-from lit_prune.models.io import disable_model_progress_bars, hub_model
+from lit_prune.malloc import keep_freed_memory
+from lit_prune.models.locate import hub_model
+from lit_prune.models.quiet import disable_model_progress_bars
 from lit_prune.pruning import PruningPlan
-from lit_prune.pruning.comparison import compare
-from lit_prune.pruning.report import Recipe
 from lit_prune.pruning.schedule import Schedule
 from lit_prune.recipes import path_of
+from lit_prune.reporting.comparison import compare
+from lit_prune.reporting.report import Recipe
+from lit_prune.signals import Interrupted, stopping_on_signals
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule
 

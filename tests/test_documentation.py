@@ -15,8 +15,10 @@ import yaml
 
 from lit_prune import recipes
 from lit_prune.__main__ import main
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.cli import build
-from lit_prune.models.io import load_model, load_tokenizer, save_pruned
+from lit_prune.models.load import load_model
+from lit_prune.models.tokenizer import load_tokenizer
 from support.shared import Shared
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +142,7 @@ def test_a_yaml_is_understood(page: str, text: str, tmp_path: Path) -> None:
 def test_python_runs(page: str, text: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = compile(text, page, "exec")
     if ".cuda()" in text:
-        return  # tests/models/test_sparse.py runs it where there is such a device
+        return  # tests/runtime/test_sparse_layers.py runs it where there is such a device
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     if '"small-model"' in text:
         shutil.copytree(tmp_path / "sparse-model", tmp_path / "small-model")

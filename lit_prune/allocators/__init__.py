@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.allocators.base import Allocator
-from lit_prune.introspection import import_all
+from lit_prune.discovery import import_all
 
 METHODS: dict[str, type[Allocator]] = import_all(sys.modules[__name__], Allocator)
 """Every method of this package, by class name."""

@@ -45,7 +45,7 @@ class Measured(Allocator):
     prior: Allocator | None = None
     """Another allocator that has a say; null = none."""
     trust: float = 0.5
-    """Share of the measured allocation beside a prior, in [0, 1]."""
+    """Shard of the measured allocation beside a prior, in [0, 1]."""
     sequences: int | None = 8
     """Calibration sequences that blocks, and a prior that observes, are tried on; null = all."""
     min_sparsity: float = 0.0

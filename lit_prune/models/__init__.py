@@ -1,1 +1,1 @@
-"""Layer 2: what must know torch modules and transformers."""
+"""Layer 2: the parts of a transformers model: blocks, targets, experts and adapters; loading it."""

@@ -8,7 +8,7 @@ from math import prod
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.access import PRUNABLE, whole_shape
+from lit_prune.sharding.parameters import PRUNABLE, full_shape
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,4 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 def _linear_weights(module: nn.Module) -> int:
     weights = [m.get_parameter("weight") for m in module.modules() if isinstance(m, PRUNABLE)]
-    return sum(prod(whole_shape(weight)) for weight in weights)
+    return sum(prod(full_shape(weight)) for weight in weights)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.access import whole_shape
+from lit_prune.sharding.parameters import full_shape
 
 
 def check_tokens(model: Any, input_ids: Tensor) -> None:
@@ -17,7 +17,7 @@ def check_tokens(model: Any, input_ids: Tensor) -> None:
         model: a causal language model of transformers; its weights may be sharded.
         input_ids: ``[sequences, t]`` (int64), best while they are in CPU memory.
     """
-    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
+    vocabulary = full_shape(model.get_input_embeddings().weight)[0]
     highest = int(input_ids.max())
     if highest >= vocabulary:
         raise InputError(

@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 from torch import nn
 
+from lit_prune.allocators.base import Layer
 from lit_prune.errors import InputError
-from lit_prune.models.access import PRUNABLE, read_weight
 from lit_prune.models.blocks import Block
 from lit_prune.options import as_list
+from lit_prune.sharding.parameters import PRUNABLE, read_weight
 
 Patterns = Sequence[str] | str
 """Shell patterns over module names, or one of them."""
@@ -108,3 +111,8 @@ def find_vectors(model: nn.Module, block: Block, targets: Sequence[Target]) -> d
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def as_layer(target: Target, evidence: Any = None, metric: float | None = None) -> Layer:
+    """Return what an allocator may know of a target."""
+    return Layer(target.name, target.block, target.shape, partial(read_weight, target.module), evidence, metric)

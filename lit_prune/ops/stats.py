@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError, NumericalError
-from lit_prune.ops import linalg, processes
+from lit_prune.ops import collectives, linalg
 from lit_prune.ops.precision import working
 
 GradientNorm = Literal["l1", "l2"]
@@ -117,9 +117,11 @@ class LayerStats:
             shapes["_drift"] = 2
         for name, dimensions in shapes.items():
             mine = getattr(self, name)
-            setattr(self, name, processes.add_up(zeros.new_zeros([len(zeros)] * dimensions) if mine is None else mine))
+            setattr(
+                self, name, collectives.all_reduce(zeros.new_zeros([len(zeros)] * dimensions) if mine is None else mine)
+            )
         self._mirrored = False
-        counts = processes.add_up(torch.tensor([self.sequences, self.tokens]))
+        counts = collectives.all_reduce(torch.tensor([self.sequences, self.tokens]))
         self.sequences, self.tokens = counts.tolist()
         self._factors.clear()
 

@@ -1,10 +1,10 @@
 """Layer 3: the plan, the engine, the schedule and the report."""
 
 from lit_prune.pruning.plan import PruningPlan
-from lit_prune.pruning.pruner import prune
 from lit_prune.pruning.reconstruction import Reconstruction
-from lit_prune.pruning.report import PruningReport
+from lit_prune.pruning.run import prune
 from lit_prune.pruning.schedule import Cubic, Linear, OneShot, Schedule, Step, Table
+from lit_prune.reporting.report import PruningReport
 
 __all__ = [
     "Cubic",

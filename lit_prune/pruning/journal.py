@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.batches import Batch
+from lit_prune.checkpoint.files import as_json, load_tensors, save_tensors, write_atomically
+from lit_prune.checkpoint.fingerprints import data_fingerprint
+from lit_prune.checkpoint.plain_data import typed, typed_fields
 from lit_prune.errors import InputError
-from lit_prune.models.batches import Batch
-from lit_prune.models.files import as_json, load_tensors, save_tensors, write_atomically
-from lit_prune.models.io import data_fingerprint
-from lit_prune.ops import PackedMask, processes
-from lit_prune.pruning.plain_data import typed, typed_fields
-from lit_prune.pruning.report import LayerReport, ReconstructionReport, changed_parameters, versions
+from lit_prune.ops import PackedMask, collectives
+from lit_prune.reporting.report import LayerReport, ReconstructionReport, changed_parameters, versions
 
 _BLOCK = {"run": str, "tensors": str, "layers": list[dict[str, Any]], "reconstructions": list[dict[str, Any]]}
 _ALLOCATION = {"allocation": dict[str, float], "metrics": dict[str, float]}
@@ -78,7 +78,7 @@ class Journal:
         self._run = ""
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
-        processes.from_first(lambda: self._open({**identity, "versions": versions()}, resume))
+        collectives.on_first_rank(lambda: self._open({**identity, "versions": versions()}, resume))
 
     def __enter__(self) -> Journal:
         """Return the journal."""
@@ -88,7 +88,7 @@ class Journal:
         """Wait until everything is written; raise what went wrong there, unless something else did."""
         self._writer.shutdown()
         if error is None:
-            processes.from_first(self._written)
+            collectives.on_first_rank(self._written)
 
     def _written(self) -> None:
         if self._writing:
@@ -113,17 +113,17 @@ class Journal:
 
     def allocation(self) -> tuple[dict[str, float], dict[str, float]] | None:
         """Return the allocation and the allocator's metrics, by layer name; None where they are not (rightly) there."""
-        found = processes.from_first(lambda: self._intact(self._folder / "allocation.record", _ALLOCATION))
+        found = collectives.on_first_rank(lambda: self._intact(self._folder / "allocation.record", _ALLOCATION))
         return None if found is None else (found["allocation"], found["metrics"])
 
     def save_allocation(self, allocation: Mapping[str, float], metrics: Mapping[str, float]) -> None:
         """Write the allocation down."""
         content = {"allocation": dict(allocation), "metrics": dict(metrics)}
-        processes.from_first(lambda: _write_record(self._folder / "allocation.record", content))
+        collectives.on_first_rank(lambda: _write_record(self._folder / "allocation.record", content))
 
     def finished(self, block: int) -> FinishedBlock | None:
         """Return a block that is complete and undamaged on disk, else None."""
-        records = processes.from_first(lambda: self._undamaged(block))
+        records = collectives.on_first_rank(lambda: self._undamaged(block))
         return None if records is None else FinishedBlock(records, load_tensors(self._tensors(block)))
 
     def _undamaged(self, block: int) -> Any:
@@ -172,7 +172,7 @@ class Journal:
             if wait:
                 self._written()
 
-        processes.from_first(begin)
+        collectives.on_first_rank(begin)
 
     def _write(self, block: int, tensors: Mapping[str, Tensor], records: Mapping[str, Any]) -> None:
         file = self._tensors(block)
@@ -188,9 +188,18 @@ class Journal:
             folder.rmdir()
 
     @staticmethod
-    def blocks(folder: Path) -> int:
-        """Return how many finished blocks a folder has."""
-        return len(list(folder.glob("block_*.record")))
+    def beside(output: Path) -> Path:
+        """Return the folder of the journal of a run that writes ``output``."""
+        return output.with_name(f".{output.name}.journal")
+
+    @staticmethod
+    def check_unfinished(folder: Path, resume: str | None) -> None:
+        """Raise ``InputError`` if a stopped run left finished blocks, and ``resume`` does not say whether they count."""
+        if resume is None and (blocks := len(list(folder.glob("block_*.record")))):
+            raise InputError(
+                f"{str(folder)!r} has {blocks} finished blocks of a stopped run: go on from them with --resume auto, "
+                "or begin anew with --resume never"
+            )
 
     def _tensors(self, block: int) -> Path:
         return self._folder / f"block_{block:04d}.safetensors"

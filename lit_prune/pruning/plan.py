@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.allocators import Allocator, Uniform
-from lit_prune.allocators.base import Layer, in_whole_levels, meet_budget
+from lit_prune.allocators.base import in_whole_levels, meet_budget
+from lit_prune.checkpoint.outputs import check_folder_for
+from lit_prune.discovery import describe
 from lit_prune.errors import InputError, NumericalError, first_line
-from lit_prune.introspection import describe
-from lit_prune.models.access import read_weight
 from lit_prune.models.blocks import Block, find_blocks
-from lit_prune.models.outputs import check_folder_for
-from lit_prune.models.targets import Patterns, Target, as_patterns, find_targets
+from lit_prune.models.targets import Patterns, Target, as_layer, as_patterns, find_targets
 from lit_prune.ops import NM, LayerStats, PackedMask, Pattern
 from lit_prune.pruning.reconstruction import Reconstruction
 from lit_prune.scorers import Scorer
@@ -241,8 +239,3 @@ def _check_device(option: str, value: str | None) -> None:
         raise InputError(
             f"{option} is {value!r}, which cannot be used here ({first_line(error)}): give cpu, or cuda with a GPU"
         ) from error
-
-
-def as_layer(target: Target, evidence: Any = None, metric: float | None = None) -> Layer:
-    """Return what an allocator may know of a target."""
-    return Layer(target.name, target.block, target.shape, partial(read_weight, target.module), evidence, metric)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.allocators import Measured
-from lit_prune.models.batches import Batch, count_sequences, count_tokens, first_sequences, split_batch
+from lit_prune.calibration.batches import Batch, count_sequences, count_tokens, first_sequences, split_batch
+from lit_prune.calibration.replay import BlockReplay, ForwardContext, evaluation_mode
 from lit_prune.models.blocks import Block
-from lit_prune.models.calibrate import BlockReplay, ForwardContext, evaluation_mode
 from lit_prune.models.experts import apart
-from lit_prune.models.homes import Memory, at_work
 from lit_prune.models.targets import Target
-from lit_prune.ops import processes
+from lit_prune.ops import collectives
 from lit_prune.pruning.plan import PruningPlan
+from lit_prune.sharding.block_store import InMemory, unsharded
 
 _TRIALS = 3
 """Sparsities at which Measured tries a block."""
@@ -91,13 +91,13 @@ def preflight(
     """
     if not plan.needs_replay or not batches:
         return None
-    with at_work(model) as (whole, home), apart(whole), evaluation_mode(whole):
+    with unsharded(model) as (whole, store), apart(whole), evaluation_mode(whole):
         blocks, targets = plan.find_targets(whole)
         block = blocks[targets[0].block]
         mine = [target for target in targets if target.block == block.index]
         sample = [split_batch(batches[0], plan.reconstruction.sequences)[0] if plan.reconstruction else batches[0]]
-        replay = BlockReplay(whole, blocks, sample, plan.device, None, None, forward_context, home, share=False)
-        with home.resident(block, plan.device):
+        replay = BlockReplay(whole, blocks, sample, plan.device, None, None, forward_context, store, share=False)
+        with store.resident(block, plan.device):
             groups = replay.sharing(block.index, {target.name: target.module for target in mine})
             seconds = _fastest(lambda: replay.outputs(block.index))
             rate = _product_rate(next(block.module.parameters()))
@@ -105,10 +105,10 @@ def preflight(
         tokens = sum(map(count_tokens, batches))
         forward = seconds * tokens / sum(map(count_tokens, sample)) * len(blocks) * work.passes
         memory = _memory(whole, mine, groups, batches, plan)
-        if plan.device or not isinstance(home, Memory):  # what is at work, and what comes next or is written
-            memory += 2 * max(sum(p.nbytes for p in part.module.parameters()) for part in home.parts(whole))
+        if plan.device or not isinstance(store, InMemory):  # what is at work, and what comes next or is written
+            memory += 2 * max(sum(p.nbytes for p in part.module.parameters()) for part in store.parts(whole))
         free = _free_memory(torch.device(plan.device or next(whole.parameters()).device))
-        return Preflight(work, (forward + (work.gram + work.solve) / rate) / processes.count(), memory, free)
+        return Preflight(work, (forward + (work.gram + work.solve) / rate) / collectives.world_size(), memory, free)
 
 
 def count_work(
@@ -172,7 +172,7 @@ def _memory(
     weight = next(model.parameters())
     stored = getattr(torch, plan.hidden_dtype).itemsize if plan.hidden_dtype else weight.element_size()
     width = getattr(model.config, "hidden_size", 0)
-    tokens = sum(map(count_tokens, batches)) // processes.count()
+    tokens = sum(map(count_tokens, batches)) // collectives.world_size()
     at_work = torch.device(plan.device or weight.device)
     elsewhere = torch.device(plan.hidden_device or at_work).type != at_work.type
     hidden = 0 if elsewhere else tokens * width * stored * (2 if plan.needs_reference else 1)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
+from lit_prune.calibration.replay import BlockReplay
 from lit_prune.errors import InputError
 from lit_prune.models.blocks import Block
-from lit_prune.models.calibrate import BlockReplay
 from lit_prune.models.targets import Target, find_vectors
-from lit_prune.ops import processes
+from lit_prune.ops import collectives
 from lit_prune.ops.linalg import relative_token_errors
 from lit_prune.ops.precision import working
-from lit_prune.pruning.report import LayerReport, ReconstructionReport
+from lit_prune.reporting.report import LayerReport, ReconstructionReport
 
 
 @final
@@ -92,7 +92,7 @@ class Reconstruction:
         before = after = replay.output_error(block.index, outputs)
         trained = self._train(block.index, parameters, keep, replay, outputs, self.rate * before**0.5)
         for value in trained.values():
-            processes.hand_out(value, 0)  # sums of processes may differ in the last bit
+            collectives.broadcast(value, 0)  # sums of processes may differ in the last bit
         error = replay.output_error(block.index, outputs, trained)
         if error < before:  # also false where training has diverged to NaN
             after = error
@@ -116,7 +116,7 @@ class Reconstruction:
         optimizer = Adam(masters.values(), eps=1e-12)
         rate = relative_rate * _root_mean_square([masters[name][mask] for name, mask in keep.items()])
         schedule = OneCycleLR(optimizer, rate, total_steps=self.steps + 1, cycle_momentum=False)
-        tokens = processes.add_up(torch.tensor([output.shape[:-1].numel() for output in outputs])).tolist()
+        tokens = collectives.all_reduce(torch.tensor([output.shape[:-1].numel() for output in outputs])).tolist()
         for batch in _shuffled(len(outputs), self.steps, seed=block):
             if len(outputs[batch]):
                 with torch.enable_grad():
@@ -136,12 +136,12 @@ class Reconstruction:
 
 def _add_up_gradients(masters: Sequence[Tensor]) -> None:
     """Give every process the sum of all processes' gradients; None where none of them has one."""
-    if processes.count() == 1:
+    if collectives.world_size() == 1:
         return
-    somewhere = [any(found) for found in zip(*processes.gathered([m.grad is not None for m in masters]), strict=True)]
+    somewhere = [any(found) for found in zip(*collectives.gather([m.grad is not None for m in masters]), strict=True)]
     for master, has_gradient in zip(masters, somewhere, strict=True):
         if has_gradient:
-            master.grad = processes.add_up(torch.zeros_like(master) if master.grad is None else master.grad)
+            master.grad = collectives.all_reduce(torch.zeros_like(master) if master.grad is None else master.grad)
 
 
 def _like(parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> dict[str, Tensor]:

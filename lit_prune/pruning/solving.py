@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from lit_prune.models.access import read_weight, to_parameter_layout, write_weight
 from lit_prune.models.targets import Target
-from lit_prune.ops import LayerStats, PackedMask, Pattern, processes
+from lit_prune.ops import LayerStats, PackedMask, Pattern, collectives
 from lit_prune.ops.linalg import relative_output_error
 from lit_prune.pruning.plan import PruningPlan
-from lit_prune.pruning.report import LayerReport
+from lit_prune.reporting.report import LayerReport
+from lit_prune.sharding.parameters import read_weight, to_parameter_layout, write_weight
 
 
 def prune_layers(
@@ -41,17 +41,17 @@ def prune_layers(
         needed = read_again or plan.output_error or any(map(mine.shares_inputs, stats.values()))
         if plan.solver.takes_gram and not needed:
             mine.give_to_last_reader()
-        if owners[target.name] == processes.rank() and failed is None:
+        if owners[target.name] == collectives.rank() and failed is None:
             try:
                 found[target.name] = _prune_layer(
                     target, patterns[target.name], mine, plan, within.get(target.parameter)
                 )
             except Exception as error:  # which the others would wait for
                 failed = error
-    processes.everywhere(processes.gathered(failed))
-    everybody = {name: report for reports in processes.gathered(found) for name, report in reports.items()}
+    collectives.raise_first(collectives.gather(failed))
+    everybody = {name: report for reports in collectives.gather(found) for name, report in reports.items()}
     for target in targets:
-        processes.hand_out(target.module.get_parameter("weight").data, owners[target.name])
+        collectives.broadcast(target.module.get_parameter("weight").data, owners[target.name])
     return [everybody[target.name] for target in targets]
 
 
@@ -70,7 +70,7 @@ def _owners(
         costs = [sum(before[index].seconds for index in group) for group in groups.values()]
     else:
         costs = [_flops([targets[index] for index in group], plan) for group in groups.values()]
-    owners = zip(groups.values(), processes.dealt(costs), strict=True)
+    owners = zip(groups.values(), collectives.partition(costs), strict=True)
     return {targets[index].name: owner for group, owner in owners for index in group}
 
 

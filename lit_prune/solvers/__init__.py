@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.introspection import import_all
+from lit_prune.discovery import import_all
 from lit_prune.solvers.base import Solver
 
 METHODS: dict[str, type[Solver]] = import_all(sys.modules[__name__], Solver)

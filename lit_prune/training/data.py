@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError
-from lit_prune.models.io import load_tokenizer
 from lit_prune.models.limits import check_tokens
+from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.options import as_list
 from lit_prune.training.parts import NAMES, Split
 from lit_prune.training.resumable import ResumableLoader
-from lit_prune.training.text import hub_name, local_path, read_documents
+from lit_prune.training.text_sources import hub_name, local_path, read_documents
 
 _MOST = 2**31 - 1
 _MOST_WORKERS = 512

@@ -16,13 +16,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lit_prune.checkpoint.peft_format import has_adapters
+from lit_prune.checkpoint.training_checkpoints import check_kept_paths
 from lit_prune.errors import InputError, first_line
-from lit_prune.models.checkpoints import check_kept_paths
 from lit_prune.models.experts import take_apart
-from lit_prune.models.io import load_model, load_tokenizer
-from lit_prune.models.lazy import names_on_disk
-from lit_prune.models.peft_format import has_adapters
+from lit_prune.models.load import load_model
+from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.pruning.journal import differences
+from lit_prune.sharding.offload import names_on_disk
 from lit_prune.training.data import validation_names
 from lit_prune.training.losses import LanguageModelLoss, Loss, Student, next_token_loss
 from lit_prune.training.recovery import Everything, Trainable

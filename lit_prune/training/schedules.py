@@ -31,7 +31,7 @@ class WarmupCosine(LRScheduler):
         Args:
             optimizer: whose learning rates are set.
             warmup: Optimizer steps of the rise.
-            final: Share of the learning rate that is left at the end, in [0, 1].
+            final: Shard of the learning rate that is left at the end, in [0, 1].
             total: Optimizer steps in all; null = as many as the trainer will take.
         """
         if warmup < 0:

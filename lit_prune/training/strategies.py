@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lit_prune.checkpoint.training_checkpoints import plain_data_only
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.checkpoints import plain_data_only
 
 
 class FSDP2(ModelParallelStrategy):
@@ -96,7 +96,7 @@ def sharding_of_frozen(strategy: Strategy, mesh: DeviceMesh | None) -> Sharding 
 
 
 def _partition(model: nn.Module, config: Mapping[str, Any]) -> Any:
-    """Share a frozen model's weights out with the ZeRO-3 settings of the model in training."""
+    """Shard a frozen model's weights out with the ZeRO-3 settings of the model in training."""
     import deepspeed
 
     zero = {name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"}

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_prune.checkpoint.files import load_tensors, save_tensors
+from lit_prune.checkpoint.fingerprints import data_fingerprint, model_fingerprint
 from lit_prune.errors import InputError
-from lit_prune.models.files import load_tensors, save_tensors
-from lit_prune.models.io import data_fingerprint, load_model, load_tokenizer, model_fingerprint
+from lit_prune.models.load import load_model
+from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.training.strategies import Sharding
 
 TeacherDtype = Literal["bfloat16", "float32"]

@@ -20,8 +20,8 @@ import rows
 import torch
 from rows import Record
 
-from lit_prune.freed_memory import keep_freed_memory
-from lit_prune.models.io import load_model
+from lit_prune.malloc import keep_freed_memory
+from lit_prune.models.load import load_model
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.preflight import preflight

@@ -22,11 +22,11 @@ from lightning.pytorch import Callback, Trainer
 from rows import Record
 
 from lit_prune.callbacks import KeepMasks, Prune
-from lit_prune.models.io import load_model
-from lit_prune.models.sparse import measure_speed
+from lit_prune.models.load import load_model
 from lit_prune.ops import NM, Unstructured
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.preflight import preflight
+from lit_prune.runtime.sparse_layers import measure_speed
 from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule
 

@@ -13,13 +13,13 @@ import time
 
 import torch
 
-from lit_prune.models.access import read_weight
+from lit_prune.calibration.replay import BlockReplay
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.calibrate import BlockReplay
-from lit_prune.models.io import load_model
+from lit_prune.models.load import load_model
 from lit_prune.models.targets import Target, find_targets
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
 from lit_prune.ops.linalg import relative_output_error
+from lit_prune.sharding.parameters import read_weight
 from lit_prune.solvers import ADMM, SparseGPT
 from lit_prune.solvers.base import Solver
 from lit_prune.training import TextDataModule

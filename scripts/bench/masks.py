@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_prune.callbacks import KeepMasks, Prune
-from lit_prune.freed_memory import keep_freed_memory
+from lit_prune.malloc import keep_freed_memory
 from lit_prune.ops import PackedMask, Unstructured
 from lit_prune.ops.masks import keep_only
 from lit_prune.pruning import PruningPlan

@@ -17,8 +17,9 @@ import torch
 from rows import Record
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_prune.freed_memory import give_back_freed_memory
-from lit_prune.models.io import load_model, save_pruned
+from lit_prune.checkpoint.save import save_pruned
+from lit_prune.malloc import give_back_freed_memory
+from lit_prune.models.load import load_model
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.preflight import preflight

@@ -19,7 +19,7 @@ def ours(model: Any, tokens: torch.Tensor, method: str, half: bool) -> None:
     from contextlib import nullcontext
     from functools import partial
 
-    from lit_prune.freed_memory import keep_freed_memory
+    from lit_prune.malloc import keep_freed_memory
     from lit_prune.ops import Unstructured
     from lit_prune.pruning import PruningPlan, prune
     from lit_prune.scorers import Wanda

@@ -28,12 +28,12 @@ from rows import Record
 
 from lit_prune.allocators import Measured, Uniform
 from lit_prune.callbacks import Export, KeepMasks, StopOnDivergence
-from lit_prune.models.files import read_json, write_atomically
-from lit_prune.models.io import save_pruned
+from lit_prune.checkpoint.files import read_json, write_atomically
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
-from lit_prune.pruning.documents import render
 from lit_prune.pruning.progress import peak_memory
+from lit_prune.reporting.documents import render
 from lit_prune.solvers import ADMM
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.losses import Distillation, LanguageModelLoss, Loss

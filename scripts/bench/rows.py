@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lit_prune.freed_memory import keep_freed_memory
+from lit_prune.malloc import keep_freed_memory
 
 Record = dict[str, Any]
 

@@ -26,9 +26,9 @@ import torch
 from rows import Record
 from torch import distributed
 
-from lit_prune.freed_memory import keep_freed_memory
-from lit_prune.models.io import load_model
-from lit_prune.ops import Unstructured, processes
+from lit_prune.malloc import keep_freed_memory
+from lit_prune.models.load import load_model
+from lit_prune.ops import Unstructured, collectives
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.scorers import Wanda
 from lit_prune.solvers import ADMM, SparseGPT
@@ -100,7 +100,7 @@ def work(case: dict[str, Any], output: Path) -> None:
     seconds = time.perf_counter() - start
     logits = sample_of_logits(case, tokens[:8]) if case["series"] == "processes" else None
     output.write_text(json.dumps({"seconds": seconds, "stages": report.seconds, "logits": logits}))
-    assert processes.count() == case["processes"]
+    assert collectives.world_size() == case["processes"]
 
 
 def random_model(case: dict[str, Any], dtype: torch.dtype) -> Any:

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_prune.freed_memory import keep_freed_memory
-from lit_prune.models.access import read_weight
+from lit_prune.malloc import keep_freed_memory
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.io import load_model
+from lit_prune.models.load import load_model
 from lit_prune.models.targets import find_targets
 from lit_prune.ops.parallel import in_parallel
 from lit_prune.ops.spectrum import alpha_full, alpha_peak, eigenvalues
+from lit_prune.sharding.parameters import read_weight
 
 
 def plain_alpha(values: Tensor, candidates: list[int]) -> float:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lit_prune.allocators import OWL, AlphaPruning, FromFile, Measured
 from lit_prune.allocators.base import Layer
 from lit_prune.allocators.measured import error_curve, minimise
+from lit_prune.discovery import describe
 from lit_prune.errors import InputError
-from lit_prune.introspection import describe
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
 
 WEIGHT = torch.ones(2, 3)

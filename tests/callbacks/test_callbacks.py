@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_prune.allocators import AlphaPruning
 from lit_prune.callbacks import Export, KeepMasks, Prune
+from lit_prune.checkpoint.masks import check_masks_hold, load_masks
 from lit_prune.errors import InputError
-from lit_prune.models.io import check_masks_hold, load_masks, load_model
+from lit_prune.models.load import load_model
 from lit_prune.ops import NM, Unstructured
 from lit_prune.pruning import Cubic, OneShot, PruningPlan, PruningReport, Schedule
 from lit_prune.scorers import Magnitude, Wanda

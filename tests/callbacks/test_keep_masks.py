@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from lit_prune.callbacks import KeepMasks, Prune
 from lit_prune.callbacks.keep_masks import check_strategy
+from lit_prune.checkpoint.masks import check_masks_hold, load_masks
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.errors import InputError
-from lit_prune.models.io import check_masks_hold, load_masks, save_pruned
 from lit_prune.ops import PackedMask, Unstructured
 from lit_prune.pruning import PruningPlan, Step
 from lit_prune.scorers import Magnitude, Wanda

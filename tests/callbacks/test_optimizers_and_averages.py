@@ -11,15 +11,15 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 
 from lit_prune.callbacks import Export, KeepMasks, Prune, ValidateAtStart
+from lit_prune.checkpoint.files import load_tensors
+from lit_prune.checkpoint.training_checkpoints import read_checkpoint
 from lit_prune.errors import InputError
-from lit_prune.models.access import count_revived
-from lit_prune.models.checkpoints import read_checkpoint
-from lit_prune.models.files import load_tensors
-from lit_prune.models.io import load_model
+from lit_prune.models.load import load_model
 from lit_prune.models.lora import adapted_layers, unmasked_adapter
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import OneShot, PruningPlan
 from lit_prune.scorers import Magnitude
+from lit_prune.sharding.parameters import count_revived
 from lit_prune.trainer import PruningTrainer
 from lit_prune.training import LitCausalLM, TextDataModule, WarmupCosine
 from lit_prune.training.recovery import LoRA

@@ -20,9 +20,12 @@ from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, SequentialLR
 
 from lit_prune.callbacks import Export, FindLearningRate, KeepMasks, Prune, StopOnDivergence, ValidateAtStart
 from lit_prune.callbacks.stop_on_divergence import DivergedError
+from lit_prune.checkpoint.masks import check_masks_hold, load_masks
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.errors import InputError
-from lit_prune.models.io import check_masks_hold, load_masks, load_model, load_tokenizer, save_pruned
+from lit_prune.models.load import load_model
 from lit_prune.models.lora import merged
+from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import Cubic, PruningPlan
 from lit_prune.scorers import Magnitude

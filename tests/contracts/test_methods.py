@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_prune import allocators, scorers, solvers
 from lit_prune.allocators import Allocator, Uniform
-from lit_prune.introspection import describe
+from lit_prune.discovery import describe
 from lit_prune.ops import LayerStats, Pattern
 from lit_prune.scorers import Scorer, Wanda
 from lit_prune.solvers import Solver, Zero

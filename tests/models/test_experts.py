@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lit_prune.calibration.replay import BlockReplay
+from lit_prune.checkpoint.masks import load_masks
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.calibrate import BlockReplay
 from lit_prune.models.experts import Experts, apart, take_apart, together
-from lit_prune.models.io import load_masks, load_model, save_pruned
+from lit_prune.models.load import load_model
 from lit_prune.ops import NM, Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.scorers import GBLM, Magnitude, Wanda

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.replay import BlockReplay
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.calibrate import BlockReplay
-from lit_prune.models.io import load_model, save_pruned
+from lit_prune.models.load import load_model
 from lit_prune.ops import LayerStats, Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport, prune
 from lit_prune.scorers import Wanda
 from lit_prune.scorers.base import Scorer
 from lit_prune.training.losses import next_token_loss
-from lit_prune.training.text import EMBEDDED, read_documents
+from lit_prune.training.text_sources import EMBEDDED, read_documents
 from support.rounding import distance, network
 
 _COMMON = {

@@ -99,7 +99,7 @@ def test_a_kill_while_saving_leaves_the_old_folder_or_none(tmp_path: Path, exist
     program = f"""
         import time
         from pathlib import Path
-        from lit_prune.models.files import replacing_folder
+        from lit_prune.checkpoint.files import replacing_folder
         with replacing_folder(Path({str(out)!r})) as folder:
             (folder / "config.json").write_text("half")
             Path({str(tmp_path / "writing")!r}).touch()
@@ -188,7 +188,7 @@ def test_equal_masks_are_equal_files(tmp_path: Path) -> None:
     program = """
 import sys, torch
 from pathlib import Path
-from lit_prune.models.io import save_masks
+from lit_prune.checkpoint.masks import save_masks
 from lit_prune.ops import PackedMask
 masks = {name: PackedMask.pack(torch.arange(12).reshape(3, 4) % 5 > 1) for name in ("b.weight", "a.weight")}
 for number in range(8):

@@ -6,10 +6,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from lit_prune.checkpoint.peft_format import without_adapters
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.errors import InputError
-from lit_prune.models.io import load_model, save_pruned
+from lit_prune.models.load import load_model
 from lit_prune.models.lora import adapt, adapted_layers, mask_adapters, merged, unmasked_adapter
-from lit_prune.models.peft_format import without_adapters
 from lit_prune.ops import PackedMask
 from lit_prune.training import LoRA
 from support.rounding import distance, network

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.access import read_weight, weights_restored, write_weight
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.targets import find_targets
+from lit_prune.sharding.parameters import read_weight, weights_restored, write_weight
 from support.rounding import distance, gamma
 
 PER_BLOCK = {"llama": 7, "qwen2": 7, "gemma3_text": 7, "opt": 6, "gpt2": 4, "gpt_neox": 4}

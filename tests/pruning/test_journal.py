@@ -15,7 +15,7 @@ from lit_prune.errors import DiskError, InputError
 from lit_prune.ops import NM, Pattern, Unstructured
 from lit_prune.pruning import PruningPlan, journal, prune
 from lit_prune.pruning.progress import OnProgress, Position
-from lit_prune.pruning.report import versions
+from lit_prune.reporting.report import versions
 from lit_prune.scorers import Wanda
 from lit_prune.solvers import SparseGPT
 from support.killed import KilledError, kill_at

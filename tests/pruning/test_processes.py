@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.models.files import load_tensors, read_json
-from lit_prune.models.io import load_masks
+from lit_prune.checkpoint.files import load_tensors, read_json
+from lit_prune.checkpoint.masks import load_masks
 from support.processes import run_ranks
 from support.pruned_together import prune_together
 from support.shared import Shared

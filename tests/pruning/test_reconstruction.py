@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+from lit_prune.calibration.batches import Batch, split_batch
+from lit_prune.checkpoint.masks import check_masks_hold
 from lit_prune.errors import InputError
-from lit_prune.models.batches import Batch, split_batch
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.io import check_masks_hold
 from lit_prune.models.targets import find_targets, find_vectors
 from lit_prune.ops import NM, Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport, Reconstruction, prune
-from lit_prune.pruning.documents import render
 from lit_prune.pruning.progress import Position
+from lit_prune.reporting.documents import render
+from lit_prune.reporting.tables import blocks_table
 from lit_prune.scorers import Magnitude, Wanda
 from lit_prune.solvers import ADMM
 from support.killed import KilledError, kill_at
@@ -282,7 +283,7 @@ def test_the_report_tells_and_survives_json(tiny_model: Callable[..., nn.Module]
         "init_args": {"steps": 2, "rate": 0.08, "sequences": 2, "norms_and_biases": True},
     }
     assert "block_error.png" in render(report, "tiny")
-    errors = report.table().columns[-1]
+    errors = blocks_table(report).columns[-1]
     assert (
         next(iter(errors.cells)) == f"{report.reconstructions[0].before:.4f} to {report.reconstructions[0].after:.4f}"
     )

@@ -10,9 +10,12 @@ import pytest
 import torch
 import yaml
 
+from lit_prune.checkpoint.masks import load_masks
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.cli import main
 from lit_prune.models.experts import take_apart
-from lit_prune.models.io import load_masks, load_model, load_tokenizer, save_pruned
+from lit_prune.models.load import load_model
+from lit_prune.models.tokenizer import load_tokenizer
 from support.cells import LLAMA, count_pruned, difference
 from support.processes import Ended, run_ranks
 

@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 
 from lit_prune.callbacks import Export, KeepMasks, Prune
 from lit_prune.callbacks.keep_masks import find_keep_masks
-from lit_prune.models.access import shares
-from lit_prune.models.files import load_tensors
-from lit_prune.models.io import load_masks
+from lit_prune.checkpoint.files import load_tensors
+from lit_prune.checkpoint.masks import load_masks
 from lit_prune.ops import PackedMask, Unstructured
 from lit_prune.pruning import PruningPlan, Step
 from lit_prune.scorers import Wanda
+from lit_prune.sharding.parameters import shards
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.strategies import FSDP2, DeepSpeed
 from support import training
@@ -61,7 +61,7 @@ class Count(Callback):
         assert keeper is not None and keeper.masks
         self.looked_at = dict.fromkeys(HELD, 0)
         for name, mask in keeper.masks.items():
-            for share in shares(pl_module.get_submodule("model").get_parameter(name), trainer.optimizers[0]):
+            for share in shards(pl_module.get_submodule("model").get_parameter(name), trainer.optimizers[0]):
                 pruned = share.read()[~share.cut(mask.unpack())]
                 column = _COLUMN.get(share.place, "moments")
                 self.revived[column] += int(pruned.count_nonzero())

@@ -10,15 +10,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lit_prune.allocators import AlphaPruning, Measured
-from lit_prune.models.access import read_whole
+from lit_prune.checkpoint.files import save_tensors, write_json
+from lit_prune.checkpoint.masks import save_masks
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.experts import take_apart
-from lit_prune.models.files import save_tensors, write_json
-from lit_prune.models.io import load_model, save_masks
-from lit_prune.ops import NM, Unstructured, processes
+from lit_prune.models.load import load_model
+from lit_prune.ops import NM, Unstructured, collectives
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.pruning.progress import Position
 from lit_prune.scorers import GBLM, Wanda
+from lit_prune.sharding.parameters import full_tensor_of
 from lit_prune.solvers import ADMM, SparseGPT
 
 PLANS = {
@@ -92,8 +93,8 @@ def prune_together(
             resume=journal is not None,
             on_progress=kill if kill_after is not None else None,
         )
-        weights = {parameter: read_whole(value).clone() for parameter, value in model.named_parameters()}
-        rank = processes.rank()
+        weights = {parameter: full_tensor_of(value).clone() for parameter, value in model.named_parameters()}
+        rank = collectives.rank()
         save_tensors(out / name / f"weights{rank}.safetensors", weights)
         save_masks(out / name / f"masks{rank}.safetensors", report.masks)
         write_json(out / name / f"report{rank}.json", report.as_dict())

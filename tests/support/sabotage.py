@@ -45,7 +45,7 @@ def leave_masters_alone() -> None:
     live = ("weight", "gathered weight")
 
     def zero_live(parameter: Any, keep: Any, optimizer: Any = None) -> None:
-        for share in access.shares(parameter, optimizer):
+        for share in access.shards(parameter, optimizer):
             if share.place in live:
                 share.write(share.read().masked_fill_(~share.cut(keep), 0.0))
 

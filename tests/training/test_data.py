@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_prune.errors import InputError
-from lit_prune.models.io import load_tokenizer
+from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.training import TextDataModule
 from lit_prune.training.parts import part_of
-from lit_prune.training.text import read_documents
+from lit_prune.training.text_sources import read_documents
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.errors import InputError
-from lit_prune.models.io import load_tokenizer, save_pruned
+from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.training.losses import Distillation, Student, Truth, kl_divergence, square_head
 from support.rounding import gamma
 

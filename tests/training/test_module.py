@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_prune.models.io import save_pruned
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.losses import next_token_loss
 from support.rounding import network

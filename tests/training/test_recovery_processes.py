@@ -14,8 +14,11 @@ import yaml
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from lit_prune.checkpoint.masks import check_masks_hold, load_masks
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.cli import main
-from lit_prune.models.io import check_masks_hold, load_masks, load_model, load_tokenizer, save_pruned
+from lit_prune.models.load import load_model
+from lit_prune.models.tokenizer import load_tokenizer
 from support.processes import Ended, run_ranks
 
 ROOT = Path(__file__).parents[2]

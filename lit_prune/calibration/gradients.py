@@ -1,0 +1,171 @@
+"""The gradient pass: norms over samples of the gradients of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from lit_prune.calibration.batches import Batch, model_inputs, split_batch
+from lit_prune.calibration.block_inputs import forwards_replaced
+from lit_prune.calibration.replay import ForwardContext, evaluation_mode
+from lit_prune.checkpoint.files import load_tensors, save_tensors, tensor_names
+from lit_prune.errors import NumericalError
+from lit_prune.models.blocks import Block, find_blocks
+from lit_prune.models.targets import Target
+from lit_prune.ops import collectives
+from lit_prune.ops.precision import working
+from lit_prune.ops.stats import GradientNorm
+from lit_prune.sharding.block_store import BlockStore, store_of
+from lit_prune.sharding.parameters import to_parameter_layout
+
+
+def gradient_norms(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    norm: GradientNorm,
+    cache: Path | None = None,
+    forward_context: ForwardContext = nullcontext,
+    store: BlockStore | None = None,
+) -> dict[str, Tensor]:
+    """Return the norm over sequences of each target's gradient, ``[o, i]`` float32 or better in CPU memory.
+
+    Every sequence is a sample: its loss is the mean cross-entropy of its tokens. Several processes share the sequences
+    out, and each gets the norms over all of them. Each weight's gradient is added to its
+    norm and dropped as soon as the backward pass has made it, so the gradients are never held as a whole; the
+    activations of a block are recomputed when the backward pass comes to it.
+
+    Args:
+        model: the dense model; its weights, modes and flags are left as they were.
+        batches: calibration batches.
+        targets: the layers whose gradients are wanted.
+        norm: ``l1`` for ``Σ |g|``, ``l2`` for ``sqrt(Σ g²)``.
+        cache: file that keeps the result, or has it already; None = nowhere.
+        forward_context: entered around the forward pass, such as autocast.
+        store: of the blocks; None = the model itself.
+
+    Raises:
+        NumericalError: where a gradient is NaN or infinite; it names layer and sequence.
+    """
+    names = [target.name for target in targets]
+    if cache is not None and holds_norms(cache, names):
+        known = load_tensors(cache)
+        return {name: known[name] for name in names}
+    store = store or store_of(model)
+    weights = {target.name: target.module.get_parameter("weight") for target in targets}
+    # float32 or better: in how many processes a sum is taken should not show.
+    sums = {
+        name: torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for name, weight in weights.items()
+    }
+    device = next(model.parameters()).device
+    with (
+        evaluation_mode(model),
+        _only_targets_train(model, targets),
+        forwards_replaced(find_blocks(model), partial(_recomputed, store)),
+        torch.enable_grad(),
+    ):
+        for index, sequence, mine in _own_sequences(batches):
+            inputs = model_inputs(sequence, device)
+            with _adding_gradients(targets, sums if mine else None, norm, index):
+                with forward_context():
+                    logits = model(**inputs, use_cache=False).logits
+                labels = inputs["input_ids"][:, 1:].flatten()
+                cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels).backward()
+    store.release()
+    for total in sums.values():
+        collectives.all_reduce(total)
+    norms = {
+        target.name: to_parameter_layout(target.module, sums[target.name].sqrt() if norm == "l2" else sums[target.name])
+        for target in targets
+    }
+    if cache is not None:
+        collectives.on_first_rank(lambda: save_tensors(cache, norms))
+    return norms
+
+
+def holds_norms(cache: Path, names: Iterable[str]) -> bool:
+    """Tell whether a file has the norms of all these layers; every process gets the first one's answer."""
+    return collectives.on_first_rank(lambda: cache.is_file() and set(names) <= tensor_names(cache))
+
+
+def _own_sequences(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]]:
+    """Yield this process's sequences: the index among all, the sequence, and whether it is this process's at all.
+
+    Every process gets as many, because they may have to gather weights together; the last one is there for that alone
+    where the sequences do not come out even.
+    """
+    sequences = [sequence for batch in batches for sequence in split_batch(batch, 1)]
+    for first in range(0, len(sequences), collectives.world_size()):
+        index = first + collectives.rank()
+        mine = index < len(sequences)
+        yield index, sequences[index if mine else -1], mine
+
+
+@contextmanager
+def _adding_gradients(
+    targets: Sequence[Target], sums: dict[str, Tensor] | None, norm: GradientNorm, sequence: int
+) -> Iterator[None]:
+    """Add every target's gradient to its sum (None = drop it), and raise in all processes where one is not finite."""
+    bad: list[NumericalError] = []
+
+    def adder(name: str) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = working(parameter.grad)
+            size = gradient.square() if norm == "l2" else gradient.abs()
+            parameter.grad = None
+            if not size.isfinite().all():
+                bad.append(
+                    NumericalError(f"the gradient of {name} holds NaN or Inf on calibration sequence {sequence}")
+                )
+            if sums is not None:
+                sums[name] += size.cpu()
+
+        return add
+
+    handles = [
+        target.module.get_parameter("weight").register_post_accumulate_grad_hook(adder(target.name))
+        for target in targets
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    collectives.raise_first(collectives.gather(bad[0] if bad else None))
+
+
+@contextmanager
+def _only_targets_train(model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
+    """Ask for the targets' gradients alone; put flags and gradients back afterwards."""
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    wanted = {target.module.get_parameter("weight") for target in targets}
+    for parameter in before:
+        parameter.grad = None
+        parameter.requires_grad_(parameter in wanted)
+    try:
+        yield
+    finally:
+        for parameter, (requires_grad, gradient) in before.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+def _recomputed(store: BlockStore, block: Block) -> Callable[..., Any]:
+    """Return the block's forward with its activations recomputed in the backward pass, and its weights fetched."""
+    original = block.module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        store.hold(block)
+        return original(*args, **kwargs)
+
+    return partial(checkpoint, forward, use_reentrant=False)

@@ -1,0 +1,261 @@
+"""Block-by-block replay of the calibration set: each block's inputs are known without running the model as a whole."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lit_prune.calibration.batches import Batch, count_sequences, model_inputs, own_share, split_batch
+from lit_prune.calibration.block_inputs import Call, Recorder
+from lit_prune.calibration.collector import Collector, expert_layers, inputs_kept
+from lit_prune.errors import InputError, NumericalError
+from lit_prune.models.blocks import Block
+from lit_prune.ops import LayerStats, collectives
+from lit_prune.ops.linalg import relative_token_errors
+from lit_prune.sharding.block_store import BlockStore, store_of
+
+ForwardContext = Callable[[], AbstractContextManager[Any]]
+"""Makes a context manager to run the model in, such as autocast."""
+
+
+class BlockReplay:
+    """Runs a model's decoder blocks one at a time over all calibration batches.
+
+    The model's own forward pass decides how each block is called: it runs once per batch with the blocks stubbed out,
+    which records every block's own arguments (attention masks and rotary embeddings differ by layer in many models).
+    After that the object holds the inputs of one block at a time, and ``advance`` moves them through it.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batches: Sequence[Batch],
+        device: torch.device | str | None = None,
+        hidden_device: torch.device | str | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        forward_context: ForwardContext = nullcontext,
+        store: BlockStore | None = None,
+        share: bool = True,
+    ) -> None:
+        """Record how the model calls its blocks, and the inputs of the first one.
+
+        Args:
+            model: in evaluation mode.
+            blocks: its decoder blocks.
+            batches: calibration batches, the same in every process.
+            device: where blocks run; None = where the model is.
+            hidden_device: where hidden states wait; None = where blocks run.
+            hidden_dtype: of hidden states that wait; None = as the blocks put them out.
+            forward_context: entered around every forward pass, such as autocast.
+            store: of the blocks; None = the model itself.
+            share: let each process run its share of every batch, and not all of it.
+        """
+        if not batches:
+            raise InputError("there are no calibration batches: this method needs data")
+        self._blocks = blocks
+        around = next(model.parameters()).device
+        self._device = torch.device(device) if device is not None else around
+        self._hidden_device = torch.device(hidden_device) if hidden_device is not None else self._device
+        self._hidden_dtype = hidden_dtype
+        self._dtype: torch.dtype | None = None
+        self._forward_context = forward_context
+        self._calls: list[list[Call]] = [[] for _ in blocks]
+        self._hidden: list[Tensor] = []
+        recorder = Recorder(model, blocks, store or store_of(model))
+        mine = own_share(batches) if share else batches
+        with forward_context():
+            if not any(map(count_sequences, mine)):  # to learn with the others what blocks return
+                recorder.record(model_inputs(split_batch(batches[0], 1)[0], around))
+            for batch in mine:
+                self._record(recorder, model_inputs(batch, around))
+
+    def _record(self, recorder: Recorder, inputs: dict[str, Tensor]) -> None:
+        if count_sequences(inputs):
+            hidden, recorded = recorder.record(inputs)
+            self._dtype = hidden.dtype
+        else:  # all of it went to other processes
+            hidden, recorded = torch.zeros(0, 0, 0), [Call() for _ in self._blocks]
+        for calls, call in zip(self._calls, recorded, strict=True):
+            calls.append(call)
+        self._hidden.append(self._waiting(hidden))
+
+    @torch.no_grad()
+    def collect(
+        self,
+        index: int,
+        layers: Mapping[str, nn.Module],
+        needs: frozenset[str],
+        dense: BlockReplay | None = None,
+        advance: bool = False,
+    ) -> dict[str, LayerStats]:
+        """Run block ``index`` once and return the input statistics of its ``layers``, from all processes.
+
+        Layers that are called with the very same tensor share one ``LayerStats``.
+
+        Args:
+            index: a block that has not been pruned yet.
+            layers: its layers, by name.
+            needs: what to collect.
+            dense: stands before the same block with the dense model's hidden states, for ``drift``; it is moved past
+                the block.
+            advance: move on past the block, as it is now, in the same pass.
+
+        Raises:
+            InputError: where a layer is never called, so nothing is known about its inputs.
+            NumericalError: where activations are NaN or infinite.
+        """
+        experts = expert_layers(self._blocks[index].module)
+        # Which experts are called, and which is the last, differs from batch to batch.
+        collector = Collector(needs, whole_passes=advance or bool(experts))
+        of_experts = {id(layer) for group in experts for layer in group}
+        # The dense model sends other tokens to an expert, so there is nothing to compare its inputs with.
+        compared = {name: layer for name, layer in layers.items() if id(layer) not in of_experts}
+        for batch in range(len(self._hidden)):
+            collector.sequences = len(self._hidden[batch])
+            if dense is not None:
+                with inputs_kept(compared, collector.dense_inputs):
+                    dense._hidden[batch] = dense._waiting(dense.run(index, batch))
+            with collector.watching(layers):
+                output = self.run(index, batch)
+                if advance:
+                    self._hidden[batch] = self._waiting(output)
+        stats = collector.from_all_processes(layers, compared if dense is not None else {})
+        for name in layers:
+            if name not in stats:
+                raise InputError(f"{name} was never called on the calibration set: exclude it with plan.exclude")
+            stats[name].check_finite(name)
+        for moved in [replay for replay in (dense, self if advance else None) if replay is not None]:
+            moved._check_finite(index)
+        return stats | self._pooled(index, layers, stats)
+
+    @torch.no_grad()
+    def sharing(self, index: int, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+        """Return the names of block ``index``'s layers by the input that they share, from one pass over it."""
+        collector = Collector(frozenset())
+        for batch in range(len(self._hidden)):
+            with collector.watching(layers):
+                self.run(index, batch)
+        return collector.sharing()
+
+    def _pooled(
+        self, index: int, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
+    ) -> dict[str, LayerStats]:
+        """Return, for experts that saw too few tokens, the statistics of all experts together.
+
+        That is fewer than a Gram matrix has rows. The inputs of an expert's last layer are its own hidden units, which
+        have nothing in common with another's: they are pooled only where there are none at all.
+        """
+        found: dict[str, LayerStats] = {}
+        for group in expert_layers(self._blocks[index].module):
+            mine = [name for name, layer in layers.items() if any(layer is other for other in group)]
+            least = (
+                group[0].in_features if mine and mine[0].endswith("up_proj") and "gram" in stats[mine[0]].needs else 1
+            )
+            scarce = [name for name in mine if stats[name].tokens < least]
+            if scarce:
+                warnings.warn(
+                    f"{len(scarce)} of {len(mine)} experts saw fewer than {least} calibration tokens, "
+                    f"{scarce[0]} {stats[scarce[0]].tokens}: they are pruned with the statistics of all, pooled",
+                    stacklevel=2,
+                )
+                found |= dict.fromkeys(scarce, LayerStats.pooled([stats[name] for name in mine]))
+        return found
+
+    @property
+    def hidden(self) -> Sequence[Tensor]:
+        """The hidden states ``[sequences, t, hidden]`` of every batch: what the last block run put out."""
+        return self._hidden
+
+    def fork(self) -> BlockReplay:
+        """Return another replay that stands where this one does."""
+        twin = copy.copy(self)
+        twin._hidden, twin._calls = list(self._hidden), list(self._calls)
+        return twin
+
+    @torch.no_grad()
+    def outputs(self, index: int) -> list[Tensor]:
+        """Return the outputs ``[sequences, t, hidden]`` of block ``index`` on every batch."""
+        return [self._waiting(self.run(index, batch)) for batch in range(len(self._hidden))]
+
+    @torch.no_grad()
+    def output_error(
+        self, index: int, outputs: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None
+    ) -> float:
+        """Return how far block ``index`` is from other ``outputs`` of its: ``mean_t ||change_t||² / ||output_t||²``.
+
+        Args:
+            index: the block.
+            outputs: such as those of its dense weights, a tensor ``[sequences, t, hidden]`` for every batch.
+            parameters: as for ``run``.
+        """
+        total = torch.zeros(2, dtype=torch.float64)  # the sum of the errors, and how many there are
+        for batch, dense in enumerate(outputs):
+            errors = relative_token_errors(self.run(index, batch, parameters), dense.to(self._device))
+            total += torch.tensor([errors.sum(dtype=torch.float64).item(), errors.numel()])
+        error, tokens = collectives.all_reduce(total).tolist()
+        return error / tokens
+
+    @torch.no_grad()
+    def advance(self, index: int, outputs: Sequence[Tensor] | None = None) -> None:
+        """Replace the hidden states by the outputs of block ``index``, which may be known already."""
+        for batch in range(len(self._hidden)):
+            self._hidden[batch] = self._waiting(self.run(index, batch) if outputs is None else outputs[batch])
+        self._check_finite(index)
+        self._calls[index] = []  # its masks and embeddings are not needed again
+
+    def _check_finite(self, index: int) -> None:
+        """Raise ``NumericalError`` in every process where a block's outputs are not finite in any of them."""
+        bad = [batch for batch, hidden in enumerate(self._hidden) if not _is_finite(hidden)]
+        for found in collectives.gather(bad):
+            if found:
+                name = self._blocks[index].name
+                stored = f" in {self._hidden_dtype}, plan.hidden_dtype" if self._hidden_dtype else ""
+                raise NumericalError(f"the output of {name} holds NaN or Inf on calibration batch {found[0]}{stored}")
+
+    def _waiting(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self._hidden_device, self._hidden_dtype)
+
+    def run(self, index: int, batch: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the output ``[sequences, t, hidden]`` of block ``index`` on one batch.
+
+        Args:
+            index: the block that the hidden states stand before.
+            batch: index of the batch.
+            parameters: take the place of the block's own of these names; gradients flow to them where enabled.
+        """
+        hidden = self._hidden[batch].to(self._device, self._dtype)
+        if not len(hidden):
+            return hidden
+        call = self._calls[index][batch].to(self._device)
+        with self._forward_context():
+            output = functional_call(
+                self._blocks[index].module, dict(parameters or {}), (hidden, *call.args), call.kwargs
+            )
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _is_finite(hidden: Tensor) -> bool:
+    """Tell whether no value is NaN or infinite; the extremes are found without a mask of them all."""
+    return not hidden.numel() or all(extreme.isfinite() for extreme in hidden.aminmax())
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and compiled code off, and restore the mode of every module afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # hooks that are new to compiled code never run in it
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,1 @@
+"""Layer 2: everything on disk: atomic folders, masks, safe loading of checkpoints, PEFT."""

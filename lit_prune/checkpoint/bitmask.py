@@ -1,0 +1,101 @@
+"""Sparse models on disk: the weights that are kept, one after another, and one bit for each that could be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_prune.checkpoint.folders import inside
+from lit_prune.errors import InputError, first_line
+from lit_prune.ops import PackedMask
+
+BITMASK_FILE = "model.bitmask.safetensors"
+_FORMAT = "lit-prune bitmask: NAME.kept in the order of the bits of NAME.mask, least significant bit first, row by row"
+
+
+def save_bitmask(path: Path, model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
+    """Write all of a model's parameters and persistent buffers, those with a mask without their pruned weights.
+
+    Takes ``kept · bytes of the dtype + weights / 8`` bytes for a tensor with a mask. What is tied is written once.
+
+    Args:
+        path: file to write.
+        model: its pruned weights are exactly zero.
+        masks: keep masks by parameter name.
+    """
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for name, tensor in model.state_dict().items():
+        owner = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
+        if tensor.numel() and owner != name:
+            tied[name] = owner
+        elif name in masks:
+            tensors[f"{name}.kept"] = tensor[masks[name].unpack().to(tensor.device)].cpu()
+            tensors[f"{name}.mask"] = masks[name].bits.cpu().contiguous()
+            shapes[name] = list(tensor.shape)
+        else:
+            tensors[name] = tensor.cpu().contiguous()
+    metadata = {"format": _FORMAT, "shapes": json.dumps(shapes), "tied": json.dumps(tied)}
+    save_file(tensors, path, metadata=metadata)
+
+
+def read_bitmask(path: str | Path) -> dict[str, Tensor]:
+    """Return every tensor of a bitmask file by name, whole, bit for bit as it was; a folder may be given for its file.
+
+    >>> model.load_state_dict(read_bitmask("out/small"))  # doctest: +SKIP
+
+    Raises:
+        InputError: where there is no such file, or it holds something else.
+    """
+    with opened(path, BITMASK_FILE, _FORMAT, "a bitmask model is") as (handle, metadata):
+        try:
+            shapes, tied = json.loads(metadata["shapes"]), json.loads(metadata["tied"])
+            parts = {f"{name}.{part}" for name in shapes for part in ("kept", "mask")}
+            found = {name: handle.get_tensor(name) for name in handle.keys() if name not in parts}  # noqa: SIM118
+            for name, shape in shapes.items():
+                kept = handle.get_tensor(f"{name}.kept")
+                keep = PackedMask(handle.get_tensor(f"{name}.mask"), tuple(shape)).unpack()
+                if kept.shape != (int(keep.sum()),):
+                    raise InputError(f"{name} keeps {int(keep.sum())} weights, and the file has {list(kept.shape)}")
+                found[name] = kept.new_zeros(shape).masked_scatter_(keep, kept)
+            return found | {name: found[owner] for name, owner in tied.items()}
+        except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the bitmask model {str(path)!r} is damaged ({first_line(error)})") from error
+
+
+@contextmanager
+def opened(path: str | Path, name: str, mark: str, what: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Open a safetensors file whose ``format`` is ``mark``; yield its handle and its metadata.
+
+    Args:
+        path: the file, or a folder that holds it under ``name``.
+        name: its usual name.
+        mark: what its metadata must say.
+        what: is asked of it, for errors.
+
+    Raises:
+        InputError: where there is no such file, or it holds something else.
+    """
+    file = Path(path).expanduser()
+    file = inside(file, name) if file.is_dir() else file
+    asked = f"{what} asked of {str(path)!r}"
+    if not file.is_file():
+        raise InputError(f"{asked}: there is no such file; name a folder that lit-prune wrote, or its {name}")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if metadata.get("format") != mark:
+                raise InputError(f"{asked}: the file holds none")
+            yield handle, metadata
+    except SafetensorError as error:
+        raise InputError(f"{asked}: not a safetensors file ({error})") from error

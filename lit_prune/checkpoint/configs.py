@@ -1,0 +1,55 @@
+"""The configs that lie beside a model's weights, where it is not transformers that writes or reads these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from lit_prune.checkpoint.folders import check_size
+from lit_prune.errors import InputError
+
+
+def save_configs(folder: Path, model: Any) -> None:
+    """Write a model's config and, where it can generate, its generation config, as ``save_pretrained`` does."""
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def load_generation_config(folder: Path, model: Any) -> None:
+    """Give a model the generation config of its folder, where there is one."""
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def read_config(location: str | Path, pretrained: str, trust_remote_code: bool, weights_per_byte: int = 1) -> Any:
+    """Read a model's config, before anything is allocated.
+
+    Args:
+        location: folder, or name on the hub.
+        pretrained: the name of the model, for errors.
+        trust_remote_code: whether code that comes with the model may run.
+        weights_per_byte: how many weights a byte of the model's files can stand for, at most.
+
+    Raises:
+        InputError: the model is an encoder and a decoder, far larger than its files, or asks for code of a hub.
+    """
+    config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"model.pretrained is {pretrained!r}: {config.model_type} is an encoder and a decoder; give the folder or "
+            "the name of a causal language model"
+        )
+    for kind in ("attn", "experts"):
+        kernel = getattr(config, f"_{kind}_implementation", None)
+        if not trust_remote_code and "/" in str(kernel):
+            raise InputError(
+                f"model.pretrained is {pretrained!r}: its config asks for the {kind}_implementation {kernel!r}, code "
+                "of a hub; take it out of config.json, or set model.trust_remote_code"
+            )
+    if Path(location).is_dir():
+        check_size(Path(location), config, weights_per_byte)
+    return config

@@ -1,0 +1,140 @@
+"""What lies in a model's folder, checked before a library reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lit_prune.checkpoint.files import read_json
+from lit_prune.errors import InputError
+
+_OBJECTS = ("config.json", "generation_config.json")
+_TOKENIZER_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "tekken.json")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+def check_folder(folder: Path, pretrained: str) -> None:
+    """Check the files of a model: that they can be read, lie in its folder, and are what their names say.
+
+    Links within the folder are fine, and those of the hub's cache, from ``snapshots/x/`` to ``blobs/``.
+
+    Args:
+        folder: of the model.
+        pretrained: its name, for errors.
+
+    Raises:
+        InputError: a file cannot be read, is damaged, or lies elsewhere; or the weights are an adapter's.
+    """
+    asked = f"model.pretrained is {pretrained!r}"
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{asked}: the folder has no config.json, so it is no model")
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{asked}: the folder has an adapter_config.json, so it is an adapter and no model; merge it into "
+            "its model first (merge_and_unload in peft)"
+        )
+    for place, folders, names in os.walk(folder, onerror=_cannot_be_read):
+        for name in (*folders, *names):
+            inside(folder, os.path.relpath(Path(place, name), folder))
+    for file in folder.iterdir():
+        if file.is_file():
+            _check_readable(file)
+    _check_objects(folder, _OBJECTS)
+    for index in folder.glob("*.index.json"):
+        _check_weight_map(folder, index)
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raise ``InputError`` if a folder has no tokenizer, or a damaged one."""
+    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise InputError(
+            f"the tokenizer of {str(folder)!r} cannot be loaded (the folder has none); copy the files of its tokenizer "
+            "into the folder"
+        )
+    _check_objects(folder, _TOKENIZER_OBJECTS)
+    templates = (
+        _read_object(config).get("chat_template") if (config := folder / "tokenizer_config.json").is_file() else 0
+    )
+    for template in templates if isinstance(templates, list) else ():
+        name = template.get("name") if isinstance(template, Mapping) else template
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise InputError(f"{str(config)!r} has a chat template of the name {name!r}: it must be a plain word")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file in a model's folder; raise ``InputError`` if a link on the way leads out of it."""
+    root, path = folder.resolve(), folder / name
+    places = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    target = path.resolve()
+    if not any(target.is_relative_to(place) for place in places):
+        raise InputError(
+            f"{str(folder)!r}: {str(target)!r}, to which the link {name!r} leads, is outside of the folder; copy it "
+            "into the folder"
+        )
+    if path.is_symlink() and not target.exists():
+        raise InputError(f"{str(folder)!r}: the link {name!r} leads to {str(target)!r}, which is not there")
+    return path
+
+
+def check_size(folder: Path, config: Any, weights_per_byte: int = 1) -> None:
+    """Raise ``InputError`` if a config asks for a matrix that is larger than all weight files together.
+
+    A model would be built with random weights of that size before anyone notices that they are not in the files.
+
+    Args:
+        folder: of the model.
+        config: its config, as transformers reads it.
+        weights_per_byte: how many weights a byte of a file can stand for, at most.
+    """
+    config = config.get_text_config()
+    sizes = {
+        name: value
+        for name in ("vocab_size", "num_hidden_layers", "intermediate_size", "hidden_size")
+        if isinstance(value := getattr(config, name, None), int)
+    }
+    largest = max(sizes, key=lambda name: sizes[name], default=None)
+    files = [file for pattern in _WEIGHTS for file in folder.glob(pattern) if file.name != "masks.safetensors"]
+    held = sum(file.stat().st_size for file in files) * weights_per_byte
+    if held and largest and sizes[largest] * sizes.get("hidden_size", 1) > held:
+        raise InputError(
+            f"{str(folder / 'config.json')!r} has {largest} {sizes[largest]:,}, for which the weights beside it are "
+            f"too few: {held:,} at most"
+        )
+
+
+def _check_objects(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (folder / name).is_file():
+            _read_object(folder / name)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{str(file)!r} holds a JSON {type(content).__name__}: an object is needed")
+    return content
+
+
+def _check_weight_map(folder: Path, index: Path) -> None:
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{str(index)!r} has no weight_map from the names of weights to those of files")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(
+                f"{str(folder)!r}: {name!r}, which {index.name} names, is outside of the folder; copy it there"
+            )
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        _cannot_be_read(error)
+
+
+def _cannot_be_read(error: OSError) -> NoReturn:
+    raise InputError(f"{error.filename!r} cannot be read ({error.strerror}): ask its owner for permission") from error

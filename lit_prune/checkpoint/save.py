@@ -1,0 +1,103 @@
+"""Write a pruned model, or an analysis, as one folder, all or nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+from lit_prune.checkpoint.bitmask import BITMASK_FILE, save_bitmask
+from lit_prune.checkpoint.configs import save_configs
+from lit_prune.checkpoint.files import replacing_folder
+from lit_prune.checkpoint.masks import MASKS_FILE, check_masks_hold, save_masks
+from lit_prune.checkpoint.outputs import ANALYSIS, check_output, check_space
+from lit_prune.errors import InputError
+from lit_prune.models.experts import apart, together
+from lit_prune.ops import PackedMask
+from lit_prune.sharding.offload import disk_store_of, save_lazily
+
+Format = Literal["hf", "hf-sharded", "bitmask"]
+"""How the weights are stored: as transformers saves them, in files of a bounded size, or kept weights and one bit for
+each weight."""
+REPORT_FILE = "pruning.json"
+
+
+def save_pruned(
+    folder: str | Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    masks: Mapping[str, PackedMask],
+    documents: Mapping[str, str | bytes],
+    overwrite: bool = False,
+    to: Format = "hf",
+    shard_size: str = "1GB",
+) -> Path:
+    """Write a model, its masks and ``documents`` (file name to content) as one folder, all or nothing.
+
+    Args:
+        folder: Where.
+        model: Whose pruned weights are exactly zero.
+        tokenizer: Its tokenizer, if any.
+        masks: Keep masks by parameter name.
+        documents: Further files, by name.
+        overwrite: Replace the folder where it exists.
+        to: How the weights are laid down.
+        shard_size: Largest file, for ``hf-sharded``.
+
+    Raises:
+        InputError: where the folder exists and ``overwrite`` is off, or the disk has no room.
+        RuntimeError: where a weight that its mask prunes is not exactly zero.
+    """
+    if to == "bitmask" and disk_store_of(model):
+        raise InputError("to is 'bitmask': a model that was opened lazily is written as hf-sharded, a file per block")
+    with apart(model):
+        check_masks_hold(model, masks)
+    path = check_output(folder, overwrite)
+    check_space(path, model)
+    with replacing_folder(path) as temporary:
+        _write_model(temporary, model, masks, to, shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        save_masks(temporary / MASKS_FILE, masks)
+        _write_documents(temporary, documents)
+    return path
+
+
+def _write_model(folder: Path, model: Any, masks: Mapping[str, PackedMask], to: Format, shard_size: str) -> None:
+    if disk := disk_store_of(model):
+        save_lazily(folder, model, disk)
+    elif to != "bitmask":
+        with together(model):
+            model.save_pretrained(folder, **({"max_shard_size": shard_size} if to == "hf-sharded" else {}))
+    else:
+        save_configs(folder, model)
+        with apart(model):
+            save_bitmask(folder / BITMASK_FILE, model, masks)
+
+
+def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], overwrite: bool = False) -> Path:
+    """Write an analysis (name to content) as one folder, all or nothing; an older one is kept unless ``overwrite``."""
+    path = check_output(folder, overwrite, ANALYSIS)
+    with replacing_folder(path) as temporary:
+        _write_documents(temporary, documents)
+    return path
+
+
+def _write_documents(folder: Path, documents: Mapping[str, str | bytes]) -> None:
+    for name, content in documents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        # A name that is quoted in it may have bytes that are no text.
+        (folder / name).write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+
+
+def check_shard_size(size: str) -> None:
+    """Raise ``InputError`` if ``size`` is no positive number of bytes with a unit, such as 500MB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", size.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise InputError(f"shard_size is {size!r}: give a positive number and KB, MB, GB or TB, such as 500MB")

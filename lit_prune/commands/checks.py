@@ -1,0 +1,78 @@
+"""Checks of a Trainer's settings and of a checkpoint, made before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_prune.checkpoint.outputs import check_folder_for
+from lit_prune.checkpoint.training_checkpoints import check_trusted
+from lit_prune.errors import InputError
+from lit_prune.training.strategies import FSDP2, DeepSpeed
+
+if TYPE_CHECKING:
+    from lit_prune.trainer import PruningTrainer
+
+_NOT_ZERO = ("val_check_interval", "limit_train_batches")
+
+
+def check_settings(trainer: PruningTrainer) -> None:
+    """Refuse settings of a training that Lightning takes and stumbles over later, or obeys in silence."""
+    least = {
+        "accumulate_grad_batches": 1,
+        "check_val_every_n_epoch": 1,
+        "val_check_interval": 0.0,
+        "log_every_n_steps": 0,
+        "gradient_clip_val": 0,
+        "num_sanity_val_steps": -1,
+        "limit_train_batches": 0,
+        "min_steps": 0,
+        "min_epochs": 0,
+    }
+    for name, lowest in least.items():
+        value = getattr(trainer, name)
+        if isinstance(value, (int, float)) and (value < lowest or (value == 0 and name in _NOT_ZERO)):
+            raise InputError(f"trainer.{name} is {value}: it must be {'above 0' if name in _NOT_ZERO else lowest}")
+
+
+def check_folders(trainer: PruningTrainer) -> None:
+    """Refuse folders for logs and checkpoints that cannot be made."""
+    folders = {logger.save_dir for logger in trainer.loggers}
+    folders |= {trainer.default_root_dir} if trainer.checkpoint_callbacks else set()
+    for folder in folders:
+        if folder and "://" not in str(folder):
+            check_folder_for("trainer.default_root_dir or a logger's folder", folder)
+
+
+def check_checkpoint(trainer: PruningTrainer, ckpt_path: str | Path | None, trust: bool) -> bool | None:
+    """Refuse a checkpoint that would run code; return Lightning's ``weights_only``."""
+    if isinstance(trainer.strategy, (DeepSpeed, FSDP2)):
+        trainer.strategy.trusted = trust
+    if ckpt_path is None:
+        return None
+    if Path(ckpt_path).expanduser().exists():
+        check_trusted(ckpt_path, trust)
+    elif not (trust or isinstance(trainer.strategy, (DeepSpeed, FSDP2))) and isinstance(
+        trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)
+    ):  # which do not look through what they load
+        raise InputError(f"ckpt_path is {str(ckpt_path)!r}: give the folder of the checkpoint, or add --trust")
+    return not trust
+
+
+def drop_unwritable_logs(trainer: PruningTrainer) -> None:
+    """Go on without loggers whose folder cannot be written: a pruning does not need them."""
+    for logger in trainer.loggers:
+        folder = logger.save_dir
+        try:
+            Path(folder or ".").mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder or ".", os.W_OK)
+        except (OSError, ValueError):
+            writable = False
+        if not writable:
+            rank_zero_warn(f"trainer.default_root_dir is {folder!r}, which cannot be written: nothing is logged")
+            trainer.loggers = []
+            return

@@ -1,0 +1,57 @@
+"""Run tasks of lm-evaluation-harness on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lit_prune.checkpoint.files import write_json
+from lit_prune.commands.output import on_device
+from lit_prune.options import as_list
+from lit_prune.reporting.report import Scores
+from lit_prune.reporting.tables import scores_table
+from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.training.lm_eval import Harness
+
+if TYPE_CHECKING:
+    from lit_prune.trainer import PruningTrainer
+
+HARNESS = Harness()
+"""How tasks are run unless told otherwise."""
+
+
+def evaluate(
+    trainer: PruningTrainer,
+    model: LitCausalLM,
+    datamodule: TextDataModule,
+    tasks: Sequence[str] | str,
+    harness: Harness = HARNESS,
+    output: str | None = None,
+) -> Scores:
+    """Runs tasks of lm-evaluation-harness on a model; for its perplexity, see validate and test.
+
+    Args:
+        trainer: It says on which device.
+        model: The language model.
+        datamodule: Not read.
+        tasks: Names of tasks or groups of tasks, such as [arc_easy, piqa].
+        harness: How they are run.
+        output: JSON file to write the scores to; null = none.
+    """
+    tasks = as_list(tasks)
+    harness.check(tasks)
+    model.configure_model()
+    scores = scores_of_tasks(trainer, model, tasks, harness)
+    Console(quiet=trainer.quiet).print(scores_table({"score": scores}))
+    if output is not None:
+        write_json(Path(output).expanduser(), scores)
+    return scores
+
+
+def scores_of_tasks(trainer: PruningTrainer, model: LitCausalLM, tasks: Sequence[str], harness: Harness) -> Scores:
+    """Return the scores of tasks by name."""
+    with on_device(trainer, model) as whole:
+        return harness.evaluate(whole, model.load_tokenizer(), tasks)

@@ -1,0 +1,73 @@
+"""Turn a training checkpoint or a pruned folder into a folder to hand on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_prune.checkpoint.masks import load_masks
+from lit_prune.checkpoint.outputs import check_output
+from lit_prune.checkpoint.peft_format import adapter_files, without_adapters
+from lit_prune.checkpoint.save import Format, check_shard_size, save_pruned
+from lit_prune.checkpoint.training_checkpoints import by_layer, read_checkpoint
+from lit_prune.commands.output import refuse_lazy, show
+from lit_prune.errors import InputError, first_line
+from lit_prune.pruning import PruningReport
+from lit_prune.reporting.documents import read_report, render
+from lit_prune.training import LitCausalLM, TextDataModule
+
+if TYPE_CHECKING:
+    from lit_prune.trainer import PruningTrainer
+
+
+def export(
+    trainer: PruningTrainer,
+    model: LitCausalLM,
+    datamodule: TextDataModule,
+    checkpoint: str | None = None,
+    output: str = "exported",
+    to: Format = "hf",
+    shard_size: str = "1GB",
+    overwrite: bool = False,
+    trust: bool = False,
+) -> None:
+    """Turns a training checkpoint, sharded or not, or a pruned folder into a folder to hand on; masks are verified.
+
+    Args:
+        trainer: Its strategy is not used.
+        model: The language model that was trained, for architecture, dtype and tokenizer; or a pruned folder.
+        datamodule: Not read.
+        checkpoint: File, or the folder of a sharded checkpoint (FSDP2, DeepSpeed); null = the model as it lies in
+            its folder.
+        output: Folder to write.
+        to: As transformers saves it (hf), in files of a bounded size (hf-sharded), or kept weights and one bit for
+            each weight (bitmask: smaller, to the same bits; lit_prune.load_model reads it).
+        shard_size: Largest file, for hf-sharded.
+        overwrite: Replace the folder where it exists.
+        trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
+    """
+    refuse_lazy(model, "export")
+    check_shard_size(shard_size)
+    check_output(output, overwrite, reads=[model.pretrained, *([checkpoint] if checkpoint else [])])
+    read = None if checkpoint is None else read_checkpoint(checkpoint, trust)
+    masks = read.masks if read else load_masks(model.pretrained)
+    if read:
+        kept = read.callbacks.get("Prune", {}).get("report")
+        report = PruningReport.from_dict(kept, by_layer(masks), f"the report in {checkpoint!r}") if kept else None
+    else:
+        report = read_report(model.pretrained, masks)
+    model.configure_model()
+    if read:
+        try:
+            model.model.load_state_dict(read.weights)
+        except RuntimeError as error:
+            raise InputError(
+                f"checkpoint is {checkpoint!r}: it is not of the model {model.pretrained!r} ({first_line(error)})"
+            ) from error
+    with without_adapters(model.model) as trained:
+        adapters = trained if read else adapter_files(model.pretrained)
+        title = Path(model.pretrained).name
+        documents = adapters | (render(report, title, to, adapters=bool(adapters)) if report else {})
+        tokenizer = model.load_tokenizer()
+        folder = save_pruned(output, model.model, tokenizer, masks, documents, overwrite, to, shard_size)
+    show(trainer, [], folder)

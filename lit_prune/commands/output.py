@@ -1,0 +1,42 @@
+"""What the commands share: a model on its device, tables and names of written files on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.training import LitCausalLM
+
+if TYPE_CHECKING:
+    from lit_prune.trainer import PruningTrainer
+
+
+@contextmanager
+def on_device(trainer: PruningTrainer, model: LitCausalLM) -> Iterator[nn.Module]:
+    """Yield the transformers model on the strategy's device, in evaluation mode."""
+    device, training = model.device, model.model.training
+    try:
+        yield model.model.to(trainer.strategy.root_device).eval()
+    finally:
+        model.model.train(training).to(device)
+
+
+def show(trainer: PruningTrainer, tables: Sequence[Table], folder: Path) -> None:
+    """Print tables, and the name of every file in ``folder``."""
+    console = Console(quiet=trainer.quiet)
+    console.print(*tables)
+    for file in sorted(folder.iterdir()):
+        console.print(f"wrote {file}", soft_wrap=True, highlight=False)
+
+
+def refuse_lazy(model: LitCausalLM, stage: str) -> None:
+    """Raise ``InputError`` for an offloaded model."""
+    if model.lazy is not None:
+        raise InputError(f"model.lazy is {model.lazy!r}: {stage} needs the model whole; leave it out")

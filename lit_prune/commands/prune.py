@@ -1,0 +1,177 @@
+"""Prune a model once: evaluate, prune, evaluate, save."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+
+from lit_prune.callbacks.prune import find_prune
+from lit_prune.checkpoint.locks import claimed
+from lit_prune.checkpoint.outputs import check_output, check_space
+from lit_prune.checkpoint.save import save_pruned
+from lit_prune.commands.checks import drop_unwritable_logs
+from lit_prune.commands.evaluate import HARNESS, scores_of_tasks
+from lit_prune.commands.output import on_device, show
+from lit_prune.errors import DiskError, InputError
+from lit_prune.models.generate import continuations
+from lit_prune.ops import collectives
+from lit_prune.options import as_list
+from lit_prune.pruning import PruningPlan
+from lit_prune.pruning.journal import Journal
+from lit_prune.reporting.analysis import spectra_of
+from lit_prune.reporting.documents import render
+from lit_prune.reporting.report import Sample, Scores
+from lit_prune.reporting.tables import blocks_table, summary_table
+from lit_prune.sharding.offload import disk_store_of
+from lit_prune.signals import Interrupted, stopping_on_signals
+from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.training.lm_eval import Harness
+
+if TYPE_CHECKING:
+    from lit_prune.trainer import PruningTrainer
+
+PROMPTS = ("The capital of France is", "The most important thing about a good bridge is")
+Resume = Literal["auto", "never"]
+
+
+def prune(
+    trainer: PruningTrainer,
+    model: LitCausalLM,
+    datamodule: TextDataModule,
+    output: str = "pruned",
+    overwrite: bool = False,
+    resume: Resume | None = None,
+    tasks: Sequence[str] | str = (),
+    harness: Harness = HARNESS,
+    prompts: Sequence[str] | str = PROMPTS,
+) -> None:
+    """Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.
+
+    Args:
+        trainer: It has a Prune callback.
+        model: The language model.
+        datamodule: Calibration and test text.
+        output: Folder to write.
+        overwrite: Replace the folder where it exists.
+        resume: Go on with a run that was stopped, from its finished blocks, if there are any (auto), or begin anew
+            without them (never); null = refuse to begin if there are any.
+        tasks: Tasks of lm-evaluation-harness, to be run before and after; none = the perplexity alone.
+        harness: How they are run.
+        prompts: Beginnings that the model goes on from, before and after, for the report.
+    """
+    callback = find_prune(trainer)
+    _check_trainer(trainer)
+    tasks, prompts = as_list(tasks), as_list(prompts)
+    _check_prompts(prompts)
+    folder = check_output(output, overwrite, reads=_read_by(model, datamodule, callback.plan))
+    journal = Journal.beside(folder)
+    Journal.check_unfinished(journal, resume)
+    if tasks:
+        harness.check(tasks)
+    batches = datamodule.calibration_batches() if callback.plan.needs_data else []
+    datamodule.setup("test")  # texts that cannot be read are found out before the model is loaded
+    model.configure_model()
+    with claimed(folder) if trainer.is_global_zero else nullcontext():
+        copies = 3 if model.lazy else 2  # the folder, the journal, changed blocks
+        check_space(folder, model.model, copies, replaced=journal if resume == "auto" else None)
+        spectra = spectra_of(model.model, callback.plan.find_targets(model.model)[1], callback.plan.allocator)
+        tokenizer = model.load_tokenizer()
+        prompts = () if model.lazy else prompts  # every token would read the whole model
+        evaluated = partial(_evaluated, trainer, model, datamodule, tasks, harness, prompts)
+
+        before = evaluated()
+        with _resumable(trainer, journal), on_device(trainer, model):
+            report = callback.prune(trainer, model, batches, journal, resume == "auto")
+        after = evaluated()
+
+        report.evaluation = {
+            "perplexity_before": before.perplexity,
+            "perplexity_after": after.perplexity,
+            "seqlen": datamodule.seqlen,
+            "text": datamodule.test_text,
+        }
+        if tasks:
+            report.evaluation["tasks"] = {"before": before.scores, "after": after.scores}
+        report.spectra = spectra
+        report.samples = [Sample(*sample) for sample in zip(prompts, before.texts, after.texts, strict=True)]
+        report.recipes = [trainer.recipe] if trainer.recipe else []
+        callback.log_outcome(trainer)
+        documents = render(report, title=Path(model.pretrained).name)
+        with _resumable(trainer, journal):
+            collectives.on_first_rank(
+                lambda: save_pruned(folder, model.model, tokenizer, report.masks, documents, overwrite)
+            )
+        if trainer.is_global_zero:
+            Journal.remove(journal)
+            if disk := disk_store_of(model.model):
+                disk.forget()
+            show(trainer, [blocks_table(report), summary_table(report)], folder)
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """How good a model is."""
+
+    perplexity: float
+    scores: Scores
+    texts: list[str]
+
+
+def _evaluated(
+    trainer: PruningTrainer,
+    model: LitCausalLM,
+    datamodule: TextDataModule,
+    tasks: Sequence[str],
+    harness: Harness,
+    prompts: Sequence[str],
+) -> _Evaluated:
+    perplexity = trainer.test(model, datamodule=datamodule, verbose=False)[0]["test/perplexity"]
+    scores = scores_of_tasks(trainer, model, tasks, harness) if tasks else {}
+    with on_device(trainer, model) as whole:
+        return _Evaluated(perplexity, scores, continuations(whole, model.load_tokenizer(), prompts))
+
+
+def _check_trainer(trainer: PruningTrainer) -> None:
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
+        raise InputError(
+            f"trainer.strategy is {type(trainer.strategy).__name__}: to prune once, use ddp, where every process "
+            "holds the model whole, or ddp and model.lazy; or prune in lit-prune fit, with the schedule OneShot"
+        )
+    if trainer.limit_test_batches == 0:
+        raise InputError("trainer.limit_test_batches is 0: prune evaluates before and after, on at least one batch")
+    drop_unwritable_logs(trainer)
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        if not prompt.strip():
+            raise InputError(f"prompts hold {prompt!r}: give each some words, or --prompts '[]' for none")
+
+
+@contextmanager
+def _resumable(trainer: PruningTrainer, journal: Path) -> Iterator[None]:
+    """Say how to go on where a signal or the disk stops a run that has a journal."""
+    advice = f"; finished blocks are kept in {str(journal)!r}: go on with the same command and --resume auto"
+    try:
+        with stopping_on_signals():
+            yield
+    except DiskError as error:
+        raise DiskError(f"{error}{advice}") from error
+    except Interrupted as stop:
+        if trainer.world_size > 1 and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # processes that wait for this one
+        raise Interrupted(stop.number, advice) from None
+
+
+def _read_by(model: LitCausalLM, datamodule: TextDataModule, plan: PruningPlan) -> list[str]:
+    """Return the names of what a pruning reads; some may be of the hub."""
+    files = [getattr(plan.allocator, name, None) for name in ("path", "values")]
+    texts = [*datamodule.sources.values(), datamodule.calibration, datamodule.tokenizer]
+    return [name for name in (model.pretrained, model.lazy, *texts, *files) if name]

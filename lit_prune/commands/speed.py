@@ -1,0 +1,54 @@
+"""Time the layers of a pruned model, dense and sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lit_prune.checkpoint.files import write_json
+from lit_prune.checkpoint.masks import load_masks
+from lit_prune.commands.output import on_device, refuse_lazy
+from lit_prune.errors import InputError
+from lit_prune.options import as_list
+from lit_prune.reporting.tables import speed_table
+from lit_prune.runtime.sparse_layers import Speed, measure_speed
+from lit_prune.training import LitCausalLM, TextDataModule
+
+if TYPE_CHECKING:
+    from lit_prune.trainer import PruningTrainer
+
+_MOST_ROWS = 1_000_000
+
+
+def speed(
+    trainer: PruningTrainer,
+    model: LitCausalLM,
+    datamodule: TextDataModule,
+    tokens: Sequence[int] | int = (1, 16, 256),
+    output: str | None = None,
+) -> list[Speed]:
+    """Times one layer of each shape, with its zeros multiplied and in a sparse form of torch, on this machine.
+
+    Args:
+        trainer: It says on which device.
+        model: A pruned folder, in the dtype that it will run in.
+        datamodule: Not read.
+        tokens: Rows of the input: 1 is generation one token at a time, hundreds are a prompt.
+        output: JSON file to write the figures to; null = none.
+    """
+    refuse_lazy(model, "speed")
+    tokens = as_list(tokens)
+    if not tokens or not all(1 <= rows <= _MOST_ROWS for rows in tokens):
+        raise InputError(f"tokens are {list(tokens)}: give numbers from 1 to {_MOST_ROWS:,}, such as [1, 16, 256]")
+    masks = load_masks(model.pretrained)
+    model.configure_model()
+    with on_device(trainer, model) as whole:
+        found = measure_speed(whole, masks, tokens)
+    Console(quiet=trainer.quiet).print(speed_table(found))
+    if output is not None:
+        write_json(Path(output).expanduser(), [asdict(figure) for figure in found])
+    return found

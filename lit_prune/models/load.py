@@ -1,0 +1,127 @@
+"""Load a causal language model: a hub name, a folder, a GGUF file, a bitmask export, or random weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import nullcontext
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
+
+from lit_prune.checkpoint.bitmask import BITMASK_FILE, read_bitmask
+from lit_prune.checkpoint.configs import load_generation_config, read_config
+from lit_prune.checkpoint.folders import check_folder
+from lit_prune.errors import InputError
+from lit_prune.models.experts import apart
+from lit_prune.models.locate import RANDOM, explained, locate
+from lit_prune.models.quiet import quiet_transformers
+from lit_prune.models.tokenizer import byte_tokenizer
+from lit_prune.models.weights import check_all_finite, check_complete
+from lit_prune.sharding.offload import open_lazily
+
+
+def load_model(
+    pretrained: str,
+    dtype: torch.dtype | None = None,
+    config: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    lazy: str | Path | None = None,
+) -> nn.Module:
+    """Load a causal language model in evaluation mode.
+
+    Args:
+        pretrained: hub name, local Hugging Face folder, ``bitmask`` export, path of a GGUF file, or ``random``.
+        dtype: of the weights; None = as stored.
+        config: for ``random``: ``model_type`` and any value of that model's config.
+        trust_remote_code: whether code that comes with the model may run.
+        lazy: folder for blocks that have changed: the model stays on disk then, in safetensors files, and each block is
+            read when it is worked on; None = the model is loaded whole.
+
+    Raises:
+        InputError: where there is no such model, or the hub cannot be reached.
+    """
+    if lazy is not None:
+        with explained(pretrained):
+            return open_lazily(pretrained, lazy, dtype, trust_remote_code)
+    if pretrained == RANDOM:
+        return _random_model(config, dtype or torch.float32).eval()
+    if (Path(pretrained).expanduser() / BITMASK_FILE).is_file():
+        return _load_bitmask(Path(pretrained).expanduser(), dtype, trust_remote_code).eval()
+    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    with explained(pretrained):
+        location, extra = locate(pretrained)
+        if not extra:
+            read_config(location, pretrained, trust_remote_code)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        with quiet_transformers():  # which prints a table of what is told in one line below
+            loaded: Any = AutoModelForCausalLM.from_pretrained(location, **extra, **options)
+        model, found = loaded
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(f"model.pretrained is {pretrained!r}: it is an adapter; merge it into its model first")
+        check_complete(found, pretrained)
+        check_all_finite(model, f"model.pretrained is {pretrained!r}")
+    if extra:  # transformers has dequantised the GGUF file: what it holds now is a plain float model
+        vars(model.config).pop("quantization_config", None)
+        model.hf_quantizer = None
+    return model.eval()
+
+
+def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
+    with explained(str(folder)):
+        check_folder(folder, str(folder))
+        config = read_config(folder, str(folder), trust_remote_code, weights_per_byte=8)
+        as_stored = dtype is None
+        dtype = dtype or config.dtype
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        load_generation_config(folder, model)
+    weights = read_bitmask(folder)
+    with apart(model) if not model.state_dict().keys() <= weights.keys() else nullcontext():
+        try:
+            # In the dtypes of the file, which may differ from tensor to tensor.
+            model.load_state_dict(weights, assign=as_stored)
+        except RuntimeError as error:
+            raise InputError(
+                f"model.pretrained is {str(folder)!r}: its {BITMASK_FILE} and its config.json do not belong together "
+                f"({' '.join(str(error).split())[:300]})"
+            ) from error
+    model.tie_weights()
+    check_all_finite(model, f"model.pretrained is {str(folder)!r}")
+    return model
+
+
+def _random_model(config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Module:
+    if not config or "model_type" not in config:
+        raise InputError("model.pretrained is 'random': model.config must name a model_type, such as llama")
+    values = dict(config)
+    model_type = values.pop("model_type")
+    values.setdefault("vocab_size", len(byte_tokenizer()))
+    try:
+        made = AutoConfig.for_model(model_type, **values)
+        _refuse_unknown(values, made)
+        return AutoModelForCausalLM.from_config(made, dtype=dtype)
+    except InputError:
+        raise
+    except Exception as error:  # each architecture finds out in its own way that its values do not fit
+        raise InputError(
+            f"model.config makes no causal language model ({' '.join(str(error).split())[:300]})"
+        ) from error
+
+
+def _refuse_unknown(values: Mapping[str, Any], made: PreTrainedConfig) -> None:
+    """Raise ``InputError`` if a config was given a value under a name that is nearly one of its own.
+
+    Others are let through: some models read values that their configs do not declare, such as Qwen3-MoE's ``head_dim``.
+    """
+    known = {*vars(type(made)()), *made.attribute_map, *inspect.signature(type(made)).parameters}
+    for name in values.keys() - known:
+        if near := get_close_matches(name, known, n=1, cutoff=0.85):
+            raise InputError(f"model.config.{name} is no value of {type(made).__name__}; did you mean {near[0]}?")

@@ -1,0 +1,61 @@
+"""Locate a model: on a hub, in a folder or a file; explain why it cannot be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+from lit_prune.checkpoint.folders import check_folder
+from lit_prune.errors import InputError, first_line
+from lit_prune.models.quiet import quiet_hub
+
+RANDOM = "random"
+"""The ``pretrained`` that builds a model from a config, with random weights and a byte-level tokenizer."""
+MODEL_REMEDY = (
+    "give a local folder, a .gguf file, or the name of a causal language model on a hub that this machine can reach"
+)
+
+
+def hub_model(pretrained: str) -> str | None:
+    """Return the name of a model on the hub, or None for one that is a file, a folder or random."""
+    return None if pretrained == RANDOM or Path(pretrained).expanduser().exists() else pretrained
+
+
+def locate(pretrained: str) -> tuple[str, dict[str, str]]:
+    """Return what ``from_pretrained`` wants for a GGUF file, a folder or a hub name."""
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(
+                f"model.pretrained is {pretrained!r}: a file must be a .gguf file; give the model's folder"
+            )
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        check_folder(path, pretrained)
+        return str(path), {}
+    if pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
+        raise InputError(f"model.pretrained is {pretrained!r}: there is no such file or folder")
+    return pretrained, {}
+
+
+@contextmanager
+def explained(pretrained: str, remedy: str = MODEL_REMEDY) -> Iterator[None]:
+    """Turn what transformers raises for a model that it cannot load into one line, which ends with what to do."""
+    try:
+        with quiet_hub():
+            yield
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"model.pretrained is {pretrained!r}: {first_line(error)}") from error
+    except UnpicklingError as error:
+        raise InputError(
+            f"model.pretrained is {pretrained!r}: its weights hold more than tensors, so they may run code, and are "
+            "not loaded; give a model in safetensors files"
+        ) from error
+    except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
+        raise InputError(
+            f"model.pretrained is {pretrained!r}: it cannot be loaded ({first_line(error)}); {remedy}"
+        ) from error

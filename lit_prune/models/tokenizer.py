@@ -1,0 +1,39 @@
+"""Load the tokenizer of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from lit_prune.checkpoint.folders import check_tokenizer_files
+from lit_prune.models.locate import MODEL_REMEDY, RANDOM, explained, hub_model, locate
+
+
+def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to ``pretrained`` (bytes for ``random``)."""
+    if pretrained == RANDOM:
+        return byte_tokenizer()
+    remedy = "copy the files of its tokenizer into the folder" if hub_model(pretrained) is None else MODEL_REMEDY
+    with explained(pretrained, remedy):
+        location, extra = locate(pretrained)
+        if not extra:
+            check_tokenizer_files(Path(location))
+        return AutoTokenizer.from_pretrained(location, **extra, trust_remote_code=trust_remote_code)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Return a tokenizer of the 256 bytes and an end-of-text token, for models with random weights."""
+    vocabulary = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")

@@ -1,0 +1,179 @@
+"""What a run learns from the dense model, before the first block is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.allocators.base import Layer
+from lit_prune.calibration.batches import Batch, first_sequences, split_batch
+from lit_prune.calibration.gradients import gradient_norms, holds_norms
+from lit_prune.calibration.replay import BlockReplay, ForwardContext
+from lit_prune.checkpoint.files import read_json, write_json
+from lit_prune.errors import NumericalError
+from lit_prune.models.blocks import Block
+from lit_prune.models.targets import Target, as_layer
+from lit_prune.ops import LayerStats, Pattern, collectives
+from lit_prune.pruning.plan import PruningPlan
+from lit_prune.pruning.progress import Stages
+from lit_prune.pruning.solving import prune_layers
+from lit_prune.sharding.block_store import BlockStore
+from lit_prune.sharding.parameters import weights_restored
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The model as it came, with its blocks, its targets and the calibration set; in evaluation mode."""
+
+    model: nn.Module
+    store: BlockStore
+    blocks: Sequence[Block]
+    targets: Sequence[Target]
+    calibration: Sequence[Batch]
+    plan: PruningPlan
+    stages: Stages
+    forward_context: ForwardContext
+    identity: Mapping[str, Any]
+    cached: list[str] = field(default_factory=list)
+    """Names of the cache's files that were read in place of a computation."""
+
+    def replay(self, sequences: int | None = None) -> BlockReplay:
+        """Return a replay of the first sequences (None = all) of the calibration set, before the first block."""
+        plan = self.plan
+        with self.stages.stage("record"):
+            return BlockReplay(
+                self.model,
+                self.blocks,
+                first_sequences(self._batches(), sequences),
+                plan.device,
+                plan.hidden_device,
+                getattr(torch, plan.hidden_dtype) if plan.hidden_dtype else None,
+                self.forward_context,
+                self.store,
+            )
+
+    def _batches(self) -> Sequence[Batch]:
+        """Return the calibration set, in batches of a reconstruction's steps where there is one."""
+        reconstruction = self.plan.reconstruction
+        if reconstruction is None:
+            return self.calibration
+        return [part for batch in self.calibration for part in split_batch(batch, reconstruction.sequences)]
+
+    def evidence(self, gradients: Mapping[str, Tensor]) -> dict[int, Any]:
+        """Show the allocator every block, where it asks for that, and return what it observed, by block.
+
+        Args:
+            gradients: what ``gradients`` returned, for a scorer that is tried.
+        """
+        allocator = self.plan.allocator
+        if not allocator.needs:
+            return {}
+        tried = "output_error" in allocator.needs
+        needs = allocator.needs - {"output_error"} | (self.plan.method_needs if tried else frozenset())
+        replay, evidence = self.replay(allocator.observed_sequences), {}
+        for block in self.blocks:
+            mine = [target for target in self.targets if target.block == block.index]
+            with self.stages.stage("observe", block.index), self.resident(block):
+                outputs = replay.outputs(block.index) if tried and mine else None
+                if mine:
+                    stats = self.plan.with_gradients(
+                        replay.collect(block.index, {t.name: t.module for t in mine}, needs), gradients
+                    )
+                    evidence[block.index] = allocator.observe(
+                        [as_layer(target) for target in mine],
+                        [stats[target.name] for target in mine],
+                        self.plan.grouped_pattern,
+                        partial(self._output_error, replay, outputs or [], mine, stats),
+                    )
+                replay.advance(block.index, outputs)
+        return evidence
+
+    def _output_error(
+        self,
+        replay: BlockReplay,
+        outputs: Sequence[Tensor],
+        targets: Sequence[Target],
+        stats: Mapping[str, LayerStats],
+        pattern: Pattern,
+    ) -> float:
+        """Prune a block's targets as the plan drafts it, and return its output error; the dense weights come back."""
+        draft = replace(self.plan, solver=self.plan.solver.draft(), output_error=False)
+        with weights_restored([target.module for target in targets]):
+            patterns = {target.name: pattern for target in targets}
+            prune_layers(targets, patterns, dict(stats), draft, {}, read_again=True)
+            return replay.output_error(targets[0].block, outputs)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the allocator measures of every target's weight, by name; what the cache holds is not redone."""
+        allocator = self.plan.allocator
+        if allocator.metric_name is None:
+            return {}
+        path = self._cached(f"{allocator.metric_name}-{self.identity['model']}.json")
+        known: dict[str, float] = collectives.on_first_rank(lambda: read_json(path) if path and path.is_file() else {})
+        if path and known:
+            self.cached.append(path.name)
+        missing = [as_layer(target) for target in self.targets if target.name not in known]
+        for block in self.blocks:
+            if mine := [layer for layer in missing if layer.block == block.index]:
+                with self.stages.stage("measure", block.index), self.resident(block):
+                    known |= self._measured(mine)
+        if missing and path:
+            collectives.on_first_rank(lambda: write_json(path, known))
+        return known
+
+    def _measured(self, layers: Sequence[Layer]) -> dict[str, float]:
+        """Return what the allocator measures of a block's layers, which the processes share out."""
+        owners = collectives.partition([layer.numel for layer in layers])
+        mine = [layer for layer, owner in zip(layers, owners, strict=True) if owner == collectives.rank()]
+        measured, failed = {}, None
+        try:
+            measured = self.plan.allocator.measure(mine)
+        except NumericalError as error:
+            failed = error
+        collectives.raise_first(collectives.gather(failed))
+        found = collectives.gather(measured)
+        return {name: value for part in found for name, value in part.items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradient norm ``[o, i]`` of every target by name, where the scorer needs it."""
+        scorer = self.plan.scorer
+        if scorer is None or "gradient" not in scorer.needs:
+            return {}
+        precision = precision_of(self.forward_context, self.plan.device or next(self.model.parameters()).device)
+        parts = (scorer.gradient_norm, precision or "plain", self.identity["model"], self.identity["data"])
+        path = self._cached(f"gradients-{'-'.join(parts)}.safetensors")
+        if path and holds_norms(path, [target.name for target in self.targets]):
+            self.cached.append(path.name)
+        with self.stages.stage("gradients"):
+            return gradient_norms(
+                self.model,
+                self.calibration,
+                self.targets,
+                scorer.gradient_norm,
+                path,
+                self.forward_context,
+                self.store,
+            )
+
+    def resident(self, block: Block) -> AbstractContextManager[set[str]]:
+        """Hold a block where it is worked on; see ``BlockStore.resident``."""
+        then = self.blocks[block.index + 1] if block.index + 1 < len(self.blocks) else None
+        return self.store.resident(block, self.plan.device, then)
+
+    def _cached(self, name: str) -> Path | None:
+        """Return a file of the cache; None where the plan has no cache."""
+        return Path(self.plan.cache).expanduser() / name if self.plan.cache else None
+
+
+def precision_of(forward_context: ForwardContext, device: torch.device | str) -> str | None:
+    """Return the dtype of matrix products within a context, such as ``bfloat16``; None = that of the weights."""
+    kind = torch.device(device).type
+    with forward_context():
+        return str(torch.get_autocast_dtype(kind)).split(".")[-1] if torch.is_autocast_enabled(kind) else None

@@ -1,0 +1,1 @@
+"""Layer 3: reports, figures, pages, comparison and analysis."""

@@ -1,0 +1,183 @@
+"""Figures of pruned layers, of masks and of spectra, for light and dark pages."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
+from itertools import islice
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from lit_prune.ops import PackedMask
+from lit_prune.ops.spectrum import PowerLaw
+from lit_prune.reporting.analysis import Analysis
+
+Points = Sequence[tuple[float, float]]
+"""(block, value) of the layers of one kind."""
+_INK = "#010203"
+"""Near black in a PNG; the page's own text colour in a page."""
+_COLOURS = ("#3b8bd9", "#e07b39", "#2aa876", "#c44fa0", "#8f7ee7", "#b8a12b", "#4fb3c4", "#d9534f")
+"""Readable on white and on black."""
+_STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    "axes.prop_cycle": cycler(color=_COLOURS),
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: small, and in the page's font
+    "font.family": "sans-serif",
+}
+_PIXELS = 128
+"""Sides of a mask's picture, at most."""
+_LONGEST = 100
+"""Characters of a name that are shown."""
+_P = ParamSpec("_P")
+
+
+def _shown(name: str) -> str:
+    """Return a name so that it is not read as a formula, can be drawn, and is in legends, which pass over ``_x``."""
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name[:_LONGEST])
+    return (" " if text[:1] in ("", "_") else "") + text.replace("$", r"\$")
+
+
+def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    @wraps(draw)
+    def styled(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        with mpl.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_styled
+def by_block(
+    series: Mapping[str, Points],
+    label: str,
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+    over: str = "block",
+) -> Figure:
+    """Plot values over the blocks, a line per series."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=over, ylabel=label, yscale="log" if log else "linear")
+    for name, points in series.items():
+        axes.plot([block for block, _ in points], [value for _, value in points], ".-", label=_shown(name))
+    if limits is not None:
+        axes.set_ylim(*limits)
+    axes.grid(alpha=0.3, color=_INK)
+    axes.legend(ncols=4, fontsize="small")
+    return figure
+
+
+@_styled
+def bars(values: Mapping[str, float], label: str) -> Figure:
+    """Plot a bar for each name, the largest value on top."""
+    figure = Figure(figsize=(9, 0.6 + 0.35 * len(values)), layout="constrained")
+    axes = figure.add_subplot(xlabel=label)
+    ordered = sorted(values.items(), key=lambda item: item[1])
+    drawn = axes.barh([_shown(name) for name, _ in ordered], [value for _, value in ordered], color=_COLOURS[0])
+    axes.bar_label(drawn, fmt="%.1f", padding=3)
+    return figure
+
+
+@_styled
+def scatter(points: Mapping[str, tuple[float, float]], across: str, up: str, log: bool = False) -> Figure:
+    """Plot a named point each, ``up`` logarithmic, ``across`` too where ``log``."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=across, ylabel=up, yscale="log", xscale="log" if log else "linear")
+    for name, (x, y) in points.items():
+        axes.plot([x], [y], "o", label=_shown(name))
+    for axis in (axes.yaxis, axes.xaxis) if log else (axes.yaxis,):  # 60 and not 6 x 10^1
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.grid(alpha=0.3, color=_INK, which="both")
+    axes.legend(ncols=2, fontsize="small")
+    return figure
+
+
+def kind_of(name: str) -> str:
+    """Return the last part of a module's name, such as ``q_proj``."""
+    return name.rsplit(".", 1)[-1]
+
+
+def analysis_figures(analysis: Analysis) -> dict[str, Figure]:
+    """Return every figure of an analysis, by file stem."""
+    metric: dict[str, list[tuple[float, float]]] = {}
+    for layer in analysis.layers:
+        metric.setdefault(kind_of(layer.name), []).append((layer.block, layer.metrics[analysis.metric]))
+    allocation = {
+        f"{target:.0%}": [(layer.block, sparsity[layer.name]) for layer in analysis.layers]
+        for target, sparsity in analysis.allocations.items()
+    }
+    tails = {layer.name: layer.tail for layer in analysis.layers}
+    return {
+        "metric_by_block": by_block(metric, analysis.metric),
+        "allocation": by_block(allocation, "sparsity", limits=(0, 1)),
+        **{f"esd_{name}": histogram(name, values.numpy(), tails[name]) for name, values in analysis.spectra.items()},
+    }
+
+
+@_styled
+def histogram(name: str, values: np.ndarray, tail: PowerLaw) -> Figure:
+    """Plot a spectrum's density with the power law that was fitted to its tail, both axes logarithmic."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="eigenvalue of WᵀW", ylabel="density", xscale="log", yscale="log")
+    axes.set_title(_shown(name))
+    axes.hist(values, bins=np.geomspace(values[0], values[-1], 101).tolist(), density=True, alpha=0.6)
+    grid = np.geomspace(tail.lambda_min, values[-1], 50)
+    law = (tail.alpha - 1) / tail.lambda_min * (grid / tail.lambda_min) ** -tail.alpha
+    axes.plot(grid, law * tail.tail / len(values), "--", label=f"alpha {tail.alpha:.2f}, KS {tail.distance:.3f}")
+    axes.axvline(tail.lambda_min, color="grey", linewidth=0.8)
+    axes.legend()
+    return figure
+
+
+@_styled
+def mask_pictures(masks: Mapping[str, PackedMask], most: int = 8) -> Figure:
+    """Draw keep masks: each pixel the share of its weights that are kept, from none (empty) to all (full colour)."""
+    chosen = dict(islice(masks.items(), most))
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(9, 2.6 * rows), layout="constrained")
+    for place, (name, mask) in enumerate(chosen.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        axes.set_title(f"{_shown(kind_of(name))} {mask.shape[-2]} x {mask.shape[-1]}", fontsize="small")
+        axes.imshow(density(mask), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_axis_off()
+    return figure
+
+
+def density(mask: PackedMask) -> np.ndarray:
+    """Return the share of kept weights in each cell of a grid of 128 x 128 cells at most, ``[rows, columns]``."""
+    keep = mask.unpack().cpu().numpy()
+    keep = keep.reshape(-1, keep.shape[-1])
+    return np.array([[cell.mean() for cell in _cells(band, 1)] for band in _cells(keep, 0)])
+
+
+def _cells(values: np.ndarray, axis: int) -> Iterator[np.ndarray]:
+    return iter(np.array_split(values, min(_PIXELS, values.shape[axis]), axis=axis))
+
+
+def as_png(figure: Figure) -> bytes:
+    """Return the figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def as_svg(figure: Figure) -> str:
+    """Return the figure as an SVG element whose lines and text have the colour of the page around it."""
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")

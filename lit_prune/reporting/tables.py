@@ -1,0 +1,80 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_prune.reporting.report import PruningReport, scores_of, weighted
+from lit_prune.runtime.sparse_layers import Speed
+
+
+def blocks_table(report: PruningReport) -> Table:
+    """Return a row for every block."""
+    table = Table(title="Pruned blocks")
+    headings = ["block", "layers", "weights", "sparsity", "worst output error", "seconds"]
+    reconstructed = {done.block: f"{done.before:.4f} to {done.after:.4f}" for done in report.reconstructions}
+    if reconstructed:
+        headings.append("reconstructed, error")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for index, layers in report.blocks():
+        worst = max(layers, key=lambda layer: layer.output_error or 0.0)
+        name = worst.name.rsplit(".", 1)[-1]
+        table.add_row(
+            str(index),
+            str(len(layers)),
+            f"{sum(layer.numel for layer in layers):,}",
+            f"{weighted(layers, 'reached'):.2%}",
+            "not measured" if worst.output_error is None else f"{worst.output_error:.4f} {name}",
+            f"{sum(layer.seconds for layer in layers):.1f}",
+            *([reconstructed.get(index, "")] if reconstructed else []),
+        )
+    return table
+
+
+def summary_table(report: PruningReport) -> Table:
+    """Return the report's summary."""
+    table = Table(title="Summary", show_header=False)
+    for what, value in report.summary():
+        table.add_row(what, value)
+    return table
+
+
+def scores_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Return the scores of tasks, by column, task and metric, with their standard errors."""
+    table = Table(title="Tasks")
+    for column in ("task", "metric", *columns):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, metric, values in scores_of(columns):
+        table.add_row(task, metric, *values)
+    return table
+
+
+def speed_table(figures: Iterable[Speed]) -> Table:
+    """Return the times of layers, dense and sparse."""
+    table = Table(title="One layer of each shape")
+    for column in ("layer", "outputs x inputs", "zeros", "tokens", "form", "dense ms", "sparse ms", ""):
+        table.add_column(column, justify="left" if column in ("layer", "form", "") else "right")
+    for figure in figures:
+        table.add_row(
+            figure.layer.rsplit(".", 1)[-1],
+            f"{figure.shape[0]} x {figure.shape[1]}",
+            f"{figure.sparsity:.0%}",
+            str(figure.tokens),
+            figure.form,
+            f"{1e3 * figure.dense:.3f}",
+            f"{1e3 * figure.sparse:.3f}",
+            figure.verdict,
+        )
+    return table
+
+
+def as_text(table: Table) -> str:
+    """Return a table as plain text, 100 columns wide."""
+    console = Console(file=StringIO(), width=100)
+    console.print(table)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -1,0 +1,272 @@
+"""Disk offload: a block is read from safetensors files when it computes, and written if it has changed.
+
+Parameters outside the blocks are in memory, except untied embeddings and heads, which are read like a block when they
+are called. Such a model runs like any other, one block at a time: it takes the memory of one block and is read once
+per forward pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lit_prune.checkpoint.configs import load_generation_config, read_config, save_configs
+from lit_prune.checkpoint.files import as_json, load_tensors, read_json, save_tensors, tensor_names, tensor_shapes
+from lit_prune.checkpoint.folders import check_folder
+from lit_prune.errors import InputError
+from lit_prune.malloc import give_back_freed_memory
+from lit_prune.models.blocks import Block, find_blocks
+from lit_prune.models.experts import has_fused_experts
+from lit_prune.models.weights import check_finite, ignored_by, refuse
+from lit_prune.sharding.block_store import BlockStore, fill_outside_blocks, store_of
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class OnDisk(BlockStore):
+    """Blocks in the files of a checkpoint; changed blocks in a folder beside them."""
+
+    prefetches = True
+    low_memory = True
+
+    def __init__(self, sources: Mapping[str, tuple[Path, str]], changes: Path, ends: Sequence[Block]) -> None:
+        """Take the files of the weights.
+
+        Args:
+            sources: file, and name in it, of every parameter by its name in the model.
+            changes: folder for changed blocks; those of an earlier run are removed.
+            ends: modules before and after the blocks that are offloaded too.
+        """
+        super().__init__()
+        self._ends = ends
+        self._sources = sources
+        self._finite: set[str] = set()
+        self._changes = changes
+        self._drop()
+
+    def parts(self, model: nn.Module) -> list[Block]:
+        """Return the blocks, then embeddings and head if they are offloaded too."""
+        return [*super().parts(model), *self._ends]
+
+    def load(self, block: Block, device: torch.device) -> dict[str, Tensor]:
+        """Read the block with its changes."""
+        parameters = dict(block.module.named_parameters())
+        changed = self._file(block)
+        found = load_tensors(changed) if changed.is_file() else {}
+        for name in parameters.keys() - found.keys():
+            found[name] = self.read(f"{block.name}.{name}")
+        return {name: found[name].to(device, parameter.dtype) for name, parameter in parameters.items()}
+
+    def store(self, block: Block, values: Mapping[str, Tensor]) -> None:
+        """Write the changed parameters."""
+        file = self._file(block)
+        earlier = load_tensors(file) if file.is_file() else {}
+        save_tensors(file, {**earlier, **{name: value.cpu() for name, value in values.items()}})
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter as the checkpoint has it; ``InputError`` if it holds NaN or Inf."""
+        file, there = self._sources[name]
+        with safe_open(file, framework="pt") as handle:
+            values: Tensor = handle.get_tensor(there).clone()  # a view would hold the whole file in memory
+        if name not in self._finite:
+            check_finite(name, values, repr(str(file)))
+            self._finite.add(name)
+        return values
+
+    def forget(self) -> None:
+        """Remove the files of blocks that have changed, and their folder if nothing else is in it."""
+        self._drop()
+        if self._changes.is_dir() and not any(self._changes.iterdir()):
+            self._changes.rmdir()
+
+    def _prefetch(self, block: Block, device: torch.device) -> None:
+        """Read a block in another thread; on CPUs only into the page cache, because memory has room for one block.
+
+        Errors are not raised here: the block is read again, and raises them, when it is loaded.
+        """
+        if device.type == "cpu":
+            self._in_background(self._read_through, block)
+        else:
+            super()._prefetch(block, device)
+
+    def _read_through(self, block: Block) -> None:
+        changed = self._file(block)
+        elsewhere = tensor_names(changed) if changed.is_file() else set()
+        for name in dict(block.module.named_parameters()).keys() - elsewhere:
+            self.read(f"{block.name}.{name}")
+
+    def _drop(self) -> None:
+        for file in [*self._changes.glob("block_*.safetensors"), *self._changes.glob(".block_*.writing-*")]:
+            file.unlink(missing_ok=True)  # another process may have been faster
+
+    def _file(self, block: Block) -> Path:
+        return self._changes / f"block_{block.index:04d}.safetensors"
+
+
+def open_lazily(
+    pretrained: str | Path, changes: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """Open a causal language model that stays on disk, in evaluation mode.
+
+    Args:
+        pretrained: Hugging Face folder with safetensors files, or the name of one on the hub.
+        changes: folder for blocks that have changed; of one model at a time.
+        dtype: of the weights; None = as the model's config says.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        InputError: where there are no such files, or they name weights otherwise than the model does.
+    """
+    folder = Path(pretrained).expanduser()
+    if folder.is_file() or str(pretrained) == "random":
+        raise InputError(
+            f"model.pretrained is {str(pretrained)!r}: model.lazy opens folders with safetensors files only"
+        )
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(pretrained), allow_patterns=["*.json", "*.safetensors", "*.py", "*.model"]))
+    check_folder(folder, str(pretrained))
+    give_back_freed_memory()
+    files = _files(folder)
+    config = read_config(folder, str(pretrained), trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
+        )
+    if has_fused_experts(model):
+        raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
+    buffers = _persistent_buffers(model)
+    expected = {name: list(t.shape) for name, t in (*model.named_parameters(), *buffers.items())}
+    store = OnDisk(_matched(model, expected, files, str(pretrained)), Path(changes).expanduser(), _ends(model))
+    fill_outside_blocks(model, store, store.read)
+    for name, buffer in buffers.items():
+        buffer.data = store.read(name).to(buffer.dtype)
+    for block in store.parts(model):
+        block.module.register_forward_pre_hook(_holder(store, block))
+        block.module._apply = _placeholders_moved(store, block)  # type: ignore[method-assign]
+    load_generation_config(folder, model)
+    return model.eval()
+
+
+def disk_store_of(model: nn.Module) -> OnDisk | None:
+    """Return the store of an offloaded model; None for any other."""
+    store = model.__dict__.get("block_store")
+    return store if isinstance(store, OnDisk) else None
+
+
+def names_on_disk(model: nn.Module) -> list[str]:
+    """Return the names of the parameters of an offloaded model that are read when their block computes."""
+    parts = store_of(model).parts(model)
+    return [name for part in parts for name, _ in part.module.named_parameters(prefix=part.name)]
+
+
+@torch.no_grad()
+def save_lazily(folder: Path, model: Any, disk: OnDisk) -> None:
+    """Write an offloaded model as a Hugging Face folder: a file per block, and one for the other parameters."""
+    parts = disk.parts(model)
+    count, weights, size = len(parts) + 1, {}, 0
+    within = tuple(f"{part.name}." for part in parts)
+
+    def write(index: int, tensors: dict[str, Tensor]) -> int:
+        file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"}
+        )
+        weights.update(dict.fromkeys(tensors, file))
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    outside = {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(within)}
+    first_name = {id(tensor): name for name, tensor in reversed(outside.items())}  # tied weights are written once
+    size += write(0, {name: tensor.detach() for name, tensor in outside.items() if first_name[id(tensor)] == name})
+    for part in parts:
+        with disk.resident(part):
+            size += write(part.index + 1, part.module.state_dict(prefix=f"{part.name}."))
+    index = {"metadata": {"total_size": size}, "weight_map": weights}
+    (folder / _INDEX).write_text(as_json(index), encoding="utf-8")
+    save_configs(folder, model)
+
+
+def _ends(model: Any) -> list[Block]:
+    """Return the embeddings and the head as if they were two more blocks; none whose weight others share."""
+    used = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    own = [(name, module) for name, module in model.named_modules() if module in ends and used[id(module.weight)] == 1]
+    return [Block(index, name, module) for index, (name, module) in enumerate(own, len(find_blocks(model)))]
+
+
+def _files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Return the file and the shape of every tensor of a checkpoint, by the name that it has there."""
+    if (folder / _INDEX).is_file():
+        named = read_json(folder / _INDEX)["weight_map"]
+        shapes = {file: tensor_shapes(folder / file) for file in set(named.values())}
+        for name, file in named.items():
+            if name not in shapes[file]:
+                raise InputError(f"{str(folder / file)!r} lacks {name}, which is there according to {_INDEX}")
+        return {name: (folder / file, shapes[file][name]) for name, file in named.items()}
+    if (folder / _SINGLE).is_file():
+        return {name: (folder / _SINGLE, shape) for name, shape in tensor_shapes(folder / _SINGLE).items()}
+    raise InputError(
+        f"model.pretrained is {str(folder)!r}: it has neither {_SINGLE} nor {_INDEX}, so it cannot be opened lazily; "
+        "export it once with --to hf-sharded"
+    )
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint holds, by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def _matched(
+    model: Any, expected: Mapping[str, list[int]], files: Mapping[str, tuple[Path, list[int]]], pretrained: str
+) -> dict[str, tuple[Path, str]]:
+    """Return the file of every weight and its name there; refuse files that are not of this model."""
+    prefix = f"{model.base_model_prefix}."  # a checkpoint of the model without its head has names without it
+    matched, mismatched = {}, []
+    for name, shape in expected.items():
+        there = next((known for known in (name, name.removeprefix(prefix)) if known in files), None)
+        if there is None:
+            raise InputError(
+                f"model.pretrained is {pretrained!r}: no file has {name!r}, so it cannot be opened lazily; load it "
+                "whole, and export it once with --to hf-sharded"
+            )
+        matched[name] = (files[there][0], there)
+        if files[there][1] != shape:
+            mismatched.append(f"{name} {files[there][1]}, and not {shape}")
+    refuse(pretrained, "holds {}, as its config says", mismatched)
+    known = {*model.state_dict(), *(there for _, there in matched.values())}  # a tied weight may be there as well
+    others = [name for name in files if not {name, f"{prefix}{name}"} & known and not ignored_by(model, name)]
+    refuse(pretrained, "holds {}, which a model of its config does not have", others)
+    return matched
+
+
+def _holder(store: BlockStore, block: Block) -> Callable[..., None]:
+    def hold(module: nn.Module, args: object) -> None:
+        if "forward" not in module.__dict__:  # else somebody runs something in its place, and fetches what that needs
+            store.hold(block)
+
+    return hold
+
+
+def _placeholders_moved(store: BlockStore, block: Block) -> Callable[..., nn.Module]:
+    """Return an ``_apply`` that moves a block without allocating its placeholders at full size."""
+
+    def apply(function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        store.release()
+        for parameter in block.module.parameters():
+            one = parameter.data[(0,) * parameter.dim()].clone()
+            parameter.data = function(one).expand(parameter.shape)
+        for buffer in block.module.buffers():
+            buffer.data = function(buffer.data)
+        return block.module
+
+    return apply

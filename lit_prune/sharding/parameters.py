@@ -1,0 +1,292 @@
+"""Read and write one weight, wherever its values live.
+
+A plain module holds a weight once. Sharded training spreads it out: each process holds a share of the weight (FSDP2,
+ZeRO-3), of its float32 master (DeepSpeed) and of its optimizer moments (all of them). This file is the one place that
+knows where; the rest of the project sees whole matrices, and ``Shard``s to which a whole mask is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
+
+from lit_prune.models.experts import Experts, take_apart
+from lit_prune.models.lora import copy_adapters
+from lit_prune.ops.masks import keep_only
+
+PRUNABLE = (nn.Linear, Conv1D)
+"""The module types whose ``weight`` is a matrix of outputs and inputs."""
+_VALUES = ("weight", "gathered weight", "master")
+"""The places that hold a weight's values; all others hold moments."""
+
+
+def to_parameter_layout(module: nn.Module, matrix: Tensor) -> Tensor:
+    """Turn an ``[o, i]`` tensor into the layout of ``module.weight``, or back (GPT-2's Conv1D stores ``[i, o]``)."""
+    return matrix.T if isinstance(module, Conv1D) else matrix
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    """Return a plain module's weight as ``[o, i]``: a view of the parameter, not to be written to."""
+    return to_parameter_layout(module, module.get_parameter("weight").detach())
+
+
+@torch.no_grad()
+def write_weight(module: nn.Module, weight: Tensor) -> None:
+    """Replace the values of a plain module's weight by ``weight`` ``[o, i]``; the parameter keeps its identity."""
+    module.get_parameter("weight").copy_(to_parameter_layout(module, weight))
+
+
+@contextmanager
+def weights_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the modules' weights back afterwards, bit for bit, whatever happens in between."""
+    before = [read_weight(module).clone() for module in modules]
+    try:
+        yield
+    finally:
+        for module, weight in zip(modules, before, strict=True):
+            write_weight(module, weight)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this process holds of a parameter's values in one place."""
+
+    place: str
+    """``weight``, ``gathered weight``, ``master``, or the name of an optimizer moment."""
+    read: Callable[[], Tensor]
+    """Returns the values."""
+    write: Callable[[Tensor], Any]
+    """Replaces the values."""
+    cut: Callable[[Tensor], Tensor]
+    """Cuts the share out of a whole tensor of the parameter's shape."""
+
+
+def shards(parameter: nn.Parameter, optimizer: Optimizer | None = None) -> Iterator[Shard]:
+    """Yield every place in which this process holds values of a parameter.
+
+    Args:
+        parameter: plain, a DTensor (FSDP2), or managed by DeepSpeed (ZeRO-1, -2, -3).
+        optimizer: whose moments are wanted; not needed for DeepSpeed, whose parameters know theirs.
+    """
+    if _is_zero_3(parameter):
+        yield from _zero_3_shards(parameter)
+    elif _is_zero(parameter):
+        yield _in_place("weight", parameter.data, _whole)
+        yield from _zero_shards(parameter)
+    else:
+        cut = _cut_like(parameter)
+        yield _in_place("weight", _local(parameter.data), cut)
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for name, value in state.items():
+            # A moment that is factored (Adafactor) holds no value of any one weight.
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                yield _in_place(name, _local(value), cut)
+
+
+@torch.no_grad()
+def zero_pruned(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | None = None) -> None:
+    """Set what ``keep`` (bool, the parameter's shape) prunes to zero, in every place that this process holds."""
+    for share in shards(parameter, optimizer):
+        values = share.read()
+        share.write(values.masked_fill_(~share.cut(keep).to(values.device), 0.0))
+
+
+@torch.no_grad()
+def count_revived(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | None = None) -> dict[str, int]:
+    """Return how many values that ``keep`` prunes are not exactly zero in this process, by place.
+
+    Optimizer state without a negative value anywhere scales steps (second moments, Adamax's norms, Rprop's step sizes)
+    and gives them no direction: a weight whose gradient is zero does not move by it, so it is not looked at.
+    """
+    revived = {}
+    for share in shards(parameter, optimizer):
+        values = share.read()
+        if share.place not in _VALUES and bool((values >= 0).all()):
+            continue
+        revived[share.place] = int(values[~share.cut(keep).to(values.device)].count_nonzero())
+    return revived
+
+
+def mask_gradient(parameter: nn.Parameter, keep: Tensor) -> None:
+    """Set the gradient of what ``keep`` prunes to zero, in this process's share of it; nothing where there is none."""
+    if parameter.grad is not None:
+        gradient = _local(parameter.grad)
+        gradient.copy_(keep_only(gradient, _cut_like(parameter)(keep).to(gradient.device)))
+
+
+def sets_sharded_gradients(parameter: nn.Parameter) -> bool:
+    """Tell whether the gradient is written by the strategy (FSDP2), so that hooks on the parameter never run."""
+    return isinstance(parameter, DTensor)
+
+
+def is_managed(parameter: nn.Parameter) -> bool:
+    """Tell whether a strategy holds the parameter in other places than an ordinary tensor."""
+    return isinstance(parameter, DTensor) or _is_zero(parameter) or _is_zero_3(parameter)
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of the whole parameter."""
+    return tuple(parameter.ds_shape if _is_zero_3(parameter) else parameter.shape)
+
+
+@torch.no_grad()
+def full_tensor_of(parameter: nn.Parameter) -> Tensor:
+    """Return the whole values, of the float32 master where there is one; every process must call it."""
+    if _is_zero_3(parameter):
+        with _gathered(parameter):
+            live = parameter.detach().clone()
+        return _fp32(parameter) if parameter.requires_grad and hasattr(parameter, "_z3_optimizer") else live
+    if _is_zero(parameter):
+        return _fp32(parameter)
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+@torch.no_grad()
+def write_full_tensor(parameter: nn.Parameter, value: Tensor) -> None:
+    """Replace the values, and those of the float32 master; every process must call it with the same ``value``."""
+    for share in shards(parameter):
+        if share.place in _VALUES:
+            held = share.read()
+            share.write(held.copy_(share.cut(value)))
+
+
+def unsharded_twin(model: nn.Module) -> nn.Module:
+    """Return a new model of the same config and the same modules, whose weights no strategy holds; adapters lack."""
+    plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    twin: nn.Module = plain(model.config)
+    if any(isinstance(module, Experts) for module in model.modules()):
+        take_apart(twin)
+    return twin
+
+
+def copy_buffers(model: nn.Module, twin: nn.Module) -> None:
+    """Give a twin the model's buffers, which no strategy shards: values that are not trained, but may be learned."""
+    buffers = dict(model.named_buffers())
+    for name, buffer in twin.named_buffers():
+        buffer.data = buffers[name].data.clone()
+
+
+@contextmanager
+def full_model(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model with whole weights: itself, or a copy where a strategy holds its weights elsewhere.
+
+    The copy has the float32 masters where there are any. It takes the memory of the whole model in every process. What
+    is written to it stays there: ``write_full_tensor`` takes it back.
+    """
+    if not any(is_managed(parameter) for parameter in model.parameters()):
+        yield model
+        return
+    copy = unsharded_twin(model)
+    values = {name: full_tensor_of(parameter) for name, parameter in model.named_parameters()}
+    first = next(iter(values.values()))
+    copy.to(device=first.device, dtype=first.dtype)
+    copy_buffers(model, copy)
+    copy_adapters(model, copy)
+    for name, parameter in copy.named_parameters():
+        parameter.data.copy_(values.pop(name))
+    yield copy.train(model.training)
+
+
+def _in_place(place: str, values: Tensor, cut: Callable[[Tensor], Tensor]) -> Shard:
+    return Shard(place, lambda: values, lambda value: None if value is values else values.copy_(value), cut)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut_like(parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
+    if not isinstance(parameter, DTensor):
+        return _whole
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # Every process holds the whole tensor already, so none is sent.
+    return lambda tensor: distribute_tensor(
+        tensor.to(parameter.device), mesh, placements, src_data_rank=None
+    ).to_local()
+
+
+def _is_zero(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "_hp_mapping")
+
+
+def _is_zero_3(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _gathered(parameter: nn.Parameter) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
+
+
+def _fp32(parameter: nn.Parameter) -> Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def _zero_shards(parameter: Any) -> Iterator[Shard]:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # the master lies in other processes
+        return
+    address = mapping.lp_fragment_address
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1).narrow(0, address.start, address.numel)
+
+    yield _in_place("master", mapping.get_hp_fragment(), cut)
+    for name in mapping.optim_fragment or {}:  # there are none before the first step
+        yield _in_place(name, mapping.get_hp_fragment(name), cut)
+
+
+def _zero_3_shards(parameter: Any) -> Iterator[Shard]:
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    held = parameter.ds_tensor
+
+    def cut(tensor: Tensor) -> Tensor:
+        # Shares are equally long, so the last ones may reach beyond the parameter.
+        start = held.numel() * distributed.get_rank(parameter.ds_process_group)
+        flat = tensor.reshape(-1)[start : start + held.numel()]
+        return nn.functional.pad(flat, (0, held.numel() - flat.numel()))
+
+    yield _in_place("weight", held.data, cut)
+    if parameter.numel():  # it is gathered just now, or small enough to be kept whole
+        yield _in_place("gathered weight", parameter.data, _whole)
+    if not parameter.requires_grad or not hasattr(parameter, "_z3_optimizer"):
+        return
+    yield Shard(
+        "master",
+        lambda: safe_get_local_fp32_param(parameter),
+        lambda value: safe_set_local_fp32_param(parameter, value),
+        cut,
+    )
+    optimizer = parameter._z3_optimizer
+    group = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
+    flat_group = optimizer.fp32_partitioned_groups_flat[group]
+    for name, value in optimizer.optimizer.state[flat_group].items():
+        if isinstance(value, Tensor) and value.shape == flat_group.shape:
+            yield Shard(
+                name,
+                lambda name=name: safe_get_local_optimizer_state(parameter, name),  # type: ignore[misc]
+                lambda value, name=name: safe_set_local_optimizer_state(parameter, value, name),  # type: ignore[misc]
+                cut,
+            )
