@@ -33,7 +33,7 @@ class _Request:
     resume: bool = False
     sparsity: float | None = None
     allocation: Mapping[str, float] | None = None
-    within: Mapping[str, PackedMask] | None = None
+    allowed: Mapping[str, PackedMask] | None = None
 
 
 @runtime_checkable
@@ -146,7 +146,7 @@ class Prune(Callback):
             self.plan,
             sparsity=sparsity if sparsity != self.plan.pattern.sparsity else None,
             allocation=before.allocation if before else None,
-            within=before.masks if before and not self.regrowth else None,
+            allowed=before.masks if before and not self.regrowth else None,
         )
 
     def _prune(

@@ -1,4 +1,4 @@
-"""Find the methods of a package, and describe a configured method as data.
+"""Find the methods of a package.
 
 Adding a scorer, an allocator or a solver means adding one file. ``import_all`` makes its class known to Python, and so
 to the command line and to the contract tests.
@@ -10,7 +10,6 @@ import importlib
 import inspect
 import pkgutil
 from types import ModuleType
-from typing import Any
 
 
 def import_all(package: ModuleType, base: type) -> dict[str, type]:
@@ -27,19 +26,3 @@ def _subclasses(base: type) -> set[type]:
 
 def _belongs(cls: type, package: ModuleType) -> bool:
     return cls.__module__.startswith(package.__name__ + ".") and not inspect.isabstract(cls)
-
-
-def describe(method: Any) -> dict[str, Any]:
-    """Return ``{"class_path": ..., "init_args": ...}`` of a method that keeps its arguments under their own names.
-
-    The path is the bare name for a class of this package.
-    """
-    init_args = {name: _plain(getattr(method, name)) for name in inspect.signature(type(method)).parameters}
-    cls = type(method)
-    name = cls.__name__ if cls.__module__.startswith("lit_prune.") else f"{cls.__module__}.{cls.__qualname__}"
-    return {"class_path": name, "init_args": init_args}
-
-
-def _plain(value: Any) -> Any:
-    """Return data as it is, and describe a method that another one was given."""
-    return value if value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)) else describe(value)

@@ -23,7 +23,7 @@ from lit_prune.models.targets import Target, as_layer
 from lit_prune.ops import LayerStats, Pattern, collectives
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import Stages
-from lit_prune.pruning.solving import prune_layers
+from lit_prune.pruning.solving import LayerSolver
 from lit_prune.sharding.block_store import BlockStore
 from lit_prune.sharding.parameters import weights_restored
 
@@ -107,7 +107,7 @@ class DenseModel:
         draft = replace(self.plan, solver=self.plan.solver.draft(), output_error=False)
         with weights_restored([target.module for target in targets]):
             patterns = {target.name: pattern for target in targets}
-            prune_layers(targets, patterns, dict(stats), draft, {}, read_again=True)
+            LayerSolver(draft, patterns, {}).prune(targets, dict(stats), read_again=True)
             return replay.output_error(targets[0].block, outputs)
 
     def metrics(self) -> dict[str, float]:

@@ -194,7 +194,7 @@ class Journal:
 
     @staticmethod
     def check_unfinished(folder: Path, resume: str | None) -> None:
-        """Raise ``InputError`` if a stopped run left finished blocks, and ``resume`` does not say whether they count."""
+        """Raise ``InputError`` if a stopped run left finished blocks and ``resume`` is None."""
         if resume is None and (blocks := len(list(folder.glob("block_*.record")))):
             raise InputError(
                 f"{str(folder)!r} has {blocks} finished blocks of a stopped run: go on from them with --resume auto, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from lit_prune.allocators import Allocator, Uniform
 from lit_prune.allocators.base import in_whole_levels, meet_budget
 from lit_prune.checkpoint.outputs import check_folder_for
-from lit_prune.discovery import describe
 from lit_prune.errors import InputError, NumericalError, first_line
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.targets import Patterns, Target, as_layer, as_patterns, find_targets
@@ -179,7 +179,7 @@ class PruningPlan:
         targets: Sequence[Target],
         allocation: Mapping[str, float],
         sparsity: float | None = None,
-        within: Mapping[str, PackedMask] | None = None,
+        allowed: Mapping[str, PackedMask] | None = None,
     ) -> dict[str, Pattern]:
         """Return the pattern of every layer, by name.
 
@@ -187,7 +187,7 @@ class PruningPlan:
             targets: the layers.
             allocation: their sparsities, as ``allocate`` returns them.
             sparsity: what the proportions of ``allocation`` are scaled to; None = the plan's own.
-            within: keep masks by parameter name; no layer gets less than they prune.
+            allowed: keep masks by parameter name; no layer gets less than they prune.
         """
         pattern, layers = self.grouped_pattern, [as_layer(target) for target in targets]
         if sparsity is not None:
@@ -195,9 +195,9 @@ class PruningPlan:
         if isinstance(pattern, NM):
             goal = pattern.sparsity if sparsity is None else sparsity
             least = {
-                target.name: 1 - within[target.parameter].unpack().double().mean().item()
+                target.name: 1 - allowed[target.parameter].unpack().double().mean().item()
                 for target in targets
-                if within and target.parameter in within
+                if allowed and target.parameter in allowed
             }
             allocation = in_whole_levels(layers, allocation, goal, pattern.of, least)
         return {name: pattern.at(value) for name, value in allocation.items()}
@@ -220,10 +220,22 @@ class PruningPlan:
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain data: class paths and arguments, as in YAML."""
-        described = {f.name: getattr(self, f.name) for f in fields(self)}
+        described = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("pattern", "scorer", "allocator", "solver", "reconstruction"):
-            described[name] = describe(described[name]) if described[name] is not None else None
+            described[name] = _described(described[name]) if described[name] is not None else None
         return {**described, "include": list(self.include), "exclude": list(self.exclude)}
+
+
+def _described(method: Any) -> dict[str, Any]:
+    """Return the class path and the arguments of a method; the bare class name for a class of this package."""
+    cls = type(method)
+    values = {name: getattr(method, name) for name in inspect.signature(cls).parameters}
+    return {
+        "class_path": cls.__name__
+        if cls.__module__.startswith("lit_prune.")
+        else f"{cls.__module__}.{cls.__qualname__}",
+        "init_args": {n: _described(v) if isinstance(v, (Allocator, Scorer, Solver)) else v for n, v in values.items()},
+    }
 
 
 def _check_device(option: str, value: str | None) -> None:

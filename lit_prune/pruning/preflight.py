@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -206,12 +206,10 @@ def _product_rate(like: Tensor, size: int = 1024) -> float:
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a device's memory; None where nobody can tell."""
+    """Return the free bytes of a device's memory; None if it is neither a CPU nor a CUDA GPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    table = Path("/proc/meminfo")
-    lines = table.read_text().splitlines() if table.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from lit_prune.models.blocks import Block
 from lit_prune.models.experts import apart
 from lit_prune.models.limits import check_tokens
 from lit_prune.models.targets import Target
-from lit_prune.ops import LayerStats, PackedMask, Pattern, collectives
+from lit_prune.ops import LayerStats, PackedMask, collectives
 from lit_prune.pruning.dense_statistics import DenseModel, precision_of
 from lit_prune.pruning.journal import Journal, identity_of
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
-from lit_prune.pruning.solving import prune_layers
+from lit_prune.pruning.solving import LayerSolver
 from lit_prune.reporting.report import LayerReport, PruningReport, ReconstructionReport, changed_parameters
 from lit_prune.sharding.block_store import unsharded
 
@@ -40,7 +41,7 @@ def prune(
     forward_context: ForwardContext = nullcontext,
     sparsity: float | None = None,
     allocation: Mapping[str, float] | None = None,
-    within: Mapping[str, PackedMask] | None = None,
+    allowed: Mapping[str, PackedMask] | None = None,
 ) -> PruningReport:
     """Prune a causal language model in place.
 
@@ -59,7 +60,7 @@ def prune(
         forward_context: entered around the model's own computations, such as autocast; never around the solves.
         sparsity: how far to go on the way to the plan's own sparsity, for which the allocation is made; None = all.
         allocation: the sparsity of every layer by name, from an earlier report, in place of a new one.
-        within: keep masks by parameter name; a weight that they prune stays pruned. None = any weight may be kept.
+        allowed: keep masks by parameter name that may not be exceeded; None = any weight may be kept.
 
     Returns:
         What happened to every layer, and the masks.
@@ -76,7 +77,7 @@ def prune(
         identity = identity_of(plan.describe(), model_fingerprint(whole, store), calibration)
         journal = None
         if journal_folder is not None:
-            how = _circumstances(whole, plan, forward_context, sparsity, allocation, within)
+            how = _circumstances(whole, plan, forward_context, sparsity, allocation, allowed)
             journal = stack.enter_context(Journal(Path(journal_folder), {**identity, **how}, resume))
         stages = Stages(len(blocks), on_progress)
         report = PruningReport(identity=identity)
@@ -84,31 +85,86 @@ def prune(
         gradients = dense.gradients()
         report.allocation, report.metrics = _allocate(dense, gradients, allocation, journal)
         report.cached = dense.cached
-        patterns = plan.patterns(targets, report.allocation, sparsity, within)
+        solver = LayerSolver(plan, plan.patterns(targets, report.allocation, sparsity, allowed), allowed or {})
         replay = dense.replay() if plan.needs_replay else None
         reference = replay.fork() if replay and plan.needs_reference else None
-        layers: Sequence[LayerReport] = ()
+        run = PruningRun(dense, solver, gradients, replay, reference, journal, report)
         for block in blocks:
-            mine = [target for target in targets if target.block == block.index]
-            with dense.resident(block) as changed:
-                if journal and (finished := journal.finished(block.index)):
-                    _advance_dense(replay, reference, plan, stages, block)
-                    layers, reconstructions = finished.restore(whole)
-                else:
-                    layers = _prune_block(
-                        mine, patterns, replay, reference, gradients, plan, stages, block, within, before=layers
-                    )
-                    reconstructions = _reconstruct_block(whole, block, mine, layers, replay, reference, plan, stages)
-                    if journal:
-                        journal.save(block.index, whole, layers, reconstructions, wait=store.low_memory)
-                changed.update(changed_parameters(layers, reconstructions))
-                report.layers += layers
-                report.reconstructions += reconstructions
-                if replay and plan.propagate == "pruned" and block is not blocks[-1]:
-                    with stages.stage("propagate", block.index):
-                        replay.advance(block.index)
+            run.prune(block)
     report.seconds, report.peak_memory = stages.seconds, peak_memory()
     return report
+
+
+@dataclass
+class PruningRun:
+    """The state of a run between two blocks."""
+
+    dense: DenseModel
+    solver: LayerSolver
+    gradients: dict[str, Tensor]
+    """Gradient norms of the layers to come, by name; empty if the scorer needs none."""
+    replay: BlockReplay | None
+    """The calibration set at the next block; None if the plan needs no data."""
+    reference: BlockReplay | None
+    """The calibration set in the dense model; None if nothing is compared with it."""
+    journal: Journal | None
+    report: PruningReport
+    latest: Sequence[LayerReport] = ()
+    """The layers of the previous block."""
+
+    def prune(self, block: Block) -> None:
+        """Calibrate, score, solve, write, reconstruct and propagate one block, or restore it from the journal."""
+        plan, report = self.dense.plan, self.report
+        with self.dense.resident(block) as changed:
+            if self.journal and (finished := self.journal.finished(block.index)):
+                self._advance_dense(block)
+                layers, reconstructions = finished.restore(self.dense.model)
+            else:
+                layers = self._solve(block)
+                reconstructions = self._reconstruct(block, layers)
+                if self.journal:
+                    wait = self.dense.store.low_memory
+                    self.journal.save(block.index, self.dense.model, layers, reconstructions, wait=wait)
+            changed.update(changed_parameters(layers, reconstructions))
+            self.latest = layers
+            report.layers += layers
+            report.reconstructions += reconstructions
+            if self.replay and plan.propagate == "pruned" and block is not self.dense.blocks[-1]:
+                with self.dense.stages.stage("propagate", block.index):
+                    self.replay.advance(block.index)
+
+    def _solve(self, block: Block) -> list[LayerReport]:
+        """Calibrate, score, solve and write the targets of a block."""
+        plan, stages, targets = self.dense.plan, self.dense.stages, self._targets(block)
+        stats = dict.fromkeys((target.name for target in targets), LayerStats(frozenset()))
+        if self.replay and targets and plan.needs:
+            at_once = plan.propagate == "dense"
+            modules = {target.name: target.module for target in targets}
+            with stages.stage("calibrate", block.index):
+                stats = self.replay.collect(block.index, modules, plan.needs, self.reference, at_once)
+        else:
+            self._advance_dense(block)
+        stats = plan.with_gradients(stats, {t.name: self.gradients.pop(t.name) for t in targets if self.gradients})
+        with stages.stage("solve", block.index):
+            return self.solver.prune(targets, stats, self.latest)
+
+    def _reconstruct(self, block: Block, layers: Sequence[LayerReport]) -> list[ReconstructionReport]:
+        """Train the kept weights of a pruned block, if the plan has a reconstruction."""
+        how, targets = self.dense.plan.reconstruction, self._targets(block)
+        if not (how and self.replay and self.reference and targets):
+            return []
+        with self.dense.stages.stage("reconstruct", block.index):
+            return [how.run(self.dense.model, block, targets, layers, self.replay, self.reference.hidden)]
+
+    def _advance_dense(self, block: Block) -> None:
+        """Propagate through a block that is still dense, if the plan compares with it or calibrates on it."""
+        for reader in (self.reference, self.replay if self.dense.plan.propagate == "dense" else None):
+            if reader:
+                with self.dense.stages.stage("propagate", block.index):
+                    reader.advance(block.index)
+
+    def _targets(self, block: Block) -> list[Target]:
+        return [target for target in self.dense.targets if target.block == block.index]
 
 
 def _circumstances(
@@ -117,14 +173,14 @@ def _circumstances(
     forward_context: ForwardContext,
     sparsity: float | None,
     allocation: Mapping[str, float] | None,
-    within: Mapping[str, PackedMask] | None,
+    allowed: Mapping[str, PackedMask] | None,
 ) -> dict[str, Any]:
     """Return what else a run's bits depend on, beside plan, model, data and versions."""
     device = torch.device(plan.device or next(model.parameters()).device).type
     return {
         "sparsity": sparsity,
         "allocation": None if allocation is None else dict(allocation),
-        "within": None if within is None else data_fingerprint([{n: mask.bits for n, mask in within.items()}]),
+        "allowed": None if allowed is None else data_fingerprint([{n: mask.bits for n, mask in allowed.items()}]),
         "device": device,
         "autocast": precision_of(forward_context, device),
         "processes": collectives.world_size(),
@@ -144,55 +200,3 @@ def _allocate(
     if journal:
         journal.save_allocation(allocation, metrics)
     return allocation, metrics
-
-
-def _prune_block(
-    targets: Sequence[Target],
-    patterns: Mapping[str, Pattern],
-    replay: BlockReplay | None,
-    reference: BlockReplay | None,
-    gradients: dict[str, Tensor],
-    plan: PruningPlan,
-    stages: Stages,
-    block: Block,
-    within: Mapping[str, PackedMask] | None,
-    before: Sequence[LayerReport],
-) -> list[LayerReport]:
-    """Calibrate, score, solve and write the targets of one block."""
-    stats = dict.fromkeys((t.name for t in targets), LayerStats(frozenset()))
-    at_once = plan.propagate == "dense"
-    if replay and targets and plan.needs:
-        with stages.stage("calibrate", block.index):
-            stats = replay.collect(block.index, {t.name: t.module for t in targets}, plan.needs, reference, at_once)
-    else:
-        _advance_dense(replay, reference, plan, stages, block)
-    stats = plan.with_gradients(stats, {t.name: gradients.pop(t.name) for t in targets if gradients})
-    with stages.stage("solve", block.index):
-        return prune_layers(targets, patterns, stats, plan, within or {}, before)
-
-
-def _advance_dense(
-    replay: BlockReplay | None, reference: BlockReplay | None, plan: PruningPlan, stages: Stages, block: Block
-) -> None:
-    """Move what reads dense blocks past one, before it is pruned."""
-    for reader in (reference, replay if plan.propagate == "dense" else None):
-        if reader:
-            with stages.stage("propagate", block.index):
-                reader.advance(block.index)
-
-
-def _reconstruct_block(
-    model: nn.Module,
-    block: Block,
-    targets: Sequence[Target],
-    layers: Sequence[LayerReport],
-    replay: BlockReplay | None,
-    reference: BlockReplay | None,
-    plan: PruningPlan,
-    stages: Stages,
-) -> list[ReconstructionReport]:
-    """Train what is left of a pruned block, where the plan says so."""
-    if not (plan.reconstruction and replay and reference and targets):
-        return []
-    with stages.stage("reconstruct", block.index):
-        return [plan.reconstruction.run(model, block, targets, layers, replay, reference.hidden)]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from lit_prune.allocators import OWL, AlphaPruning, FromFile, Measured
 from lit_prune.allocators.base import Layer
 from lit_prune.allocators.measured import error_curve, minimise
-from lit_prune.discovery import describe
 from lit_prune.errors import InputError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
+from lit_prune.pruning import PruningPlan
+from lit_prune.scorers import Magnitude
 
 WEIGHT = torch.ones(2, 3)
 STATS = LayerStats.from_inputs(torch.ones(2, 3))
@@ -159,8 +160,10 @@ def test_a_prior_observes_and_measures_for_itself() -> None:
 
 
 def test_a_description_holds_the_priors_as_plain_data() -> None:
-    described = describe(Measured(prior=AlphaPruning(epsilon=0.3)))
-    assert described["init_args"]["prior"] == describe(AlphaPruning(epsilon=0.3))
+    plan = PruningPlan(Unstructured(0.5), Magnitude(), Measured(prior=AlphaPruning(epsilon=0.3)))
+    described = plan.describe()["allocator"]
+    prior = PruningPlan(Unstructured(0.5), Magnitude(), AlphaPruning(epsilon=0.3)).describe()["allocator"]
+    assert described["init_args"]["prior"] == prior
     assert json.loads(json.dumps(described)) == described
 
 
