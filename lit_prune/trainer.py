@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from lit_prune import commands
 from lit_prune.callbacks.combinations import check_averages, check_callbacks
+from lit_prune.commands import analyze, evaluate, export, prune, speed
 from lit_prune.commands.checks import check_checkpoint, check_folders, check_settings
 from lit_prune.reporting.report import Recipe
 
@@ -21,11 +21,11 @@ class PruningTrainer(Trainer):
     quiet: bool = False
     """Whether it shows no progress and no tables."""
 
-    prune = commands.prune
-    analyze = commands.analyze
-    evaluate = commands.evaluate
-    speed = commands.speed
-    export = commands.export
+    prune = prune.prune
+    analyze = analyze.analyze
+    evaluate = evaluate.evaluate
+    speed = speed.speed
+    export = export.export
 
     def __init__(self, **kwargs: Any) -> None:
         """Refuse callbacks that cannot work together, and do as the parent does."""

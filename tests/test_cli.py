@@ -17,10 +17,10 @@ from lit_prune.checkpoint.files import read_json
 from lit_prune.checkpoint.masks import load_masks
 from lit_prune.checkpoint.save import save_pruned
 from lit_prune.cli import main
+from lit_prune.commands.prune import PROMPTS
 from lit_prune.models.experts import take_apart
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
-from lit_prune.trainer import PROMPTS
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "pruning.schema.json"
 MODELS = {

@@ -357,7 +357,7 @@ def test_an_unexpected_error_is_one_line_that_says_so(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr("lit_prune.trainer.continuations", fail)
+    monkeypatch.setattr("lit_prune.commands.prune.continuations", fail)
     command = ["prune", "-c", str(at / "config.yaml")]
     is_one_line("unexpected ZeroDivisionError (division by zero); --debug shows where", capsys, command, status=1)
     with pytest.raises(ZeroDivisionError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,12 @@ OnProgress = Callable[[Position], None]
 class Stages:
     """Measures the stages of a run and tells where it is."""
 
-    def __init__(self, blocks: int, on_progress: OnProgress | None) -> None:
+    def __init__(self, blocks: int, listeners: Sequence[OnProgress] = ()) -> None:
         """Start the clock of a run over ``blocks`` blocks."""
         self.seconds: dict[str, float] = {}
         """Seconds spent in each stage."""
         self._blocks = blocks
-        self._on_progress = on_progress
+        self._listeners = listeners
         self._first_block: float | None = None
 
     @contextmanager
@@ -51,9 +51,9 @@ class Stages:
         start = time.perf_counter()
         if name not in ("record", "measure", "observe", "gradients") and self._first_block is None:
             self._first_block = start
-        if self._on_progress is not None:
-            left = (start - self._first_block) / block * (self._blocks - block) if block and self._first_block else None
-            self._on_progress(Position(block, self._blocks, name, left))
+        left = (start - self._first_block) / block * (self._blocks - block) if block and self._first_block else None
+        for listener in self._listeners:
+            listener(Position(block, self._blocks, name, left))
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

@@ -23,6 +23,7 @@ from lit_prune.pruning.dense_statistics import DenseModel, precision_of
 from lit_prune.pruning.journal import Journal, identity_of
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
+from lit_prune.pruning.progress import progress as show_progress
 from lit_prune.pruning.solving import LayerSolver
 from lit_prune.reporting.report import LayerReport, PruningReport, ReconstructionReport, changed_parameters
 from lit_prune.sharding.block_store import unsharded
@@ -35,6 +36,7 @@ def prune(
     batches: Iterable[Batch],
     plan: PruningPlan,
     *,
+    progress: bool = False,
     on_progress: OnProgress | None = None,
     journal_folder: str | Path | None = None,
     resume: bool = False,
@@ -54,6 +56,7 @@ def prune(
             where the plan needs no data. Where torch.distributed is set up, every process gives the same batches, and
             they share the work out.
         plan: what to prune, how far and how.
+        progress: show a bar on a terminal, or a line per block elsewhere, as in a notebook.
         on_progress: called at each stage of each block.
         journal_folder: where finished blocks are written, so that the run can be resumed; None = nowhere.
         resume: go on from the finished blocks in ``journal_folder``; one whose files are damaged is pruned again.
@@ -79,7 +82,8 @@ def prune(
         if journal_folder is not None:
             how = _circumstances(whole, plan, forward_context, sparsity, allocation, allowed)
             journal = stack.enter_context(Journal(Path(journal_folder), {**identity, **how}, resume))
-        stages = Stages(len(blocks), on_progress)
+        listeners = [on_progress, stack.enter_context(show_progress()) if progress else None]
+        stages = Stages(len(blocks), [listener for listener in listeners if listener])
         report = PruningReport(identity=identity)
         dense = DenseModel(whole, store, blocks, targets, calibration, plan, stages, forward_context, identity)
         gradients = dense.gradients()

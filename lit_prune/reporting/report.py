@@ -7,13 +7,19 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from statistics import fmean
-from typing import Any, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
+
+from torch import nn
 
 from lit_prune.checkpoint.plain_data import typed, typed_fields
 from lit_prune.errors import InputError, first_line
 from lit_prune.ops import PackedMask
 from lit_prune.ops.spectrum import PowerLaw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1
 """Of ``pruning.json``; docs/pruning.schema.json describes it."""
@@ -342,6 +348,34 @@ class PruningReport:
         if self.peak_memory is not None:
             lines.append(("peak memory", f"{self.peak_memory / 2**30:.2f} GiB"))
         return lines
+
+    def save(
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the folder that ``lit-prune prune`` writes: model, tokenizer, masks, report, page and model card.
+
+        >>> report = prune(model, batches, plan)  # doctest: +SKIP
+        >>> report.save("pruned", model, tokenizer)  # doctest: +SKIP
+
+        Args:
+            folder: Output folder.
+            model: The pruned model.
+            tokenizer: Its tokenizer; None = the folder has none.
+            overwrite: Replace the folder if it is an earlier result.
+
+        Raises:
+            InputError: if the folder exists and ``overwrite`` is off, or the disk has no room.
+            RuntimeError: if a weight that the masks prune is not exactly zero.
+        """
+        from lit_prune.checkpoint.save import save_pruned
+        from lit_prune.reporting.documents import render
+
+        title = Path(getattr(model.config, "name_or_path", "") or "model").name
+        return save_pruned(folder, model, tokenizer, self.masks, render(self, title), overwrite)
 
     def __str__(self) -> str:
         """Return the summary as a table of plain text."""

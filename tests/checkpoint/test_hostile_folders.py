@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lit_prune.checkpoint import folders
 from lit_prune.checkpoint.masks import load_masks
 from lit_prune.checkpoint.peft_format import adapter_files
 from lit_prune.checkpoint.save import save_pruned
 from lit_prune.errors import InputError
-from lit_prune.models import folders
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.ops import PackedMask

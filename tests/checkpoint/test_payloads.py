@@ -23,12 +23,13 @@ from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from lit_prune.callbacks import Export
+from lit_prune.checkpoint import training_checkpoints
 from lit_prune.checkpoint.files import load_tensors
 from lit_prune.checkpoint.masks import load_masks
 from lit_prune.checkpoint.training_checkpoints import check_trusted, plain_data_only, read_checkpoint
 from lit_prune.cli import main
+from lit_prune.commands.checks import check_checkpoint
 from lit_prune.errors import InputError
-from lit_prune.models import checkpoints
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.ops import PackedMask
@@ -385,8 +386,8 @@ def test_the_load_itself_runs_no_code_if_the_files_change_after_the_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = sharded(tmp_path, lr=Payload(tmp_path / "ran"))
-    monkeypatch.setattr(checkpoints, "check_trusted", lambda *_: None)
-    monkeypatch.setattr(checkpoints, "_check_entries", lambda *_: None)
+    monkeypatch.setattr(training_checkpoints, "check_trusted", lambda *_: None)
+    monkeypatch.setattr(training_checkpoints, "_check_entries", lambda *_: None)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with plain_data_only(path), pytest.raises(CheckpointException, match="Weights only load failed"):
         load_shards({"optimizer_0": {"lr": 0.1}}, checkpoint_id=path, no_dist=True)
@@ -411,7 +412,7 @@ def test_trust_reaches_the_strategy(strategy: Any, tmp_path: Path) -> None:
     trainer = PruningTrainer(accelerator="cpu", logger=False)
     trainer._accelerator_connector.strategy = strategy()
     for trust in (True, False):
-        trainer._check_checkpoint(single(tmp_path), trust=trust)
+        check_checkpoint(trainer, single(tmp_path), trust)
         assert trainer.strategy.trusted is trust
 
 

@@ -13,8 +13,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config
 
+from lit_prune.checkpoint import files, outputs
+from lit_prune.checkpoint.fingerprints import model_fingerprint
+from lit_prune.checkpoint.masks import load_masks
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.errors import DiskError, InputError
-from lit_prune.models import files, io, outputs
+from lit_prune.models.load import load_model
+from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.ops import PackedMask
 
 
@@ -33,15 +38,13 @@ def test_a_saved_folder_holds_model_tokenizer_masks_and_documents(
 ) -> None:
     model = tiny_model()
     masks = mask_of(model, UP)
-    out = io.save_pruned(
-        tmp_path / "out", model, io.load_tokenizer("random"), masks, {"a.json": "{}", "b.png": b"\x89"}
-    )
+    out = save_pruned(tmp_path / "out", model, load_tokenizer("random"), masks, {"a.json": "{}", "b.png": b"\x89"})
     assert (out / "a.json").read_text() == "{}"
     assert (out / "b.png").read_bytes() == b"\x89"
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-    assert torch.equal(io.load_masks(out)[UP].unpack(), masks[UP].unpack())
-    assert io.load_tokenizer(str(out))("hi")["input_ids"] == io.load_tokenizer("random")("hi")["input_ids"]
+    assert torch.equal(load_masks(out)[UP].unpack(), masks[UP].unpack())
+    assert load_tokenizer(str(out))("hi")["input_ids"] == load_tokenizer("random")("hi")["input_ids"]
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -51,17 +54,17 @@ def test_a_revived_weight_is_not_saved(tmp_path: Path, tiny_model: Callable[...,
     pruned = (~masks[UP].unpack()).nonzero()[0]
     model.get_parameter(UP).data[tuple(pruned)] = 1e-9
     with pytest.raises(RuntimeError, match=rf"{UP}: 1 pruned weights are not zero"):
-        io.save_pruned(tmp_path / "out", model, None, masks, {})
+        save_pruned(tmp_path / "out", model, None, masks, {})
     assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_folder_is_kept_unless_overwritten(tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> None:
     out = tmp_path / "out"
-    io.save_pruned(out, tiny_model(), None, {}, {"pruning.json": "old"})
+    save_pruned(out, tiny_model(), None, {}, {"pruning.json": "old"})
     with pytest.raises(InputError, match="it exists and is kept"):
-        io.save_pruned(out, tiny_model(), None, {}, {"pruning.json": "new"})
+        save_pruned(out, tiny_model(), None, {}, {"pruning.json": "new"})
     assert (out / "pruning.json").read_text() == "old"
-    io.save_pruned(out, tiny_model(), None, {}, {"README.md": "new"}, overwrite=True)
+    save_pruned(out, tiny_model(), None, {}, {"README.md": "new"}, overwrite=True)
     assert (out / "README.md").read_text() == "new" and not (out / "pruning.json").exists()
     assert os.listdir(tmp_path) == ["out"]
 
@@ -122,7 +125,7 @@ def test_a_kill_while_saving_leaves_the_old_folder_or_none(tmp_path: Path, exist
 def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path, tiny_model: Callable[..., nn.Module]) -> None:
     tiny_model().save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(InputError, match=r"cannot be loaded \(the folder has none\); copy the files of its tokenizer"):
-        io.load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path))
 
 
 def test_an_encoder_and_decoder_is_no_causal_language_model(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_an_encoder_and_decoder_is_no_causal_language_model(tmp_path: Path) -> N
     with pytest.raises(
         InputError, match=r"t5 is an encoder and a decoder; give .* the name of a causal language model"
     ):
-        io.load_model(str(tmp_path))
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -150,31 +153,31 @@ def test_what_is_no_model_is_refused_in_one_line(pretrained: str, message: str, 
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
     with pytest.raises(InputError, match=message) as error:
-        io.load_model(pretrained.format(tmp=tmp_path))
+        load_model(pretrained.format(tmp=tmp_path))
     assert "\n" not in str(error.value)
 
 
 def test_random_needs_a_model_type() -> None:
     with pytest.raises(InputError, match="must name a model_type"):
-        io.load_model("random")
+        load_model("random")
     with pytest.raises(InputError, match="lama"):
-        io.load_model("random", config={"model_type": "lama"})
+        load_model("random", config={"model_type": "lama"})
 
 
 def test_masks_are_asked_of_the_right_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such file"):
-        io.load_masks(tmp_path)
+        load_masks(tmp_path)
     files.save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(InputError, match="holds none"):
-        io.load_masks(tmp_path / "other.safetensors")
+        load_masks(tmp_path / "other.safetensors")
     (tmp_path / "text").write_text("not safetensors at all")
     with pytest.raises(InputError, match="not a safetensors file"):
-        io.load_masks(tmp_path / "text")
+        load_masks(tmp_path / "text")
 
 
 def test_a_fingerprint_tells_models_apart(tiny_model: Callable[..., nn.Module]) -> None:
-    assert io.model_fingerprint(tiny_model(seed=0)) == io.model_fingerprint(tiny_model(seed=0))
-    assert io.model_fingerprint(tiny_model(seed=0)) != io.model_fingerprint(tiny_model(seed=1))
+    assert model_fingerprint(tiny_model(seed=0)) == model_fingerprint(tiny_model(seed=0))
+    assert model_fingerprint(tiny_model(seed=0)) != model_fingerprint(tiny_model(seed=1))
 
 
 def test_json_is_read_as_written(tmp_path: Path) -> None:
@@ -197,5 +200,5 @@ for number in range(8):
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
     files = list(tmp_path.iterdir())
     assert len(files) == 8 and len({file.read_bytes() for file in files}) == 1
-    masks = io.load_masks(files[0])
+    masks = load_masks(files[0])
     assert torch.equal(masks["a.weight"].unpack(), torch.arange(12).reshape(3, 4) % 5 > 1)

@@ -13,8 +13,9 @@ import lit_prune
 from lit_prune.allocators import FromFile, Measured
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import NM, LayerStats, PackedMask, Unstructured, select
-from lit_prune.pruning import PruningPlan, prune, solving
+from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.progress import Position
+from lit_prune.pruning.solving import LayerSolver
 from lit_prune.reporting.report import LayerReport
 from lit_prune.scorers import Magnitude, Scorer, SparseGPTSaliency, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
@@ -268,7 +269,7 @@ def test_gram_matrices_that_are_given_away_are_missed_by_nobody(
     assert all(torch.equal(value, given.state_dict()[name]) for name, value in kept.state_dict().items())
 
 
-def test_solves_are_dealt_out_by_what_the_block_before_took(
+def test_solves_are_partitioned_by_the_seconds_of_the_previous_block(
     tiny_model: Callable[..., nn.Module], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plan = tiny_model(), PLANS["sparsegpt"]
@@ -283,7 +284,8 @@ def test_solves_are_dealt_out_by_what_the_block_before_took(
         )
         for t, s in zip(first, seconds, strict=True)
     ]
-    monkeypatch.setattr("lit_prune.ops.collectives.count", lambda: 2)
-    owners = list(solving._owners(second, stats, plan, before).values())
+    monkeypatch.setattr("lit_prune.ops.collectives.world_size", lambda: 2)
+    solver = LayerSolver(plan, {}, {})
+    owners = list(solver._owners(second, stats, before).values())
     assert owners == [1, 0, 1, 1, 1, 1, 1]  # the second one takes as long as all others together
-    assert owners != list(solving._owners(second, stats, plan, ()).values())
+    assert owners != list(solver._owners(second, stats, ()).values())

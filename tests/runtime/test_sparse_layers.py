@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.models import sparse
 from lit_prune.ops import NM, PackedMask, Unstructured
 from lit_prune.pruning import PruningPlan, prune
+from lit_prune.runtime import sparse_layers
 from lit_prune.runtime.sparse_layers import Speed, is_two_of_four, measure_speed, use_semi_structured
 from lit_prune.scorers import Magnitude
 from support.rounding import check_sums, distance
@@ -27,7 +27,7 @@ def test_two_of_four_is_recognised() -> None:
 def test_the_sparse_form_computes_the_same() -> None:
     weight = torch.randn(6, 8) * (torch.rand(6, 8) < 0.5)
     inputs = torch.randn(3, 8)
-    form, layer = sparse._sparse(weight, PackedMask.pack(weight != 0))
+    form, layer = sparse_layers._sparse(weight, PackedMask.pack(weight != 0))
     assert form == "CSR"
     check_sums(layer(inputs), inputs @ weight.T, 8, inputs.abs() @ weight.abs().T)
 

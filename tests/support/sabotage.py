@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_prune.callbacks import KeepMasks, keep_masks
 from lit_prune.callbacks.keep_masks import find_keep_masks
-from lit_prune.models import access
+from lit_prune.sharding import parameters
 from support.cells import train
 
 
@@ -45,11 +45,11 @@ def leave_masters_alone() -> None:
     live = ("weight", "gathered weight")
 
     def zero_live(parameter: Any, keep: Any, optimizer: Any = None) -> None:
-        for share in access.shards(parameter, optimizer):
+        for share in parameters.shards(parameter, optimizer):
             if share.place in live:
                 share.write(share.read().masked_fill_(~share.cut(keep), 0.0))
 
-    access._VALUES = live  # type: ignore[assignment]
+    parameters._VALUES = live  # type: ignore[assignment]
     keep_masks.zero_pruned = zero_live
 
 
