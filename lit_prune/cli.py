@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
-from lit_prune.arguments import overridden, prepare
+from lit_prune.arguments import overridden, pattern_value, prepare
 from lit_prune.callbacks import Prune
 from lit_prune.cli_errors import ArgumentsError, did_you_mean, explain
 from lit_prune.errors import InputError
@@ -261,9 +261,22 @@ def _load_yaml(text: str) -> Any:
     """Load a configuration; raise ``YAMLError`` for a key that stands twice in one mapping, which YAML forbids."""
     _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     content = _load_any_yaml(text)
-    if isinstance(content, dict) and isinstance(content.get("plan"), str):
-        content["plan"] = path_of("plan", content["plan"]) or content["plan"]
+    if not isinstance(content, dict):
+        return content
+    plan = content.get("plan")
+    if isinstance(plan, str):
+        content["plan"] = path_of("plan", plan) or plan
+    for place in (content, plan):  # a file of a plan alone, or one that has a plan
+        if isinstance(place, dict) and isinstance(place.get("pattern"), (str, int)):
+            place["pattern"] = _pattern(place["pattern"])
     return content
+
+
+def _pattern(value: str | int) -> Any:
+    """Return a pattern as the parser wants it: N:M as a class with its arguments."""
+    if isinstance(value, int):  # YAML 1.1 reads 2:4 as a number in base 60
+        raise yaml.YAMLError(f"pattern is {value}: write N:M as 2of4, or in quotes, as '2:4'")
+    return yaml.safe_load(pattern_value(value))
 
 
 def _refuse_repeated_keys(node: yaml.Node | None) -> None:

@@ -107,6 +107,26 @@ def test_a_plan_of_ones_own_is_a_file(tmp_path: Path) -> None:
     assert type(plan.solver).__name__ == "SparseGPT" and plan.pattern.sparsity == 0.5
 
 
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--plan", "{pattern: 2of4, solver: SparseGPT}"),
+        ("--plan", "{pattern: '2:4', solver: SparseGPT}"),
+        ("-c", "plan: {pattern: 2of4, solver: SparseGPT}"),
+    ],
+)
+def test_a_pattern_in_a_file_is_written_in_short(option: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    plan = plan_of(option, str(tmp_path / "mine.yaml"))
+    assert repr(plan.pattern) == "NM(keep=2, of=4)"
+
+
+def test_a_pattern_that_yaml_takes_for_a_number_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("pattern: 2:4\nsolver: SparseGPT\n")
+    assert main(["prune", "--model.pretrained", "random", "--plan", str(tmp_path / "mine.yaml")]) == 2
+    assert "pattern is 124: write N:M as 2of4, or in quotes, as '2:4'" in capsys.readouterr().err
+
+
 CALLBACKS = ["--model.pretrained", "random", "--trainer.accelerator", "cpu", "-c", "recipes/recover"]
 
 
