@@ -104,10 +104,13 @@ def preflight(
         work = count_work(whole, blocks, targets, groups, batches, plan)
         tokens = sum(map(count_tokens, batches))
         forward = seconds * tokens / sum(map(count_tokens, sample)) * len(blocks) * work.passes
-        memory = _memory(whole, mine, groups, batches, plan)
+        memory = count_memory(whole, mine, groups, batches, plan)
         if plan.device or not isinstance(store, InMemory):  # what is at work, and what comes next or is written
             memory += 2 * max(sum(p.nbytes for p in part.module.parameters()) for part in store.parts(whole))
-        free = _free_memory(torch.device(plan.device or next(whole.parameters()).device))
+        device = torch.device(plan.device or next(whole.parameters()).device)
+        if device.type == "cpu":
+            memory += count_gradient_memory(targets, plan)
+        free = _free_memory(device)
         return Preflight(work, (forward + (work.gram + work.solve) / rate) / collectives.world_size(), memory, free)
 
 
@@ -160,7 +163,7 @@ def _observed(batches: Sequence[Batch], plan: PruningPlan) -> Sequence[Batch]:
     return first_sequences(batches, plan.allocator.observed_sequences) if plan.allocator.needs else []
 
 
-def _memory(
+def count_memory(
     model: nn.Module,
     targets: Sequence[Target],
     groups: Sequence[Sequence[str]],
@@ -184,6 +187,13 @@ def _memory(
     statistics = sum(squares) * 4 * (2 if plan.correction else 1)
     solve = 4 * (4 * max(squares) + 6 * max(prod(size) for size in sizes.values()))
     return hidden + statistics + max(activations, solve)
+
+
+def count_gradient_memory(targets: Sequence[Target], plan: PruningPlan) -> int:
+    """Return the bytes of CPU memory that the gradient norms of all targets take; 0 if the scorer needs none."""
+    if plan.scorer is None or "gradient" not in plan.scorer.needs:
+        return 0
+    return 4 * sum(prod(target.shape) for target in targets)
 
 
 def _fastest(work: Callable[[], object], times: int = 2) -> float:

@@ -67,6 +67,16 @@ def test_memory_grows_with_what_is_held(tiny_model: Callable[..., nn.Module], to
     assert memory(tokens, correction=0.3) == usual + states + 4 * (3 * 32**2 + 48**2)
 
 
+def test_gradient_norms_count_where_they_are_held(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    def memory(scorer: Scorer) -> int:
+        expected = preflight(tiny_model(), tokens, PruningPlan(HALF, scorer, output_error=False))
+        assert expected is not None
+        return expected.memory
+
+    weights = 3 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)  # q, k, v, o, gate, up, down of three blocks
+    assert memory(GBLM()) == memory(Wanda()) + 4 * weights
+
+
 def test_it_changes_nothing(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
     model = tiny_model("gpt2").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
