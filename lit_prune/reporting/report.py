@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 from torch import nn
 
@@ -17,9 +17,6 @@ from lit_prune.checkpoint.plain_data import typed, typed_fields
 from lit_prune.errors import InputError, first_line
 from lit_prune.ops import PackedMask
 from lit_prune.ops.spectrum import PowerLaw
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1
 """Of ``pruning.json``; docs/pruning.schema.json describes it."""
@@ -353,7 +350,7 @@ class PruningReport:
         self,
         folder: str | Path,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Any = None,
         overwrite: bool = False,
     ) -> Path:
         """Write the folder that ``lit-prune prune`` writes: model, tokenizer, masks, report, page and model card.
@@ -364,7 +361,7 @@ class PruningReport:
         Args:
             folder: Output folder.
             model: The pruned model.
-            tokenizer: Its tokenizer; None = the folder has none.
+            tokenizer: Its tokenizer, of transformers; None = the folder has none.
             overwrite: Replace the folder if it is an earlier result.
 
         Raises:

@@ -229,8 +229,9 @@ def fill_outside_blocks(
 
 def _skeleton(live: nn.Module) -> tuple[nn.Module, BlockStore]:
     with init_empty_weights(include_buffers=False):
-        copy = unsharded_twin(live)
+        copy: Any = unsharded_twin(live)
         copy_adapters(live, copy)
+    copy.tie_weights()  # each of the tied names has an empty parameter of its own
     first = full_tensor_of(next(live.parameters()))
     store = Sharded(live, first.dtype)
     fill_outside_blocks(copy, store, lambda name: full_tensor_of(live.get_parameter(name)), first.dtype, first.device)

@@ -142,6 +142,7 @@ def open_lazily(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
         )
+    model.tie_weights()  # each of the tied names has an empty parameter of its own
     if has_fused_experts(model):
         raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
     buffers = _persistent_buffers(model)

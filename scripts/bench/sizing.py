@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_prune.allocators import Measured
 from lit_prune.ops import Unstructured
@@ -52,7 +52,7 @@ def main() -> None:
     batches = [torch.empty(1, SEQLEN, dtype=torch.int64, device="meta")] * SEQUENCES
     for name, values in MODELS.items():
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**values), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values), dtype=torch.bfloat16)
         model.tie_weights()
         weights = sum(parameter.nbytes for parameter in model.parameters())
         for plan_name, plan in PLANS.items():

@@ -10,7 +10,7 @@ from lit_prune.allocators import OWL, Measured
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction
 from lit_prune.pruning.preflight import Preflight, Work, preflight
-from lit_prune.scorers import GBLM, Magnitude, Wanda
+from lit_prune.scorers import GBLM, Magnitude, Scorer, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
 
 HALF = Unstructured(0.5)
