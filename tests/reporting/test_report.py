@@ -1,10 +1,15 @@
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from torch import Tensor, nn
 
+from lit_prune.checkpoint.masks import check_masks_hold, load_masks
+from lit_prune.errors import InputError
+from lit_prune.models.load import load_model
+from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport, prune
 from lit_prune.pruning.progress import Position, ProgressBar, ProgressLines, progress
@@ -54,6 +59,39 @@ def test_the_tables_show_blocks_and_summary(report: PruningReport) -> None:
     text = console.export_text()
     assert "50.00%" in text
     assert "windows of 16 tokens" in text and "10.00 before, 12.50 after" in text
+
+
+def test_a_printed_report_is_its_summary(report: PruningReport) -> None:
+    lines = str(report).splitlines()
+    assert len(lines) == len(report.summary()) + 3  # a title and two rules
+    assert any("sparsity of the targeted weights" in line and "50.0" in line for line in lines)
+    assert "<td>50.0" in report._repr_html_()
+
+
+def test_a_report_saves_the_folder_that_the_command_writes(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = tiny_model()
+    report = prune(model, tokens, PruningPlan(Unstructured(0.5), Wanda()))
+    folder = report.save(tmp_path / "out", model, load_tokenizer("random"))
+    written = {file.name for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "masks.safetensors", "tokenizer.json", "pruning.json"} <= written
+    assert {"report.html", "README.md", "sparsity.png"} <= written
+    check_masks_hold(load_model(str(folder)), load_masks(folder))
+    with pytest.raises(InputError, match="it exists and is kept"):
+        report.save(tmp_path / "out", model)
+
+
+def test_progress_is_shown_by_the_block(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Position] = []
+    prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Wanda()), progress=True, on_progress=seen.append)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["block 1/3", "block 2/3", "block 3/3"]
+    assert {position.stage for position in seen} >= {"calibrate", "solve"}
+    prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Wanda()))
+    assert not capsys.readouterr().out
 
 
 def test_the_bar_shows_block_stage_and_time(capsys: pytest.CaptureFixture[str]) -> None:
