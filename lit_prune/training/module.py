@@ -185,7 +185,8 @@ class LitCausalLM(LightningModule):
         self._log_losses("test", ())
 
     def _begin_losses(self, texts: int) -> None:
-        self._mean_losses = [MeanMetric().to(self.device) for _ in range(texts)]
+        # Else torchmetrics leaves a batch out whose loss is NaN, and the mean is that of the others.
+        self._mean_losses = [MeanMetric(nan_strategy=math.nan).to(self.device) for _ in range(texts)]
 
     def _add_loss(self, batch: Mapping[str, Tensor], text: int) -> None:
         # torchmetrics' own Perplexity takes the log of a softmax, which is -inf for a token that a badly pruned model

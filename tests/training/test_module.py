@@ -46,6 +46,18 @@ def test_a_hopeless_model_has_a_finite_perplexity(data: TextDataModule) -> None:
     assert math.isfinite(trainer().test(module, data, verbose=False)[0]["test/perplexity"])
 
 
+def test_a_batch_without_a_loss_is_not_left_out_of_the_mean(data: TextDataModule) -> None:
+    module = LitCausalLM("random", config=LLAMA)
+    module.configure_model()
+    batches = [set(batch["input_ids"].flatten().tolist()) for batch in data.test_dataloader()]
+    rare = min(set().union(*batches), key=lambda token: sum(token in batch for batch in batches))
+    assert not all(rare in batch for batch in batches)
+    with torch.no_grad():
+        module.model.get_input_embeddings().weight[rare] = math.nan
+    result = trainer().test(module, data, verbose=False)[0]
+    assert math.isnan(result["test/perplexity"]) and math.isnan(result["test/loss"])
+
+
 def test_training_learns_and_reports_tokens_per_second(data: TextDataModule) -> None:
     torch.manual_seed(0)
     module = LitCausalLM(
