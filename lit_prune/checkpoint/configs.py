@@ -35,7 +35,8 @@ def read_config(location: str | Path, pretrained: str, trust_remote_code: bool, 
         weights_per_byte: how many weights a byte of the model's files can stand for, at most.
 
     Raises:
-        InputError: the model is an encoder and a decoder, far larger than its files, or asks for code of a hub.
+        InputError: the model is an encoder and a decoder, far larger than its files, asks for code of a hub, or names
+            weights outside of its folder.
     """
     config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
@@ -50,6 +51,12 @@ def read_config(location: str | Path, pretrained: str, trust_remote_code: bool, 
                 f"model.pretrained is {pretrained!r}: its config asks for the {kind}_implementation {kernel!r}, code "
                 "of a hub; take it out of config.json, or set model.trust_remote_code"
             )
+    weights = str(getattr(config, "transformers_weights", None) or "")
+    if Path(weights).is_absolute() or ".." in Path(weights).parts:
+        raise InputError(
+            f"model.pretrained is {pretrained!r}: {weights!r}, which its config names, is outside of the folder; copy "
+            "it there"
+        )
     if Path(location).is_dir():
         check_size(Path(location), config, weights_per_byte)
     return config

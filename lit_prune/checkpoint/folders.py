@@ -13,6 +13,10 @@ from lit_prune.errors import InputError
 _OBJECTS = ("config.json", "generation_config.json")
 _TOKENIZER_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "tekken.json")
+_TOKENIZER_ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files whose values become arguments of a tokenizer, which opens those that name a file."""
+_NOT_OPENED = ("name_or_path", "special_tokens_map_file")
+"""Where a tokenizer was once; older versions of transformers wrote it down."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
@@ -55,6 +59,9 @@ def check_tokenizer_files(folder: Path) -> None:
             "into the folder"
         )
     _check_objects(folder, _TOKENIZER_OBJECTS)
+    for name in _TOKENIZER_ARGUMENTS:
+        if (folder / name).is_file():
+            _check_arguments(folder, folder / name)
     templates = (
         _read_object(config).get("chat_template") if (config := folder / "tokenizer_config.json").is_file() else 0
     )
@@ -116,6 +123,30 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{str(file)!r} holds a JSON {type(content).__name__}: an object is needed")
     return content
+
+
+def _check_arguments(folder: Path, file: Path) -> None:
+    """Raise ``InputError`` if a tokenizer would be given the name of a file outside of its folder."""
+    content = _read_object(file)
+    positional = content.get("init_inputs")
+    arguments = {name: value for name, value in content.items() if name not in _NOT_OPENED}
+    arguments |= dict(enumerate(positional)) if isinstance(positional, list) else {}
+    for value in arguments.values():
+        if isinstance(value, str) and (target := _outside(folder, value)):
+            raise InputError(
+                f"{str(folder)!r}: {str(target)!r}, which {file.name} names, is outside of the folder; copy it into "
+                "the folder, or take its name out"
+            )
+
+
+def _outside(folder: Path, name: str) -> Path | None:
+    """Return the file that a name stands for, here or in a folder, if it is outside of the folder."""
+    root = folder.resolve()
+    try:
+        targets = [path.resolve() for path in (Path(name), folder / name) if path.is_file()]
+    except (OSError, ValueError):  # no name of a file
+        return None
+    return next((target for target in targets if not target.is_relative_to(root)), None)
 
 
 def _check_weight_map(folder: Path, index: Path) -> None:

@@ -458,3 +458,35 @@ def test_a_chat_template_does_not_choose_where_it_is_written(model_folder: Path)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": templates}))
     with pytest.raises(InputError, match=r"a chat template of the name '\.\./evil': it must be a plain word"):
         load_tokenizer(str(model_folder))
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("argument", ["vocab", "vocab_file", "init_inputs"])
+def test_a_tokenizer_reads_no_file_elsewhere(argument: str, file: str, model_folder: Path) -> None:
+    load_tokenizer("random").save_pretrained(model_folder)
+    secret = model_folder.parent / "secret.json"
+    secret.write_text(json.dumps({"secret": 0}))
+    config = model_folder / file
+    before = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps(before | {argument: ["../secret.json"] if argument == "init_inputs" else str(secret)}))
+    with pytest.raises(InputError, match=rf"secret\.json', which {file} names, is outside of the folder"):
+        load_tokenizer(str(model_folder))
+
+
+def test_where_a_tokenizer_was_once_is_not_asked(model_folder: Path) -> None:
+    load_tokenizer("random").save_pretrained(model_folder)
+    old = model_folder.parent / "special_tokens_map.json"
+    old.write_text("{}")
+    config = model_folder / "tokenizer_config.json"
+    former = {"special_tokens_map_file": str(old), "name_or_path": str(old), "chat_template": "{{ '/' }}" * 1000}
+    config.write_text(json.dumps(json.loads(config.read_text()) | former))
+    assert len(load_tokenizer(str(model_folder))) == len(load_tokenizer("random"))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("name", ["../other.safetensors", "/other.safetensors"])
+def test_a_config_names_no_weights_elsewhere(name: str, lazy: bool, model_folder: Path) -> None:
+    config = model_folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_weights": name}))
+    with pytest.raises(InputError, match=r"other\.safetensors', which its config names, is outside of the folder"):
+        load_model(str(model_folder), lazy=model_folder.parent / "changes" if lazy else None)
