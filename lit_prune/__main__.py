@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 
 import lit_prune
 
@@ -25,6 +30,7 @@ COMMANDS = {
     "recipes": "Lists the configurations that ship: name, summary and path.",
 }
 """Subcommands and their summaries."""
+_FIRST_OF_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?=\.[A-Za-z_])")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -39,12 +45,59 @@ def main(args: Sequence[str] | None = None) -> int:
     elif arguments[0] == "recipes":
         print(recipes())
     else:
-        if not {"", os.getcwd()} & set(sys.path):
-            sys.path.append(os.getcwd())  # classes of one's own are named as modules of the working directory
-        from lit_prune.cli import main as run
+        try:
+            sys.meta_path.append(OwnModules(arguments))
+            from lit_prune.cli import main as run
 
-        return run(arguments)
+            return run(arguments)
+        except KeyboardInterrupt:  # before anybody handles signals: to import torch takes seconds
+            print("lit-prune: stopped by SIGINT", file=sys.stderr)
+            return 128 + signal.SIGINT
     return 0
+
+
+class OwnModules(MetaPathFinder):
+    """Finds modules of the working directory, after all other places, once a class of one's own has been named there.
+
+    Not before: libraries try to import dozens of packages that are mostly not installed, and would take files of those
+    names out of the folder of somebody's model.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Note what begins a dotted path in the arguments, or in the configurations that they name."""
+        self._folder = _working_directory()
+        texts = [
+            *arguments,
+            *(_content(part) for argument in arguments for part in {argument, argument.split("=")[-1]}),
+        ]
+        self._named = {match[0] for text in texts for match in _FIRST_OF_PATH.finditer(text)}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the module of the working directory, which is looked through for others from now on."""
+        if path is not None or fullname not in self._named or self._folder is None:
+            return None
+        found = PathFinder.find_spec(fullname, [self._folder], target)
+        if found and self._folder not in sys.path:
+            sys.path.append(self._folder)
+        return found
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # somebody has removed it
+        return None
+
+
+def _content(name: str) -> str:
+    """Return the text of a configuration; nothing if there is none of the name."""
+    try:
+        path = Path(name).expanduser()
+        return path.read_text(encoding="utf-8") if path.suffix in (".yaml", ".yml", ".json") else ""
+    except (OSError, RuntimeError, ValueError):
+        return ""
 
 
 def overview() -> str:

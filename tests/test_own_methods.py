@@ -11,6 +11,7 @@ import pytest
 from lit_prune.checkpoint.save import save_pruned
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
+from lit_prune.__main__ import OwnModules
 
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = ["--data.dataset", "embedded", "--data.sequences", "2", "--data.seqlen", "32", "--data.max_windows", "2"]
@@ -58,3 +59,35 @@ def test_what_is_no_scorer_is_refused_in_one_line(name: str, message: str, place
     result = prune(place, "--plan", "wanda", "--plan.scorer", name, "--output", "none")
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert not (place / "none").exists()
+
+
+def test_a_model_that_one_stands_in_runs_no_code(place: Path) -> None:
+    # Libraries look for these, which are seldom installed.
+    for name in ("opt_einsum", "uarray", "pynvml", "gmpy", "my_config"):
+        (place / "model" / f"{name}.py").write_text(f"open({str(place / 'ran')!r}, 'a').write({name!r})")
+    program = Path(sys.executable).parent / "lit-prune"
+    command = [program, "prune", "--model.pretrained", ".", "--output", "../out2", *SMALL]
+    result = subprocess.run(command, cwd=place / "model", capture_output=True, text=True, check=False)
+    assert not (place / "ran").exists(), (place / "ran").read_text()
+    assert result.returncode == 0, result.stderr
+
+
+def test_own_modules_are_named_in_a_configuration_and_import_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "plan.yaml").write_text("scorer: {class_path: lit_prune_own.Scorer}")
+    finder = OwnModules(["prune", "--plan=plan.yaml", "--model.optimizer", "lit_prune_other.Optimizer"])
+    for name in ("lit_prune_own", "lit_prune_other", "lit_prune_third"):
+        (tmp_path / f"{name}.py").touch()
+    assert finder.find_spec("lit_prune_third", None) is None and str(tmp_path) not in sys.path
+    assert finder.find_spec("lit_prune_own", None) and str(tmp_path) in sys.path
+    assert finder.find_spec("lit_prune_other", None)
+
+
+def test_a_working_directory_that_is_gone_is_no_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert OwnModules(["prune", "--plan.scorer", "my_module.Scorer"]).find_spec("my_module", None) is None

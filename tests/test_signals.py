@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from lit_prune.checkpoint.masks import load_masks
+from lit_prune import __main__ as entry
 from lit_prune.cli import main
 from lit_prune.models.load import load_model
 from support.processes import Started, on_a_full_disk, run
@@ -121,3 +122,14 @@ def test_finished_blocks_are_kept_unless_told_otherwise(
     assert (journal / "block_0000.record").read_text() == "nonsense"
     assert main([*command, "--output", str(out), "--resume", "never"]) == 0
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_ctrl_c_before_anything_runs_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_prune.cli.main", interrupted)
+    assert entry.main(["fit"]) == 130
+    assert capsys.readouterr().err == "lit-prune: stopped by SIGINT\n"
