@@ -59,9 +59,9 @@ def check_tokenizer_files(folder: Path) -> None:
             "into the folder"
         )
     _check_objects(folder, _TOKENIZER_OBJECTS)
-    for name in _TOKENIZER_ARGUMENTS:
-        if (folder / name).is_file():
-            _check_arguments(folder, folder / name)
+    for file in _TOKENIZER_ARGUMENTS:
+        if (folder / file).is_file():
+            _check_arguments(folder, folder / file)
     templates = (
         _read_object(config).get("chat_template") if (config := folder / "tokenizer_config.json").is_file() else 0
     )
@@ -129,9 +129,8 @@ def _check_arguments(folder: Path, file: Path) -> None:
     """Raise ``InputError`` if a tokenizer would be given the name of a file outside of its folder."""
     content = _read_object(file)
     positional = content.get("init_inputs")
-    arguments = {name: value for name, value in content.items() if name not in _NOT_OPENED}
-    arguments |= dict(enumerate(positional)) if isinstance(positional, list) else {}
-    for value in arguments.values():
+    arguments = [value for name, value in content.items() if name not in _NOT_OPENED]
+    for value in [*arguments, *(positional if isinstance(positional, list) else ())]:
         if isinstance(value, str) and (target := _outside(folder, value)):
             raise InputError(
                 f"{str(folder)!r}: {str(target)!r}, which {file.name} names, is outside of the folder; copy it into "
