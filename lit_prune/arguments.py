@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.recipes import PLANS, find, shipped
 
 _FLAGS = {"--overwrite": "true", "--trust": "true", "--resume": "auto"}
@@ -84,7 +84,7 @@ def overridden(callbacks: list[dict[str, Any]], overrides: Sequence[tuple[str, s
     """Return the values of ``trainer.callbacks`` with ``overrides``, each of the first callback of its class.
 
     Raises:
-        InputError: if there is no callback of a class.
+        InputError: if there is no callback of a class, or it has no such value.
     """
     for name, key, value in overrides:
         found = [entry for entry in callbacks if entry["class_path"].rpartition(".")[2] == name]
@@ -96,10 +96,18 @@ def overridden(callbacks: list[dict[str, Any]], overrides: Sequence[tuple[str, s
             )
         place = found[0].setdefault("init_args", {})
         *path, last = key.removeprefix("init_args.").split(".")
-        for step in path:
-            place = place.setdefault(step, {})
-            place = place.setdefault("init_args", {}) if "class_path" in place else place
-        place[last] = yaml.safe_load(value)
+        try:
+            for step in path:
+                inner = place[step] if place.get(step) is not None else {}
+                place[step] = inner
+                place = inner
+                place = place.setdefault("init_args", {}) if "class_path" in place else place
+            place[last] = yaml.safe_load(value)
+        except (AttributeError, TypeError, yaml.YAMLError) as error:
+            raise InputError(
+                f"--trainer.callbacks.{name}.{key} cannot be {value!r} ({first_line(error)}); see "
+                f"--trainer.callbacks.help {name}"
+            ) from error
     return callbacks
 
 

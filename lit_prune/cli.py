@@ -119,8 +119,9 @@ class PruningCLI(LightningCLI):
         """Return ``trainer.callbacks`` as all other arguments give it, with the overrides, as JSON."""
         config = parser.parse_args([argument for argument in args if not argument.startswith("--print_config")])
         config = config[config.subcommand] if config.get("subcommand") else config
-        callbacks = [entry.as_dict() for entry in config.trainer.callbacks or []]
-        return json.dumps(overridden(callbacks, self.prepared.overrides))
+        callbacks = config.trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        return json.dumps(overridden([entry.as_dict() for entry in callbacks], self.prepared.overrides))
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, and tell the trainer how it was started."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from lit_prune.errors import InputError
 
 _FOLDER = Path(str(files("lit_prune"))) / "configs"
+_LONGEST = 200
+"""Characters of a name that are shown."""
 PLANS = "plans"
 """The folder of pruning plans: values of ``--plan``. All other files are values of ``--config``."""
 
@@ -41,14 +43,19 @@ def find(option: str, name: str) -> str:
     Raises:
         InputError: if there is no such file.
     """
-    if Path(name).expanduser().is_file():
-        return name
+    try:
+        if Path(name).expanduser().is_file():
+            return name
+    except (OSError, RuntimeError):  # no file can have the name, or it begins with a user that nobody is
+        pass
     if path := path_of(option, name):
         return path
     names = _names(option)
     near = dict.fromkeys(names[found] for found in get_close_matches(name, names, n=3))
     hint = f"did you mean {' or '.join(near)}?" if near else "lit-prune recipes lists the names that ship"
-    raise InputError(f"--{option} is {name!r}: there is no such file, and no configuration of that name; {hint}")
+    raise InputError(
+        f"--{option} is {name[:_LONGEST]!r}: there is no such file, and no configuration of that name; {hint}"
+    )
 
 
 def path_of(option: str, name: str) -> str | None:

@@ -73,6 +73,8 @@ ARGUMENTS = [
     ("prune --seed_everything 99999999999999999999", "--seed_everything is 99999999999999999999: it must be"),
     ("prune --seed_everything banana", "seed_everything: Expected a <class 'bool'>"),
     ("prune -c {at}/missing.yaml", "missing.yaml': there is no such file, and no configuration of that name"),
+    (f"prune -c {'x' * 300}", "there is no such file, and no configuration of that name"),
+    (f"prune --plan {'x' * 5000}", "there is no such file, and no configuration of that name"),
     ("prune -c {at}", "there is no such file, and no configuration of that name"),
     ("prune -c {at}/binary.yaml", "binary.yaml' is not text in UTF-8 (invalid start byte at byte 128): give a YAML"),
     ("prune -c {at}/latin1.txt", "latin1.txt' is not text in UTF-8"),
@@ -184,6 +186,8 @@ DATA = [
 ]
 MODEL = [
     ("prune --model.pretrained nowhere/at/all", "model.pretrained is 'nowhere/at/all': there is no such file or"),
+    (f"prune --model.pretrained {'x' * 300}", "a name that nothing can have: give a local folder"),
+    ("prune --model.pretrained ~nobody-of-this-name/model", "a name that nothing can have: give a local folder"),
     ("prune --model.pretrained {at}/short.txt", ": a file must be a .gguf file; give the model's folder"),
     ("prune --model.config null", "model.pretrained is 'random': model.config must name a"),
     ("prune --model.config.model_type banana", "model.config makes no causal language model (Unrecognized model"),
@@ -213,6 +217,19 @@ TRAINING = [
     (
         "prune --trainer.logger TensorBoardLoger",
         "trainer.logger: there is no class 'TensorBoardLoger'; use the name of a known class",
+    ),
+    (
+        "fit --trainer.callbacks KeepMasks --trainer.callbacks.KeepMasks.masks nowhere",
+        "masks are asked of 'nowhere': there is no such file",
+    ),
+    (
+        "fit --trainer.callbacks+=KeepMasks --trainer.callbacks.KeepMasks.masks '[a'",
+        "--trainer.callbacks.KeepMasks.masks cannot be '[a' (while parsing a flow sequence)",
+    ),
+    (
+        "fit --trainer.callbacks+=KeepMasks --trainer.callbacks.KeepMasks.masks zeros "
+        "--trainer.callbacks.KeepMasks.masks.x 3",
+        "--trainer.callbacks.KeepMasks.masks.x cannot be '3'",
     ),
     ("prune --trainer.callbacks Banana", "trainer.callbacks: there is no class 'Banana'; use the name of"),
     (

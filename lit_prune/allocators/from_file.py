@@ -66,10 +66,15 @@ def _read(path: Path) -> dict[str, float]:
         raise InputError(f"allocator.path is {str(path)!r}: there is no such file") from None
     except (IsADirectoryError, PermissionError) as error:
         raise InputError(f"allocator.path is {str(path)!r}: it cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"allocator.path is {str(path)!r}: not a JSON file ({error})") from None
     if isinstance(content, dict) and isinstance(content.get("layers"), list):
-        content = {layer["name"]: layer["asked"] for layer in content["layers"]}
+        try:
+            content = {layer["name"]: layer["asked"] for layer in content["layers"]}
+        except (KeyError, TypeError):
+            raise InputError(
+                f"allocator.path is {str(path)!r}: its layers have no name and asked sparsity, as in a pruning.json"
+            ) from None
     wrong = not isinstance(content, dict) or [v for v in content.values() if not _is_sparsity(v)]
     if wrong or not content:
         raise InputError(

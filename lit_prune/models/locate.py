@@ -20,7 +20,10 @@ MODEL_REMEDY = (
 
 def hub_model(pretrained: str) -> str | None:
     """Return the name of a model on the hub, or None for one that is a file, a folder or random."""
-    return None if pretrained == RANDOM or Path(pretrained).expanduser().exists() else pretrained
+    try:
+        return None if pretrained == RANDOM or Path(pretrained).expanduser().exists() else pretrained
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"model.pretrained is {pretrained[:200]!r}, which cannot be a name: {MODEL_REMEDY}") from error
 
 
 def locate(pretrained: str) -> tuple[str, dict[str, str]]:

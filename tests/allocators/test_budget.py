@@ -78,9 +78,13 @@ def test_from_file_names_what_does_not_fit(tmp_path: Path) -> None:
     for content in ([], {}, {"a": "x"}):
         with pytest.raises(InputError, match="must hold an object"):
             FromFile(write(tmp_path / "c.json", content))
-    (tmp_path / "d.json").write_text("{")
-    with pytest.raises(InputError, match="not a JSON file"):
-        FromFile(str(tmp_path / "d.json"))
+    for layers in ([1], [{"name": "a.q"}], [{"name": ["a.q"], "asked": 0.5}]):
+        with pytest.raises(InputError, match="its layers have no name and asked sparsity"):
+            FromFile(write(tmp_path / "c.json", {"layers": layers}))
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "d.json").write_text(damaged)
+        with pytest.raises(InputError, match="not a JSON file"):
+            FromFile(str(tmp_path / "d.json"))
     with pytest.raises(InputError, match=r"min_sparsity 0\.5 is above max_sparsity 0\.2"):
         FromFile(write(tmp_path / "e.json", {"*": 0.1}), min_sparsity=0.5, max_sparsity=0.2)
 
