@@ -182,6 +182,7 @@ DATA = [
         "prune --model.config '{{model_type: gpt2, n_embd: 8, n_layer: 1, n_head: 2, n_positions: 4}}'",
         "data.seqlen is 8, and the model has learned 4 positions: lower",
     ),
+    ("prune --output a/b/c --model.config.vocab_size 100", "the text has the token 198, and the model a vocabulary of"),
     ("prune --model.config.vocab_size 100", "the text has the token 198, and the model a vocabulary of 100:"),
 ]
 MODEL = [

@@ -70,12 +70,14 @@ def _release(handle: int) -> None:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keep other runs from an output folder, and from the files beside it, while this one works on it."""
-    made = not folder.parent.exists()
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         refusal = f"output is {str(folder)!r}: another run is writing it; wait for it, or choose another folder"
         with locked(folder.with_name(f".{folder.name}.lock"), refusal):
             yield
     finally:
-        if made and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+        for parent in made:
+            if any(parent.iterdir()):
+                break
+            parent.rmdir()

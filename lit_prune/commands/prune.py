@@ -77,8 +77,8 @@ def prune(
         harness.check(tasks)
     batches = datamodule.calibration_batches() if callback.plan.needs_data else []
     datamodule.setup("test")  # texts that cannot be read are found out before the model is loaded
-    model.configure_model()
     with claimed(folder) if trainer.is_global_zero else nullcontext():
+        model.configure_model()  # which drops the changed blocks that an earlier run left in model.lazy
         copies = 3 if model.lazy else 2  # the folder, the journal, changed blocks
         check_space(folder, model.model, copies, replaced=journal if resume == "auto" else None)
         spectra = spectra_of(model.model, callback.plan.find_targets(model.model)[1], callback.plan.allocator)

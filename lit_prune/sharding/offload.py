@@ -7,10 +7,14 @@ per forward pass.
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import torch
 from accelerate import init_empty_weights
@@ -23,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from lit_prune.checkpoint.configs import load_generation_config, read_config, save_configs
 from lit_prune.checkpoint.files import as_json, load_tensors, read_json, save_tensors, tensor_names, tensor_shapes
 from lit_prune.checkpoint.folders import check_folder
+from lit_prune.checkpoint.locks import locked
 from lit_prune.errors import InputError
 from lit_prune.malloc import give_back_freed_memory
 from lit_prune.models.blocks import Block, find_blocks
@@ -30,6 +35,8 @@ from lit_prune.models.experts import has_fused_experts
 from lit_prune.models.weights import check_finite, ignored_by, refuse
 from lit_prune.sharding.block_store import BlockStore, fill_outside_blocks, store_of
 
+_CHANGED = re.compile(r"block_\d{4,}\.safetensors|\.block_\d{4,}\.safetensors\.writing-\d+")
+"""Names in the folder for blocks that have changed."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -50,6 +57,12 @@ class OnDisk(BlockStore):
         super().__init__()
         self._ends = ends
         self._sources = sources
+        self._lock = ExitStack()
+        if _is_first_process():
+            refusal = f"model.lazy is {str(changes)!r}: another run keeps its blocks there; name another folder"
+            changes.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(locked(changes.with_name(f".{changes.name}.lock"), refusal))
+            finalize(self, self._lock.close)
         self._finite: set[str] = set()
         self._changes = changes
         self._drop()
@@ -88,6 +101,7 @@ class OnDisk(BlockStore):
         self._drop()
         if self._changes.is_dir() and not any(self._changes.iterdir()):
             self._changes.rmdir()
+        self._lock.close()
 
     def _prefetch(self, block: Block, device: torch.device) -> None:
         """Read a block in another thread; on CPUs only into the page cache, because memory has room for one block.
@@ -125,13 +139,16 @@ def open_lazily(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        InputError: where there are no such files, or they name weights otherwise than the model does.
+        InputError: where there are no such files, or they name weights otherwise than the model does; or where
+            ``changes`` holds anything else.
     """
     folder = Path(pretrained).expanduser()
     if folder.is_file() or str(pretrained) == "random":
         raise InputError(
             f"model.pretrained is {str(pretrained)!r}: model.lazy opens folders with safetensors files only"
         )
+    changes = Path(changes).expanduser()
+    _check_changes(changes)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(pretrained), allow_patterns=["*.json", "*.safetensors", "*.py", "*.model"]))
     check_folder(folder, str(pretrained))
@@ -147,7 +164,7 @@ def open_lazily(
         raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
     buffers = _persistent_buffers(model)
     expected = {name: list(t.shape) for name, t in (*model.named_parameters(), *buffers.items())}
-    store = OnDisk(_matched(model, expected, files, str(pretrained)), Path(changes).expanduser(), _ends(model))
+    store = OnDisk(_matched(model, expected, files, str(pretrained)), changes, _ends(model))
     fill_outside_blocks(model, store, store.read)
     for name, buffer in buffers.items():
         buffer.data = store.read(name).to(buffer.dtype)
@@ -194,6 +211,21 @@ def save_lazily(folder: Path, model: Any, disk: OnDisk) -> None:
     index = {"metadata": {"total_size": size}, "weight_map": weights}
     (folder / _INDEX).write_text(as_json(index), encoding="utf-8")
     save_configs(folder, model)
+
+
+def _is_first_process() -> bool:
+    """Tell whether this is the first of several processes, before any of them has set up torch.distributed."""
+    return not any(int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _check_changes(folder: Path) -> None:
+    """Raise ``InputError`` if a folder holds anything but blocks that have changed, which an earlier run left there."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if not _CHANGED.fullmatch(file.name):
+            raise InputError(
+                f"model.lazy is {str(folder)!r}: it holds {file.name!r}, and blocks that lie there are dropped; name a "
+                "folder of its own"
+            )
 
 
 def _ends(model: Any) -> list[Block]:

@@ -151,3 +151,16 @@ def test_what_cannot_be_opened_is_refused(
     experts.save_pretrained(tmp_path / "mixtral")
     with pytest.raises(InputError, match="has fused experts"):
         load_model(str(tmp_path / "mixtral"), lazy=tmp_path / "c")
+
+
+@pytest.mark.parametrize("other", ["run.record", "block_notes.safetensors", "model.safetensors"])
+def test_nothing_else_is_dropped_with_the_blocks_that_have_changed(
+    other: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes = tmp_path / "changes"
+    changes.mkdir()
+    for name in ("block_0000.safetensors", other):
+        (changes / name).touch()
+    with pytest.raises(InputError, match=rf"it holds '{other}', and blocks that lie there are dropped"):
+        load_model(str(saved()), lazy=changes)
+    assert len(list(changes.iterdir())) == 2
