@@ -14,6 +14,8 @@ from lit_prune.errors import DiskError, InputError, first_line
 
 PRUNED, ANALYSIS = "config.json", "analysis.json"
 """The file by which a folder of each kind is known."""
+_MASKS = "masks.safetensors"
+"""What is in every folder of a pruned model, and in no other."""
 _TOKENIZERS = (
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*spm*.model", "spiece.model", "sentencepiece*.model", "chat_template.*", "additional_chat_templates"),
@@ -22,7 +24,7 @@ _TOKENIZERS = (
 _FILES = {
     PRUNED: (
         *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py"),
-        *(*_TOKENIZERS, "masks.safetensors", "pruning.json", "report.html", "README.md", "*.png"),
+        *(*_TOKENIZERS, _MASKS, "pruning.json", "report.html", "README.md", "*.png"),
         *("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     ),
     ANALYSIS: ("analysis.json", "*.png"),
@@ -58,6 +60,10 @@ def check_output(folder: str | Path, overwrite: bool, kind: str = PRUNED, reads:
     if path.exists() and any(path.iterdir()):
         if not (path / kind).is_file():
             raise _refused(folder, f"it holds no {kind}, so it is not overwritten")
+        if kind == PRUNED and not (path / _MASKS).is_file():
+            raise _refused(
+                folder, f"it is a model without {_MASKS}, which lit-prune has not written: move it elsewhere"
+            )
         if other := next(_others(path, kind), None):
             raise _refused(folder, f"it holds {other!r}, which lit-prune has not written: move it elsewhere first")
     return path

@@ -43,6 +43,12 @@ def test_nothing_that_is_read_is_written_over(
         check_output(tmp_path / output, overwrite=True, reads=[tmp_path / name for name in reads])
 
 
+def test_a_dense_model_is_not_written_over(model: Path) -> None:
+    (model / "masks.safetensors").unlink()
+    with pytest.raises(InputError, match=r"it is a model without masks\.safetensors, which lit-prune has not written"):
+        check_output(model, overwrite=True)
+
+
 def test_only_a_result_of_the_same_kind_is_written_over(model: Path) -> None:
     assert check_output(model, overwrite=True, reads=["a/name-on-the-hub", "wikitext2"]) == model
     with pytest.raises(InputError, match="it exists and is kept"):
