@@ -368,3 +368,11 @@ def test_bad_range_tests_are_refused(dense: str) -> None:
 def test_adapters_and_a_later_pruning_are_refused(dense: str) -> None:
     with pytest.raises(InputError, match="prunes until step 6, and adapters train"):
         trainer(magnitude(Cubic(start=0, end=6, every=3)), KeepMasks()).fit(lit(dense, LoRA(2)), data())
+
+
+def test_a_resumed_training_remembers_how_low_the_loss_has_been() -> None:
+    before, after = StopOnDivergence(window=2), StopOnDivergence(window=2)
+    before._losses.extend([1.0, 2.0])
+    before._lowest = 1.5
+    after.load_state_dict(before.state_dict())
+    assert list(after._losses) == [1.0, 2.0] and after._lowest == 1.5 and after._losses.maxlen == 2
