@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -46,6 +47,15 @@ class StopOnDivergence(Callback):
         """Forget the losses of the model with fewer pruned weights."""
         self._losses.clear()
         self._lowest = math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses so far, so that a resumed training stops where one at a stretch does."""
+        return {"losses": list(self._losses), "lowest": self._lowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._losses.extend(state_dict["losses"])
+        self._lowest = state_dict["lowest"]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise ``DivergedError`` in all processes where the loss of one of them has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,8 @@ from lit_prune.calibration.batches import Batch, first_sequences, split_batch
 from lit_prune.calibration.gradients import gradient_norms, holds_norms
 from lit_prune.calibration.replay import BlockReplay, ForwardContext
 from lit_prune.checkpoint.files import read_json, write_json
-from lit_prune.errors import NumericalError
+from lit_prune.checkpoint.plain_data import typed
+from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.blocks import Block
 from lit_prune.models.targets import Target, as_layer
 from lit_prune.ops import LayerStats, Pattern, collectives
@@ -116,7 +118,7 @@ class DenseModel:
         if allocator.metric_name is None:
             return {}
         path = self._cached(f"{allocator.metric_name}-{self.identity['model']}.json")
-        known: dict[str, float] = collectives.on_first_rank(lambda: read_json(path) if path and path.is_file() else {})
+        known: dict[str, float] = collectives.on_first_rank(lambda: _read_metrics(path) if path and path.is_file() else {})
         if path and known:
             self.cached.append(path.name)
         missing = [as_layer(target) for target in self.targets if target.name not in known]
@@ -170,6 +172,14 @@ class DenseModel:
     def _cached(self, name: str) -> Path | None:
         """Return a file of the cache; None where the plan has no cache."""
         return Path(self.plan.cache).expanduser() / name if self.plan.cache else None
+
+
+def _read_metrics(path: Path) -> dict[str, float]:
+    try:
+        known: dict[str, float] = typed(read_json(path), dict[str, float], "it")
+    except TypeError as error:
+        raise InputError(f"plan.cache has {str(path)!r}, which is damaged ({error}): delete it") from error
+    return {name: value for name, value in known.items() if math.isfinite(value)}
 
 
 def precision_of(forward_context: ForwardContext, device: torch.device | str) -> str | None:

@@ -323,6 +323,18 @@ def test_a_cache_runs_no_code(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", ["[]", "null", '{"a": "x"}', '{"a": []}'])
+def test_a_damaged_cache_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = {"allocator": {"class_path": "AlphaPruning"}, "cache": str(tmp_path / "cache")}
+    path = config(tmp_path, **plan)
+    assert main(["prune", "-c", path, "--output", str(tmp_path / "first")]) == 0
+    (file,) = (tmp_path / "cache").glob("alpha_peak*")
+    file.write_text(content)
+    errors(capsys)
+    assert main(["prune", "-c", path, "--output", str(tmp_path / "out")]) == 2
+    assert [f"{str(file)!r}, which is damaged" in line for line in errors(capsys)] == [True]
+
+
 @pytest.mark.parametrize(
     "masks",
     [
