@@ -187,8 +187,8 @@ DATA = [
 ]
 MODEL = [
     ("prune --model.pretrained nowhere/at/all", "model.pretrained is 'nowhere/at/all': there is no such file or"),
-    (f"prune --model.pretrained {'x' * 300}", "a name that nothing can have: give a local folder"),
-    ("prune --model.pretrained ~nobody-of-this-name/model", "a name that nothing can have: give a local folder"),
+    (f"prune --model.pretrained {'x' * 300}", "which cannot be a name: give a local folder"),
+    ("prune --model.pretrained ~nobody-of-this-name/model", "which cannot be a name: give a local folder"),
     ("prune --model.pretrained {at}/short.txt", ": a file must be a .gguf file; give the model's folder"),
     ("prune --model.config null", "model.pretrained is 'random': model.config must name a"),
     ("prune --model.config.model_type banana", "model.config makes no causal language model (Unrecognized model"),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lit_prune.__main__ import OwnModules
 from lit_prune.checkpoint.save import save_pruned
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
-from lit_prune.__main__ import OwnModules
 
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = ["--data.dataset", "embedded", "--data.sequences", "2", "--data.seqlen", "32", "--data.max_windows", "2"]

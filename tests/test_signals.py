@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from lit_prune.checkpoint.masks import load_masks
 from lit_prune import __main__ as entry
+from lit_prune.checkpoint.masks import load_masks
 from lit_prune.cli import main
 from lit_prune.models.load import load_model
 from support.processes import Started, on_a_full_disk, run

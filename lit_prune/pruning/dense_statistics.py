@@ -118,7 +118,9 @@ class DenseModel:
         if allocator.metric_name is None:
             return {}
         path = self._cached(f"{allocator.metric_name}-{self.identity['model']}.json")
-        known: dict[str, float] = collectives.on_first_rank(lambda: _read_metrics(path) if path and path.is_file() else {})
+        known: dict[str, float] = collectives.on_first_rank(
+            lambda: _read_metrics(path) if path and path.is_file() else {}
+        )
         if path and known:
             self.cached.append(path.name)
         missing = [as_layer(target) for target in self.targets if target.name not in known]
