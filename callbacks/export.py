@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_prune.callbacks.keep_masks import ZEROS, find_keep_masks
 from lit_prune.callbacks.order import run_last
 from lit_prune.callbacks.prune import Prune, find_prune
+from lit_prune.callbacks.states import restoring
 from lit_prune.callbacks.stop_on_divergence import DivergedError
 from lit_prune.checkpoint.masks import load_masks
 from lit_prune.checkpoint.outputs import check_output
@@ -105,7 +106,8 @@ class Export(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.validation = state_dict["validation"]
+        with restoring(self):
+            self.validation = state_dict["validation"]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to the best checkpoint, where that is asked for, while the strategy can still load it."""

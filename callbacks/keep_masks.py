@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.callbacks.order import run_last
 from lit_prune.callbacks.prune import Prune
+from lit_prune.callbacks.states import restoring
 from lit_prune.checkpoint.infer_masks import masks_of_zeros
 from lit_prune.checkpoint.masks import MASKS_FILE, load_masks
 from lit_prune.errors import InputError
@@ -189,8 +190,9 @@ class KeepMasks(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        shapes = state_dict["mask_shapes"]
-        self._restored = {name: PackedMask(bits, tuple(shapes[name])) for name, bits in state_dict["masks"].items()}
+        with restoring(self):
+            shapes = state_dict["mask_shapes"]
+            self._restored = {n: PackedMask(bits, tuple(shapes[n])) for n, bits in state_dict["masks"].items()}
 
     def _refuse_others(self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, PackedMask]) -> None:
         """Raise ``InputError`` where the model is not the one that was pruned, such as the dense one."""

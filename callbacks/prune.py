@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_prune.callbacks.log_pruning import log_outcome, log_pruning
+from lit_prune.callbacks.states import restoring
 from lit_prune.errors import InputError
 from lit_prune.models.lora import adapted_layers
 from lit_prune.ops import PackedMask
@@ -104,6 +105,12 @@ class Prune(Callback):
             raise InputError(
                 f"the schedule prunes until step {self.schedule.last}, and training ends after {steps:.0f} optimizer "
                 "steps: raise --trainer.max_steps or --trainer.max_epochs, or end the schedule earlier"
+            )
+        if self.report is None and trainer.global_step > self.schedule.last:
+            raise InputError(
+                f"the checkpoint is of step {trainer.global_step}, after the last pruning of the schedule (step "
+                f"{self.schedule.last}), and holds no masks: give a checkpoint that Prune was part of, or begin anew "
+                "without --ckpt_path"
             )
         if self.schedule.last > 0 and adapted_layers(pl_module.get_submodule("model")):
             raise InputError(
@@ -218,16 +225,17 @@ class Prune(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; refuse what another plan or schedule has done."""
-        if found := list(differences(state_dict.get("asked", self._asked()), self._asked())):
-            raise InputError(
-                f"cannot go on from this checkpoint: {'; '.join(found[:3])}; give the plan and schedule that it was "
-                "written with, or begin anew without --ckpt_path"
-            )
-        self.pruned_at = state_dict["pruned_at"]
-        shapes = state_dict["mask_shapes"]
-        masks = {name: PackedMask(bits, tuple(shapes[name])) for name, bits in state_dict["masks"].items()}
-        content = state_dict["report"]
-        self.report = PruningReport.from_dict(content, masks) if content else None
+        with restoring(self):
+            if found := list(differences(state_dict.get("asked", self._asked()), self._asked())):
+                raise InputError(
+                    f"cannot go on from this checkpoint: {'; '.join(found[:3])}; give the plan and schedule that it "
+                    "was written with, or begin anew without --ckpt_path"
+                )
+            self.pruned_at = state_dict["pruned_at"]
+            shapes = state_dict["mask_shapes"]
+            masks = {name: PackedMask(bits, tuple(shapes[name])) for name, bits in state_dict["masks"].items()}
+            content = state_dict["report"]
+            self.report = PruningReport.from_dict(content, masks) if content else None
 
 
 def _calibration(trainer: Trainer) -> list[Tensor]:

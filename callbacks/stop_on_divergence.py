@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_prune.callbacks.states import restoring
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.pruning import PruningReport
 
@@ -54,8 +55,9 @@ class StopOnDivergence(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self._losses.extend(state_dict["losses"])
-        self._lowest = state_dict["lowest"]
+        with restoring(self):
+            self._losses.extend(state_dict["losses"])
+            self._lowest = state_dict["lowest"]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise ``DivergedError`` in all processes where the loss of one of them has."""

@@ -35,6 +35,16 @@ _FIRST_OF_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?=\.[A-Za-z_])")
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # nobody reads on, as behind "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(args: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())

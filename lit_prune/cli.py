@@ -227,10 +227,11 @@ def _compare(arguments: Sequence[str]) -> None:
         prog="lit-prune compare", description="Set pruned folders side by side on one page.", exit_on_error=False
     )
     parser.add_argument("runs", nargs="+", help="Folders that lit-prune wrote.")
-    parser.add_argument("--output", default="compare.html", help="HTML file to write; an older one is replaced.")
+    parser.add_argument("--output", default="compare.html", help="HTML file to write.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     options = parser.parse_args(arguments)
-    print(f"wrote {compare(options.runs, options.output)}")
+    print(f"wrote {compare(options.runs, options.output, options.overwrite)}")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from lit_prune.calibration.batches import Batch, model_inputs, split_batch
 from lit_prune.calibration.block_inputs import forwards_replaced
 from lit_prune.calibration.replay import ForwardContext, evaluation_mode
 from lit_prune.checkpoint.files import load_tensors, save_tensors, tensor_names
-from lit_prune.errors import NumericalError
+from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.targets import Target
 from lit_prune.ops import collectives
@@ -55,10 +55,9 @@ def gradient_norms(
     Raises:
         NumericalError: where a gradient is NaN or infinite; it names layer and sequence.
     """
-    names = [target.name for target in targets]
-    if cache is not None and holds_norms(cache, names):
+    if cache is not None and holds_norms(cache, targets):
         known = load_tensors(cache)
-        return {name: known[name] for name in names}
+        return {target.name: _checked(known[target.name], target, cache) for target in targets}
     store = store or store_of(model)
     weights = {target.name: target.module.get_parameter("weight") for target in targets}
     # float32 or better: in how many processes a sum is taken should not show.
@@ -92,9 +91,20 @@ def gradient_norms(
     return norms
 
 
-def holds_norms(cache: Path, names: Iterable[str]) -> bool:
-    """Tell whether a file has the norms of all these layers; every process gets the first one's answer."""
-    return collectives.on_first_rank(lambda: cache.is_file() and set(names) <= tensor_names(cache))
+def holds_norms(cache: Path, targets: Sequence[Target]) -> bool:
+    """Tell whether a file has the norms of all these layers; every rank gets the answer of rank 0."""
+    names = {target.name for target in targets}
+    return collectives.on_first_rank(lambda: cache.is_file() and names <= tensor_names(cache))
+
+
+def _checked(norm: Tensor, target: Target, cache: Path) -> Tensor:
+    """Return a layer's norm from a cache; raise ``InputError`` if it cannot be one."""
+    if norm.shape != target.shape or not norm.is_floating_point() or bool((norm < 0).any()):
+        raise InputError(
+            f"{str(cache)!r} is damaged: the gradient norms of {target.name} must be {list(target.shape)} numbers "
+            "from 0 up; delete the file, and it is made again"
+        )
+    return norm
 
 
 def _own_sequences(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]]:

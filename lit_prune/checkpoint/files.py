@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,14 @@ from lit_prune.errors import DiskError, InputError, first_line
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` that takes its place in the end; a killed run leaves the old or none."""
+def replacing_folder(path: Path, find_other: Callable[[Path], str | None] = lambda _: None) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` that takes its place in the end; a killed run leaves the old or none.
+
+    Args:
+        path: the folder.
+        find_other: returns the name of a file in the old folder that was not written to it by this project, for which
+            the old folder is kept; None if there is none.
+    """
     path = path.absolute()
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +57,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise DiskError(
             f"{str(path)!r} cannot be written: {first_line(error)}; the finished result is in {str(temporary)!r}"
         ) from error
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists() and (other := find_other(old)):
+        warnings.warn(f"{str(old)!r} is kept: it holds {other!r}, which was put there meanwhile", stacklevel=3)
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _clear_up(path: Path) -> None:

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_prune.models.weights import check_finite
 from lit_prune.sharding.block_store import BlockStore, store_of
 
+_NOT_COMPUTED = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "name_or_path")
+"""Values of a config that change with where and how a model was saved."""
+
 
 def model_fingerprint(model: nn.Module, store: BlockStore | None = None) -> str:
-    """Return a digest of every parameter's name, shape, dtype and up to 4,096 of its values, evenly spread.
+    """Return a digest of the model's config and of every parameter: its name, shape, dtype and values.
 
-    All values are looked at: one that is NaN or infinite is an ``InputError``, wherever it is in the model.
+    A value that is NaN or infinite is an ``InputError``.
 
     Args:
         model: the model.
         store: of its blocks; None = the model itself, or as it says.
     """
-    store, samples = store or store_of(model), {}
+    store, values = store or store_of(model), {}
     for part in store.parts(model):
         with store.resident(part):
             for name, parameter in part.module.named_parameters(prefix=part.name):
-                samples[name] = _sample(name, parameter)
-    digest = hashlib.sha256()
+                values[name] = _values(name, parameter)
+    digest = hashlib.sha256(_config(model))
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(samples.get(name) or _sample(name, parameter))
+        digest.update(values.get(name) or _values(name, parameter))
     return digest.hexdigest()[:16]
 
 
-def _sample(name: str, parameter: Tensor) -> bytes:
-    check_finite(name, parameter.detach(), "the model")
-    flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 4096)].double().cpu().numpy().tobytes()
+def _config(model: nn.Module) -> bytes:
+    """Return the values of a transformers config that its computations depend on."""
+    config: Any = getattr(model, "config", None)
+    values = config.to_diff_dict() if config is not None else {}
+    kept = {name: value for name, value in values.items() if name not in _NOT_COMPUTED and not name.startswith("_")}
+    return json.dumps(kept, sort_keys=True, default=str).encode()
+
+
+def _values(name: str, parameter: Tensor) -> bytes:
+    """Return the digest of a parameter's values; raise ``InputError`` if one is not finite."""
+    values = parameter.detach()
+    check_finite(name, values, "the model")
+    return hashlib.sha256(values.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data).digest()
 
 
 def data_fingerprint(batches: Sequence[Tensor | Mapping[str, Tensor]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def check_output(folder: str | Path, overwrite: bool, kind: str = PRUNED, reads:
             raise _refused(
                 folder, f"it is a model without {_MASKS}, which lit-prune has not written: move it elsewhere"
             )
-        if other := next(_others(path, kind), None):
+        if other := find_other(path, kind):
             raise _refused(folder, f"it holds {other!r}, which lit-prune has not written: move it elsewhere first")
     return path
 
@@ -98,14 +98,40 @@ def check_space(folder: str | Path, model: nn.Module, copies: int = 1, replaced:
         raise DiskError(f"output is {str(folder)!r}: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
 
 
-def _others(folder: Path, kind: str) -> Iterator[str]:
-    """Yield the names of what is in a folder and is not written to folders of its kind."""
+def find_other(folder: Path, kind: str = PRUNED) -> str | None:
+    """Return the name of a file in a folder that is not written to folders of its kind; None if there is none."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not any(
             fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in _FILES[kind]
         ):
-            yield name
+            return name
+    return None
+
+
+def check_file(output: str | Path, suffix: str, overwrite: bool, reads: Iterable[str | Path] = ()) -> Path:
+    """Return the file that a command may write.
+
+    Args:
+        output: the file.
+        suffix: how its name has to end, such as ``.json``.
+        overwrite: whether an existing file may be replaced.
+        reads: files and folders that the command reads; no file in them is replaced.
+
+    Raises:
+        InputError: it exists and is kept, is or lies in something that is read, or cannot be written.
+    """
+    path = _resolved(output)
+    if path.suffix != suffix:
+        raise _refused(output, f"name a file that ends in {suffix}")
+    if path.is_dir():
+        raise _refused(output, "it is a folder; name a file")
+    for read in filter(None, map(_existing, reads)):
+        if read == path or (path.exists() and read in path.parents):
+            raise _refused(output, f"it is or lies in {str(read)!r}, which this run reads; choose another file")
+    if path.exists() and not overwrite:
+        raise _refused(output, "it exists and is kept; choose another file or add --overwrite")
+    return path
 
 
 def _resolved(folder: str | Path) -> Path:

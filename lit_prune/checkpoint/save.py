@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from lit_prune.checkpoint.bitmask import BITMASK_FILE, save_bitmask
 from lit_prune.checkpoint.configs import save_configs
 from lit_prune.checkpoint.files import replacing_folder
 from lit_prune.checkpoint.masks import MASKS_FILE, check_masks_hold, save_masks
-from lit_prune.checkpoint.outputs import ANALYSIS, check_output, check_space
+from lit_prune.checkpoint.outputs import ANALYSIS, check_output, check_space, find_other
 from lit_prune.errors import InputError
 from lit_prune.models.experts import apart, together
 from lit_prune.ops import PackedMask
@@ -60,7 +61,7 @@ def save_pruned(
         check_masks_hold(model, masks)
     path = check_output(folder, overwrite)
     check_space(path, model)
-    with replacing_folder(path) as temporary:
+    with replacing_folder(path, find_other) as temporary:
         _write_model(temporary, model, masks, to, shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -84,7 +85,7 @@ def _write_model(folder: Path, model: Any, masks: Mapping[str, PackedMask], to: 
 def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], overwrite: bool = False) -> Path:
     """Write an analysis (name to content) as one folder, all or nothing; an older one is kept unless ``overwrite``."""
     path = check_output(folder, overwrite, ANALYSIS)
-    with replacing_folder(path) as temporary:
+    with replacing_folder(path, partial(find_other, kind=ANALYSIS)) as temporary:
         _write_documents(temporary, documents)
     return path
 

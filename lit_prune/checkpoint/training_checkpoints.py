@@ -148,8 +148,8 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
     path = Path(path).expanduser()
     try:
         files = _files(path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"checkpoint is {str(path)!r}: it cannot be read ({first_line(error)})") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"checkpoint is {str(path)[:200]!r}: it cannot be read ({first_line(error)})") from error
     if not files:
         raise InputError(f"checkpoint is {str(path)!r}: there is no such file, and no folder with a checkpoint in it")
     if trust:
@@ -164,6 +164,20 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
                 f"checkpoint is {str(path)!r}: {file.name} holds more than tensors and plain data, or is damaged "
                 f"({first_line(error)}); if you know where it comes from, add --trust"
             ) from error
+
+
+def check_is_checkpoint(path: str | Path, trust: bool = False) -> None:
+    """Raise ``InputError`` if a file is not a checkpoint of Lightning; folders are looked at when they are loaded."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        return
+    try:
+        content = _load(path, trust)
+        lacking = [name for name in ("state_dict", "pytorch-lightning_version") if name not in content]
+    except (pickle.UnpicklingError, RuntimeError, TypeError) as error:
+        raise InputError(f"checkpoint is {str(path)!r}: it is not one of Lightning ({first_line(error)})") from error
+    if not isinstance(content, Mapping) or lacking:
+        raise InputError(f"checkpoint is {str(path)!r}: it is not one of Lightning ({lacking[0]!r} is missing)")
 
 
 def check_kept_paths(states: Mapping[str, Any]) -> None:

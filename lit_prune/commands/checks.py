@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.checkpoint.outputs import check_folder_for
-from lit_prune.checkpoint.training_checkpoints import check_trusted
-from lit_prune.errors import InputError
+from lit_prune.checkpoint.training_checkpoints import check_is_checkpoint, check_trusted
+from lit_prune.errors import InputError, first_line
 from lit_prune.training.strategies import FSDP2, DeepSpeed
 
 if TYPE_CHECKING:
@@ -54,8 +54,15 @@ def check_checkpoint(trainer: PruningTrainer, ckpt_path: str | Path | None, trus
         trainer.strategy.trusted = trust
     if ckpt_path is None:
         return None
-    if Path(ckpt_path).expanduser().exists():
+    try:
+        exists = Path(ckpt_path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"ckpt_path is {str(ckpt_path)[:200]!r}: it cannot be read ({first_line(error)})") from error
+    if not str(ckpt_path):
+        raise InputError("ckpt_path is empty: name a checkpoint")
+    if exists:
         check_trusted(ckpt_path, trust)
+        check_is_checkpoint(ckpt_path, trust)
     elif not (trust or isinstance(trainer.strategy, (DeepSpeed, FSDP2))) and isinstance(
         trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)
     ):  # which do not look through what they load

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lit_prune.checkpoint.files import write_json
+from lit_prune.checkpoint.outputs import check_file
 from lit_prune.commands.output import on_device
 from lit_prune.options import as_list
 from lit_prune.reporting.report import Scores
@@ -30,6 +30,7 @@ def evaluate(
     tasks: Sequence[str] | str,
     harness: Harness = HARNESS,
     output: str | None = None,
+    overwrite: bool = False,
 ) -> Scores:
     """Runs tasks of lm-evaluation-harness on a model; for its perplexity, see validate and test.
 
@@ -40,14 +41,16 @@ def evaluate(
         tasks: Names of tasks or groups of tasks, such as [arc_easy, piqa].
         harness: How they are run.
         output: JSON file to write the scores to; null = none.
+        overwrite: Replace the file if it exists.
     """
+    file = None if output is None else check_file(output, ".json", overwrite, [model.pretrained])
     tasks = as_list(tasks)
     harness.check(tasks)
     model.configure_model()
     scores = scores_of_tasks(trainer, model, tasks, harness)
     Console(quiet=trainer.quiet).print(scores_table({"score": scores}))
-    if output is not None:
-        write_json(Path(output).expanduser(), scores)
+    if file is not None:
+        write_json(file, scores)
     return scores
 
 

@@ -12,6 +12,7 @@ from lit_prune.checkpoint.save import Format, check_shard_size, save_pruned
 from lit_prune.checkpoint.training_checkpoints import by_layer, read_checkpoint
 from lit_prune.commands.output import refuse_lazy, show
 from lit_prune.errors import InputError, first_line
+from lit_prune.models.weights import check_all_finite
 from lit_prune.pruning import PruningReport
 from lit_prune.reporting.documents import read_report, render
 from lit_prune.training import LitCausalLM, TextDataModule
@@ -64,6 +65,7 @@ def export(
             raise InputError(
                 f"checkpoint is {checkpoint!r}: it is not of the model {model.pretrained!r} ({first_line(error)})"
             ) from error
+        check_all_finite(model.model, f"checkpoint is {checkpoint!r}")
     with without_adapters(model.model) as trained:
         adapters = trained if read else adapter_files(model.pretrained)
         title = Path(model.pretrained).name

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lit_prune.checkpoint.files import write_json
 from lit_prune.checkpoint.masks import load_masks
+from lit_prune.checkpoint.outputs import check_file
 from lit_prune.commands.output import on_device, refuse_lazy
 from lit_prune.errors import InputError
 from lit_prune.options import as_list
@@ -30,6 +30,7 @@ def speed(
     datamodule: TextDataModule,
     tokens: Sequence[int] | int = (1, 16, 256),
     output: str | None = None,
+    overwrite: bool = False,
 ) -> list[Speed]:
     """Times one layer of each shape, with its zeros multiplied and in a sparse form of torch, on this machine.
 
@@ -39,8 +40,10 @@ def speed(
         datamodule: Not read.
         tokens: Rows of the input: 1 is generation one token at a time, hundreds are a prompt.
         output: JSON file to write the figures to; null = none.
+        overwrite: Replace the file if it exists.
     """
     refuse_lazy(model, "speed")
+    file = None if output is None else check_file(output, ".json", overwrite, [model.pretrained])
     tokens = as_list(tokens)
     if not tokens or not all(1 <= rows <= _MOST_ROWS for rows in tokens):
         raise InputError(f"tokens are {list(tokens)}: give numbers from 1 to {_MOST_ROWS:,}, such as [1, 16, 256]")
@@ -49,6 +52,6 @@ def speed(
     with on_device(trainer, model) as whole:
         found = measure_speed(whole, masks, tokens)
     Console(quiet=trainer.quiet).print(speed_table(found))
-    if output is not None:
-        write_json(Path(output).expanduser(), [asdict(figure) for figure in found])
+    if file is not None:
+        write_json(file, [asdict(figure) for figure in found])
     return found

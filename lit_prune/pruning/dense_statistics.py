@@ -153,7 +153,7 @@ class DenseModel:
         precision = precision_of(self.forward_context, self.plan.device or next(self.model.parameters()).device)
         parts = (scorer.gradient_norm, precision or "plain", self.identity["model"], self.identity["data"])
         path = self._cached(f"gradients-{'-'.join(parts)}.safetensors")
-        if path and holds_norms(path, [target.name for target in self.targets]):
+        if path and holds_norms(path, self.targets):
             self.cached.append(path.name)
         with self.stages.stage("gradients"):
             return gradient_norms(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from lit_prune.ops import PackedMask, collectives
 from lit_prune.reporting.report import LayerReport, ReconstructionReport, changed_parameters, versions
 
 _BLOCK = {"run": str, "tensors": str, "layers": list[dict[str, Any]], "reconstructions": list[dict[str, Any]]}
+_OWN = re.compile(r"\.?(block_\d{4,}\.(safetensors|record)|(run|allocation)\.record)(\.writing-\d+)?")
+"""Names of a journal's files, and of those that a killed run had begun."""
 _ALLOCATION = {"allocation": dict[str, float], "metrics": dict[str, float]}
 """What the records hold."""
 
@@ -182,8 +185,9 @@ class Journal:
     @staticmethod
     def remove(folder: Path) -> None:
         """Delete a journal's own files, and the folder if nothing else is in it."""
-        for file in [*folder.glob("block_*"), *folder.glob("*.record"), *folder.glob(".*.writing-*")]:
-            file.unlink(missing_ok=True)
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if _OWN.fullmatch(file.name):
+                file.unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
@@ -194,7 +198,9 @@ class Journal:
 
     @staticmethod
     def check_unfinished(folder: Path, resume: str | None) -> None:
-        """Raise ``InputError`` if a stopped run left finished blocks and ``resume`` is None."""
+        """Raise ``InputError`` if a folder cannot be a journal, or has finished blocks and ``resume`` is None."""
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise InputError(f"{str(folder)!r} is a file or a link: the journal of this run needs a folder there")
         if resume is None and (blocks := len(list(folder.glob("block_*.record")))):
             raise InputError(
                 f"{str(folder)!r} has {blocks} finished blocks of a stopped run: go on from them with --resume auto, "

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from lit_prune.checkpoint.files import write_atomically
 from lit_prune.checkpoint.masks import load_masks
+from lit_prune.checkpoint.outputs import check_file
 from lit_prune.checkpoint.save import REPORT_FILE
 from lit_prune.errors import InputError
 from lit_prune.reporting import pages
@@ -16,19 +17,18 @@ from lit_prune.reporting.figures import Points, as_svg, by_block, scatter
 from lit_prune.reporting.report import PruningReport
 
 
-def compare(runs: Sequence[str], output: str = "compare.html") -> Path:
+def compare(runs: Sequence[str], output: str = "compare.html", overwrite: bool = False) -> Path:
     """Write a page that sets pruned folders side by side: a table, and perplexity against sparsity and seconds.
 
     Args:
         runs: Folders that ``lit-prune`` wrote.
-        output: HTML file to write; an older one is replaced.
+        output: HTML file to write.
+        overwrite: Replace the file if it exists.
 
     Raises:
         InputError: where a folder holds no report, or one of another format.
     """
-    path = Path(output).expanduser()
-    if path.suffix != ".html":
-        raise InputError(f"output is {output!r}: give a file that ends in .html")
+    path = check_file(output, ".html", overwrite, runs)
     page = comparison_page({name: _read(run) for name, run in zip(_names(runs), runs, strict=True)})
     write_atomically(path, lambda temporary: temporary.write_bytes(page.encode(errors="replace")))
     return path

@@ -22,6 +22,7 @@ from lit_prune.errors import InputError, first_line
 from lit_prune.models.experts import take_apart
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
+from lit_prune.models.weights import check_finite
 from lit_prune.pruning.journal import differences
 from lit_prune.sharding.offload import names_on_disk
 from lit_prune.training.data import validation_names
@@ -89,7 +90,7 @@ class LitCausalLM(LightningModule):
         self.model: Any = None
         self._mean_losses: list[MeanMetric] = []
         self._batch_start = 0.0
-        self._steppers: dict[str, str | None] = {}
+        self._steppers: dict[str, str | None] = {"model.trainable": type(self.trainable).__name__}
         self._resumed: dict[str, str | None] = {}
 
     def configure_model(self) -> None:
@@ -204,19 +205,41 @@ class LitCausalLM(LightningModule):
         self._mean_losses = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the optimizer and the schedule whose state is saved."""
+        """Name what trains, the optimizer and the schedule whose state is saved."""
         checkpoint["steppers"] = self._steppers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the state of another optimizer or schedule, and paths that lead elsewhere."""
         check_kept_paths(checkpoint.get("callbacks", {}))
+        for name, value in checkpoint.get("state_dict", {}).items():
+            if isinstance(value, Tensor):
+                check_finite(name, value, "the checkpoint")
         self._resumed = checkpoint.get("steppers", {})
         self._check_resumed()
+        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.strategy.lightning_restore_optimizer:
+            for name in ("optimizer_states", "lr_schedulers"):
+                if name not in checkpoint:
+                    raise InputError(
+                        f"cannot go on from this checkpoint: it holds no {name}, as save_weights_only leaves them out; "
+                        "export it, and train the folder as --model.pretrained"
+                    )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the weights of a checkpoint; raise ``InputError`` if they are another model's."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise InputError(
+                f"the checkpoint is not of the model {self.pretrained!r} that trains {type(self.trainable).__name__} "
+                f"({' '.join(str(error).split())[:300]})"
+            ) from error
 
     def _check_resumed(self) -> None:
         if not (self._resumed and self._steppers and self.trainer.state.fn == TrainerFn.FITTING):
             return
-        if found := list(differences(self._resumed, self._steppers)):
+        both = self._resumed.keys() & self._steppers.keys()
+        before, now = ({name: steppers[name] for name in both} for steppers in (self._resumed, self._steppers))
+        if found := list(differences(before, now)):
             raise InputError(
                 f"cannot go on from this checkpoint: {'; '.join(found)}; give what it was written with, or begin anew "
                 "without --ckpt_path"
@@ -233,7 +256,7 @@ class LitCausalLM(LightningModule):
             if not 0 <= float(group["lr"]) < math.inf:
                 raise InputError(f"model.optimizer has the learning rate {group['lr']}: give a number, such as 1.0e-4")
         scheduler = self._scheduler(optimizer)
-        self._steppers = {
+        self._steppers |= {
             "model.optimizer": type(optimizer).__name__,
             "model.lr_scheduler": None if scheduler is None else type(scheduler).__name__,
         }

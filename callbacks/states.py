@@ -1,0 +1,22 @@
+"""States of callbacks in checkpoints, which anyone may have written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import Callback
+
+from lit_prune.errors import InputError, first_line
+
+
+@contextmanager
+def restoring(callback: Callback) -> Iterator[None]:
+    """Turn what is raised while a damaged state is restored into an ``InputError`` that names the callback."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"the checkpoint's state of {type(callback).__name__} is damaged ({reason})") from error
