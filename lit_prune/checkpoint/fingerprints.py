@@ -17,6 +17,10 @@ _NOT_COMPUTED = ("transformers_version", "architectures", "dtype", "torch_dtype"
 """Values of a config that change with where and how a model was saved."""
 
 
+_PIECE = 2**24
+"""Values that are hashed at once."""
+
+
 def model_fingerprint(model: nn.Module, store: BlockStore | None = None) -> str:
     """Return a digest of the model's config and of every parameter: its name, shape, dtype and values.
 
@@ -50,7 +54,10 @@ def _values(name: str, parameter: Tensor) -> bytes:
     """Return the digest of a parameter's values; raise ``InputError`` if one is not finite."""
     values = parameter.detach()
     check_finite(name, values, "the model")
-    return hashlib.sha256(values.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data).digest()
+    digest = hashlib.sha256()
+    for piece in values.reshape(-1).split(_PIECE):  # copied: a storage that NumPy has seen cannot be resized any more
+        digest.update(piece.to("cpu", copy=True).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def data_fingerprint(batches: Sequence[Tensor | Mapping[str, Tensor]]) -> str:

@@ -7,6 +7,7 @@ per forward pass.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections import Counter
@@ -14,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from weakref import finalize
 
 import torch
 from accelerate import init_empty_weights
@@ -37,6 +37,8 @@ from lit_prune.sharding.block_store import BlockStore, fill_outside_blocks, stor
 
 _CHANGED = re.compile(r"block_\d{4,}\.safetensors|\.block_\d{4,}\.safetensors\.writing-\d+")
 """Names in the folder for blocks that have changed."""
+_CLAIMED: dict[Path, ExitStack] = {}
+"""Folders of changed blocks that this process has locked."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -57,12 +59,7 @@ class OnDisk(BlockStore):
         super().__init__()
         self._ends = ends
         self._sources = sources
-        self._lock = ExitStack()
-        if _is_first_process():
-            refusal = f"model.lazy is {str(changes)!r}: another run keeps its blocks there; name another folder"
-            changes.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(locked(changes.with_name(f".{changes.name}.lock"), refusal))
-            finalize(self, self._lock.close)
+        _claim(changes)
         self._finite: set[str] = set()
         self._changes = changes
         self._drop()
@@ -101,7 +98,7 @@ class OnDisk(BlockStore):
         self._drop()
         if self._changes.is_dir() and not any(self._changes.iterdir()):
             self._changes.rmdir()
-        self._lock.close()
+        _CLAIMED.pop(self._changes.resolve(), ExitStack()).close()
 
     def _prefetch(self, block: Block, device: torch.device) -> None:
         """Read a block in another thread; on CPUs only into the page cache, because memory has room for one block.
@@ -211,6 +208,19 @@ def save_lazily(folder: Path, model: Any, disk: OnDisk) -> None:
     index = {"metadata": {"total_size": size}, "weight_map": weights}
     (folder / _INDEX).write_text(as_json(index), encoding="utf-8")
     save_configs(folder, model)
+
+
+def _claim(changes: Path) -> None:
+    """Keep other runs from a folder of changed blocks, until this process ends or they are forgotten."""
+    folder = changes.resolve()
+    if folder in _CLAIMED or not _is_first_process():
+        return
+    refusal = f"model.lazy is {str(changes)!r}: another run keeps its blocks there; name another folder"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = ExitStack()
+    lock.enter_context(locked(folder.with_name(f".{folder.name}.lock"), refusal))
+    _CLAIMED[folder] = lock
+    atexit.register(lock.close)
 
 
 def _is_first_process() -> bool:

@@ -54,7 +54,9 @@ def state() -> dict[str, Tensor]:
 
 
 def single(folder: Path, **content: Any) -> Path:
-    torch.save({"state_dict": state(), "callbacks": {}, **content}, folder / "last.ckpt")
+    torch.save(
+        {"state_dict": state(), "callbacks": {}, "pytorch-lightning_version": "2.6.0", **content}, folder / "last.ckpt"
+    )
     return folder / "last.ckpt"
 
 

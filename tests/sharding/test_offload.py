@@ -1,5 +1,7 @@
 """Models that stay on disk, pruned from folder to folder."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,3 +166,16 @@ def test_nothing_else_is_dropped_with_the_blocks_that_have_changed(
     with pytest.raises(InputError, match=rf"it holds '{other}', and blocks that lie there are dropped"):
         load_model(str(saved()), lazy=changes)
     assert len(list(changes.iterdir())) == 2
+
+
+def test_a_folder_of_changed_blocks_is_of_one_process(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder, changes = str(saved()), tmp_path / "changes"
+    first = load_model(folder, lazy=changes)
+    command = f"from lit_prune import load_model; load_model({folder!r}, lazy={str(changes)!r})"
+    other = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert "InputError: model.lazy is" in other.stderr and "another run keeps its blocks there" in other.stderr
+    load_model(folder, lazy=changes)  # the same process may open it again
+    store = disk_store_of(first)
+    assert store is not None
+    store.forget()
+    subprocess.run([sys.executable, "-c", command], check=True)
