@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torch.multiprocessing.spawn import ProcessExitedException
 
@@ -54,11 +55,16 @@ FILES: dict[str, bytes] = {
     "column.jsonl": b'{"words": "some words"}\n' * 20,
     "cut.parquet": b"PAR1\0\0",
     "empty.gguf": b"",
+    "older.json": b"{}",
+    "older.html": b"<p>",
+    ".taken.journal": b"",
 }
 """Files that are bad in one way each."""
 
 # A number may be read as an int or a float: typing keeps the order of a union in which it was first seen.
 
+SPEED = "--model.pretrained {at}/pruned --model.config null --tokens 1"
+FIT = "fit --trainer.max_steps 1"
 # {at} is the folder of those files, and of the pruned model "pruned". The second string is in the line that is said.
 ARGUMENTS = [
     ("", 'expected "subcommand" to be one of'),
@@ -205,6 +211,14 @@ MODEL = [
         "shard_size is '-5MB': give a positive number and KB, MB, GB or",
     ),
     ("export --checkpoint {at}/short.txt", ": short.txt holds more than tensors and plain data, or is"),
+    ("prune --output {at}/taken", ".taken.journal' is a file or a link: the journal of this run needs a folder there"),
+    (f"speed {SPEED} --output {{at}}/pruned/config.json", "pruned', which this run reads; choose another file"),
+    (f"speed {SPEED} --output {{at}}/older.json", "it exists and is kept; choose another file or add --overwrite"),
+    (f"speed {SPEED} --output ''", "output is empty"),
+    (f"speed {SPEED} --output times.txt", "name a file that ends in .json"),
+    (f"speed {SPEED} --output {{at}}/folder.json", "it is a folder; name a file"),
+    ("evaluate --tasks x --output {at}/older.json", "it exists and is kept; choose another file or add --overwrite"),
+    ("compare {at}/pruned --output {at}/older.html", "it exists and is kept; choose another file or add --overwrite"),
 ]
 TRAINING = [
     ("prune --trainer.accelerator foo", "You selected an invalid accelerator name: `accelerator='foo'`."),
@@ -280,6 +294,11 @@ TRAINING = [
         "You have passed invalid value -1",
     ),
     ("fit --trainer.max_steps 1 --ckpt_path best", '`.fit(ckpt_path="best")` is set but `ModelCheckpoint` is not'),
+    (f"{FIT} --ckpt_path {{at}}/empty.ckpt", "it is not one of Lightning ('pytorch-lightning_version' is missing)"),
+    (f"{FIT} --ckpt_path {{at}}/list.ckpt", "it is not one of Lightning ('state_dict' is missing)"),
+    (f"{FIT} --ckpt_path {{at}}/pruned/model.safetensors", "model.safetensors'"),
+    (f"{FIT} --ckpt_path {'x' * 300}", "it cannot be read ([Errno 36] File name too long"),
+    (f"{FIT} --ckpt_path ''", "ckpt_path is empty: name a checkpoint"),
     ("validate --ckpt_path nowhere.ckpt", "Checkpoint file not found: nowhere.ckpt"),
     (
         "fit --trainer.max_steps 1 --model.optimizer torch.optim.AdamW --model.optimizer.lr -1",
@@ -326,6 +345,9 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
+    torch.save({"state_dict": {}}, folder / "empty.ckpt")
+    torch.save([1, 2], folder / "list.ckpt")
+    (folder / "folder.json").mkdir()
     write_config(folder / "config.yaml", {})
     assert main(["prune", "-c", str(folder / "config.yaml"), "--output", str(folder / "pruned"), "--quiet"]) == 0
     return folder

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.gradients import gradient_norms
-from lit_prune.errors import NumericalError
+from lit_prune.checkpoint.files import save_tensors
+from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.targets import find_targets
 from lit_prune.ops import Unstructured
@@ -88,6 +89,19 @@ def test_norms_are_kept_in_a_file(tiny_model: Callable[..., nn.Module], tokens: 
     first, again = norms(), norms()
     assert passes == [6, 0]
     assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("damage", [lambda t: -t, lambda t: t[:1], lambda t: t.to(torch.int8)])
+def test_norms_in_a_file_that_cannot_be_norms_are_refused(
+    damage: Callable[[Tensor], Tensor], tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model, file = tiny_model(), tmp_path / "norms.safetensors"
+    targets = find_targets(model, find_blocks(model))
+    norms = gradient_norms(model, tokens, targets, "l2", file)
+    name = targets[0].name
+    save_tensors(file, {**norms, name: damage(norms[name]).contiguous()})
+    with pytest.raises(InputError, match=f"norms.safetensors' is damaged: the gradient norms of {name}"):
+        gradient_norms(model, tokens, targets, "l2", file)
 
 
 def test_nan_gradients_name_layer_and_sequence(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:

@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_prune.allocators import AlphaPruning
 from lit_prune.callbacks import KeepMasks, Prune
+from lit_prune.errors import InputError
 from lit_prune.ops import NM
 from lit_prune.pruning import Cubic, PruningPlan
 from lit_prune.scorers import Magnitude
-from lit_prune.training import LitCausalLM, TextDataModule, WarmupCosine
+from lit_prune.training import LitCausalLM, NormsAndBiases, TextDataModule, WarmupCosine
 from support.training import LLAMA, trainer
 
 LONGER = {**LLAMA, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -22,7 +23,8 @@ LONGER = {**LLAMA, "num_hidden_layers": 4, "num_attention_heads": 2}
 def fit(*callbacks: Callback, steps: int, resume: Path | None = None, **options: Any) -> Trainer:
     torch.manual_seed(0)
     schedule = options.pop("schedule", None)
-    module = LitCausalLM("random", config=LONGER, lr_scheduler=schedule)
+    config, trainable = options.pop("config", LONGER), options.pop("trainable", None)
+    module = LitCausalLM("random", config=config, lr_scheduler=schedule, trainable=trainable)
     data = TextDataModule("random", dataset="embedded", seqlen=16, sequences=2, max_windows=40, batch_size=2)
     runner = trainer(*callbacks, max_steps=steps, **{"limit_val_batches": 0, **options})
     runner.fit(module, datamodule=data, ckpt_path=resume)
@@ -76,3 +78,35 @@ def test_overfitting_sees_the_same_batches_in_each_epoch() -> None:
 
     fit(See(), steps=6, overfit_batches=2)
     assert seen[:2] == seen[2:4] == seen[4:6] and seen[0] != seen[1]
+
+
+def changed(checkpoint: Path, **content: Any) -> Path:
+    """Write a copy of a checkpoint with other entries; None leaves one out."""
+    entries = {**torch.load(checkpoint, weights_only=True), **content}
+    other = checkpoint.with_name("other.ckpt")
+    torch.save({name: value for name, value in entries.items() if value is not None}, other)
+    return other
+
+
+def pruning() -> list[Callback]:
+    return [Prune(PruningPlan(NM(2, 4), Magnitude(), output_error=False)), KeepMasks()]
+
+
+def test_what_cannot_go_on_is_told_before_the_first_step(tmp_path: Path) -> None:
+    fit(*pruning(), ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=2), steps=2)
+    end = tmp_path / "end.ckpt"
+    state = torch.load(end, weights_only=True)["state_dict"]
+    name = next(iter(state))
+    for content, message in (
+        ({"state_dict": {**state, name: state[name] * torch.nan}}, f"{name} holds NaN or Inf"),
+        ({"optimizer_states": None}, "it holds no optimizer_states, as save_weights_only leaves them out"),
+        ({"callbacks": {}}, "after the last pruning of the schedule (step 0), and holds no masks"),
+        ({"callbacks": {"Prune": {}}}, "state of Prune is damaged ('pruned_at' is missing)"),
+    ):
+        with pytest.raises(InputError) as raised:
+            fit(*pruning(), steps=4, resume=changed(end, **content))
+        assert message in str(raised.value)
+    with pytest.raises(InputError, match=r"model\.trainable was 'Everything' and is now 'NormsAndBiases'"):
+        fit(*pruning(), steps=4, resume=end, trainable=NormsAndBiases())
+    with pytest.raises(InputError, match="the checkpoint is not of the model 'random' that trains Everything"):
+        fit(*pruning(), steps=4, resume=end, config={**LONGER, "num_hidden_layers": 2})

@@ -156,3 +156,12 @@ def test_a_record_that_is_no_record_is_damage(
     journal._write_record(tmp_path / "block_0001.record", content)
     again = prune(tiny_model(), tokens, plan, journal_folder=tmp_path, resume=True)
     assert [layer.reached for layer in again.layers] == [layer.reached for layer in straight.layers]
+
+
+def test_only_its_own_files_are_removed_with_a_journal(tmp_path: Path) -> None:
+    own = ["run.record", "allocation.record", "block_0001.record", "block_0001.safetensors", ".run.record.writing-7"]
+    others = ["block_notes", "my.record", "block_9"]
+    for name in (*own, *others):
+        (tmp_path / name).touch()
+    journal.Journal.remove(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(others)
