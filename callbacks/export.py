@@ -55,7 +55,7 @@ class Export(Callback):
 
         Args:
             output: Folder to write.
-            overwrite: Replace the folder where it exists.
+            overwrite: Replace the folder if it exists.
             best: Write the best checkpoint of the ``ModelCheckpoint`` since the last pruning, not the last weights;
                 where it has written none since, the last weights, with a warning.
         """

@@ -195,7 +195,7 @@ class KeepMasks(Callback):
             self._restored = {n: PackedMask(bits, tuple(shapes[n])) for n, bits in state_dict["masks"].items()}
 
     def _refuse_others(self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, PackedMask]) -> None:
-        """Raise ``InputError`` where the model is not the one that was pruned, such as the dense one."""
+        """Raise ``InputError`` if the model is not the one that was pruned, such as the dense one."""
         found = [
             f"{count} values that they prune are not zero in {name}"
             for name, parameter in _parameters_of(pl_module.get_submodule("model"), masks).items()
@@ -243,7 +243,7 @@ class KeepMasks(Callback):
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Raise ``InputError`` where masks cannot be kept under a strategy."""
+    """Raise ``InputError`` if masks cannot be kept under a strategy."""
     if not isinstance(strategy, _HOLDS):
         raise InputError(
             f"trainer.strategy is {type(strategy).__name__}: it cannot hold masks; use ddp, "

@@ -99,7 +99,7 @@ class Prune(Callback):
         """The optimizer step of the latest pruning."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a schedule that outlasts the training; prune where step 0 is due."""
+        """Refuse a schedule that outlasts the training; prune if step 0 is due."""
         steps = trainer.estimated_stepping_batches
         if self.schedule.last > steps:
             raise InputError(
@@ -122,7 +122,7 @@ class Prune(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Prune where the step that has just been taken is due."""
+        """Prune if the step just taken is due."""
         self._prune_if_due(trainer, pl_module)
 
     def prune(
@@ -183,7 +183,7 @@ class Prune(Callback):
         return self.report
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where the training has stopped before the schedule ended."""
+        """Say so if training stopped before the schedule ended."""
         if self.pruned_at is None or self.pruned_at < self.schedule.last:
             rank_zero_warn(
                 f"training stopped at step {trainer.global_step}, before the schedule prunes for the last time (step "

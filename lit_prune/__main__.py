@@ -19,7 +19,7 @@ import lit_prune
 COMMANDS = {
     "prune": "Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.",
     "analyze": "Tells how prunable each layer is, from the spectra of the weights; nothing is changed.",
-    "fit": "Trains a model, pruning it where the schedule of a Prune callback says so.",
+    "fit": "Trains a model, pruning it when the schedule of a Prune callback says so.",
     "validate": "Evaluates a model on the validation text.",
     "test": "Evaluates a model on the test text.",
     "evaluate": "Runs tasks of lm-evaluation-harness on a model; for its perplexity, see validate and test.",

@@ -165,7 +165,7 @@ def _check_old_overrides(arguments: Sequence[str]) -> None:
 
 
 def _add_default_plan(arguments: list[str], configs: Sequence[Any]) -> None:
-    """Put the default plan first where none is given, so that everything else can change it."""
+    """Put the default plan first if none is given, so that everything else can change it."""
     command = arguments[0] if arguments else ""
     changes = [argument.partition("=")[0] for argument in arguments if _CHANGES_A_PLAN.match(argument)]
     prunes = any("Prune" in (_callbacks(config) or ()) for config in configs) or any(map(_adds_prune, arguments))

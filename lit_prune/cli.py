@@ -159,7 +159,7 @@ class PruningCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Give the data the model's tokenizer where none is named; be quiet where that is asked for."""
+        """Give the data the model's tokenizer if none is named; be quiet if asked to."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained

@@ -98,7 +98,7 @@ def check_allocator(allocator: Allocator) -> None:
     """Check what an allocator promises: see ``Allocator.allocate``.
 
     The sparsities are of all layers, in their order; their mean, weighted by parameters, is the target; they are in
-    [0, 1), and within ``min_sparsity`` and ``max_sparsity`` where the allocator has them.
+    [0, 1), and within ``min_sparsity`` and ``max_sparsity`` if the allocator has them.
 
     Raises:
         AssertionError: names the promise that is broken.

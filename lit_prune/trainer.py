@@ -17,7 +17,7 @@ class PruningTrainer(Trainer):
     """Lightning's Trainer that can also prune, analyze and export, and that runs no code out of a checkpoint."""
 
     recipe: Recipe | None = None
-    """How it was started, where the command line did."""
+    """How it was started, if the command line did."""
     quiet: bool = False
     """Whether it shows no progress and no tables."""
 
@@ -43,7 +43,7 @@ class PruningTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         trust: bool = False,
     ) -> None:
-        """Trains a model, pruning it where the schedule of a Prune callback says so.
+        """Trains a model, pruning it when the schedule of a Prune callback says so.
 
         Args:
             model: The language model.
@@ -51,7 +51,7 @@ class PruningTrainer(Trainer):
             val_dataloaders: What to validate on, without a data module.
             datamodule: Its text.
             ckpt_path: Checkpoint to go on from: a file, or the folder of a sharded one.
-            trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
+            trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
         check_settings(self)
         check_folders(self)
@@ -75,7 +75,7 @@ class PruningTrainer(Trainer):
             ckpt_path: Checkpoint to take the weights from: a file, or the folder of a sharded one.
             verbose: Print the result.
             datamodule: Its text.
-            trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
+            trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
         weights_only = check_checkpoint(self, ckpt_path, trust)
         return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
@@ -97,7 +97,7 @@ class PruningTrainer(Trainer):
             ckpt_path: Checkpoint to take the weights from: a file, or the folder of a sharded one.
             verbose: Print the result.
             datamodule: Its text.
-            trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
+            trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
         weights_only = check_checkpoint(self, ckpt_path, trust)
         return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)

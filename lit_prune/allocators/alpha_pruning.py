@@ -32,7 +32,7 @@ MetricName = Literal[
 @final
 @dataclass(frozen=True)
 class AlphaPruning(Allocator):
-    """``r = η [(α - α_min) / (α_max - α_min) 2ε + 1 - ε]``: less goes where the spectrum's tail is heavy.
+    """``r = η [(α - α_min) / (α_max - α_min) 2ε + 1 - ε]``: less goes if the spectrum's tail is heavy.
 
     Lu et al., "AlphaPruning", 2024. The metric α of every matrix is worked out from its eigenvalues; by default the
     mean of a block's matrices is mapped, and all of them get the block's sparsity. η meets the budget; what leaves the
@@ -77,7 +77,7 @@ class AlphaPruning(Allocator):
 
     @property
     def metric_name(self) -> str | None:
-        """The metric, and what it is read off; None where ``values`` gives it."""
+        """The metric, and what it is read off; None if ``values`` gives it."""
         return None if self._read is not None else f"{self.metric}{'-windows' if self.windows else ''}"
 
     def measure(self, layers: Sequence[Layer]) -> dict[str, float]:
@@ -88,8 +88,8 @@ class AlphaPruning(Allocator):
         """Return the sparsity of every layer by name; see ``Allocator.allocate``.
 
         Raises:
-            InputError: where ``values`` has another number of matrices than the model.
-            NumericalError: where a weight is zero, of rank one or has a flat spectrum, so that no power law fits it.
+            InputError: if ``values`` has another number of matrices than the model.
+            NumericalError: if a weight is zero, of rank one or has a flat spectrum, so that no power law fits it.
         """
         return self.spread(layers, self.metrics(layers), target)
 
@@ -130,7 +130,7 @@ class AlphaPruning(Allocator):
 
 
 def linear_mapping(metrics: Tensor, epsilon: float) -> Tensor:
-    """Map metrics linearly to ``[1 - ε, 1 + ε]``; all to 1 where they are equal."""
+    """Map metrics linearly to ``[1 - ε, 1 + ε]``; all to 1 if they are equal."""
     low, high = metrics.min(), metrics.max()
     if high == low:
         return torch.ones_like(metrics)

@@ -93,12 +93,12 @@ class Allocator(ABC):
             target: fraction of all their weights to remove, in [0, 1).
 
         Raises:
-            InputError: where no allocation within the bounds has that mean.
+            InputError: if no allocation within the bounds has that mean.
         """
 
 
 def check_bounds(min_sparsity: float, max_sparsity: float) -> None:
-    """Raise ``InputError`` where the bounds of an allocator are no range within [0, 1)."""
+    """Raise ``InputError`` if the bounds of an allocator are no range within [0, 1)."""
     check_sparsity(min_sparsity, "min_sparsity")
     check_sparsity(max_sparsity, "max_sparsity")
     if min_sparsity > max_sparsity:
@@ -106,7 +106,7 @@ def check_bounds(min_sparsity: float, max_sparsity: float) -> None:
 
 
 def check_budget(target: float, low: float, high: float) -> None:
-    """Raise ``InputError`` where no values in ``[low, high]`` have the mean ``target``."""
+    """Raise ``InputError`` if no values in ``[low, high]`` have the mean ``target``."""
     if not low <= target <= high:
         raise InputError(f"no allocation with values in [{low:g}, {high:g}] has the mean {target:g}")
 
@@ -137,7 +137,7 @@ def project_onto_budget(ratios: Tensor, sizes: Tensor, target: float, low: float
         high: no value is above it.
 
     Raises:
-        InputError: where the target is outside ``[low, high]``, or a ratio is negative or not finite.
+        InputError: if the target is outside ``[low, high]``, or a ratio is negative or not finite.
     """
     check_budget(target, low, high)
     if not (ratios.isfinite().all() and (ratios >= 0).all()):

@@ -15,7 +15,7 @@ Batch = Tensor | Mapping[str, Tensor]
 
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """Return a batch as the model's keyword arguments on ``device``; raise ``InputError`` where it is padded."""
+    """Return a batch as the model's keyword arguments on ``device``; raise ``InputError`` if it is padded."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask.all()):
@@ -42,7 +42,7 @@ def split_batch(batch: Batch, sequences: int) -> list[Batch]:
 
 
 def first_sequences(batches: Sequence[Batch], sequences: int | None) -> Sequence[Batch]:
-    """Return the first sequences of batches (None = all), the last batch cut where it must be."""
+    """Return the first sequences of batches (None = all), the last batch cut if it must be."""
     if sequences is None:
         return batches
     found: list[Batch] = []

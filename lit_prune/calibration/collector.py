@@ -17,7 +17,7 @@ from lit_prune.sharding.parameters import read_weight
 
 
 class _SeenEnough(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a block's forward pass where no layer is watched any more."""
+    """Ends a block's forward pass when no layer is watched any more."""
 
 
 class Collector:
@@ -34,7 +34,7 @@ class Collector:
         self.stats: dict[str, LayerStats] = {}
         self.sequences = 0
         self.dense_inputs: dict[str, Tensor] = {}
-        """This batch's inputs of every layer in the dense model, where they are wanted."""
+        """This batch's inputs of every layer in the dense model, if they are wanted."""
         self._needs = needs
         self._whole_passes = whole_passes
         self._called: list[str] = []  # on this batch, in order

@@ -53,7 +53,7 @@ def gradient_norms(
         store: of the blocks; None = the model itself.
 
     Raises:
-        NumericalError: where a gradient is NaN or infinite; it names layer and sequence.
+        NumericalError: if a gradient is NaN or infinite; it names layer and sequence.
     """
     if cache is not None and holds_norms(cache, targets):
         known = load_tensors(cache)
@@ -111,7 +111,7 @@ def _own_sequences(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]
     """Yield this process's sequences: the index among all, the sequence, and whether it is this process's at all.
 
     Every process gets as many, because they may have to gather weights together; the last one is there for that alone
-    where the sequences do not come out even.
+    if the sequences do not divide evenly.
     """
     sequences = [sequence for batch in batches for sequence in split_batch(batch, 1)]
     for first in range(0, len(sequences), collectives.world_size()):
@@ -124,7 +124,7 @@ def _own_sequences(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]
 def _adding_gradients(
     targets: Sequence[Target], sums: dict[str, Tensor] | None, norm: GradientNorm, sequence: int
 ) -> Iterator[None]:
-    """Add every target's gradient to its sum (None = drop it), and raise in all processes where one is not finite."""
+    """Add every target's gradient to its sum (None = drop it), and raise in all processes if one is not finite."""
     bad: list[NumericalError] = []
 
     def adder(name: str) -> Callable[[Tensor], None]:

@@ -110,8 +110,8 @@ class BlockReplay:
             advance: move on past the block, as it is now, in the same pass.
 
         Raises:
-            InputError: where a layer is never called, so nothing is known about its inputs.
-            NumericalError: where activations are NaN or infinite.
+            InputError: if a layer is never called, so nothing is known about its inputs.
+            NumericalError: if activations are NaN or infinite.
         """
         experts = expert_layers(self._blocks[index].module)
         # Which experts are called, and which is the last, differs from batch to batch.
@@ -152,7 +152,7 @@ class BlockReplay:
         """Return, for experts that saw too few tokens, the statistics of all experts together.
 
         That is fewer than a Gram matrix has rows. The inputs of an expert's last layer are its own hidden units, which
-        have nothing in common with another's: they are pooled only where there are none at all.
+        have nothing in common with another's: they are pooled only if there are none at all.
         """
         found: dict[str, LayerStats] = {}
         for group in expert_layers(self._blocks[index].module):
@@ -213,7 +213,7 @@ class BlockReplay:
         self._calls[index] = []  # its masks and embeddings are not needed again
 
     def _check_finite(self, index: int) -> None:
-        """Raise ``NumericalError`` in every process where a block's outputs are not finite in any of them."""
+        """Raise ``NumericalError`` in every process if a block's outputs are not finite on any rank."""
         bad = [batch for batch, hidden in enumerate(self._hidden) if not _is_finite(hidden)]
         for found in collectives.gather(bad):
             if found:

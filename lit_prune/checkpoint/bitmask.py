@@ -55,7 +55,7 @@ def read_bitmask(path: str | Path) -> dict[str, Tensor]:
     >>> model.load_state_dict(read_bitmask("out/small"))  # doctest: +SKIP
 
     Raises:
-        InputError: where there is no such file, or it holds something else.
+        InputError: if there is no such file, or it holds something else.
     """
     with opened(path, BITMASK_FILE, _FORMAT, "a bitmask model is") as (handle, metadata):
         try:
@@ -84,7 +84,7 @@ def opened(path: str | Path, name: str, mark: str, what: str) -> Iterator[tuple[
         what: is asked of it, for errors.
 
     Raises:
-        InputError: where there is no such file, or it holds something else.
+        InputError: if there is no such file, or it holds something else.
     """
     file = Path(path).expanduser()
     file = inside(file, name) if file.is_dir() else file

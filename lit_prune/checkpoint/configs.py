@@ -12,7 +12,7 @@ from lit_prune.errors import InputError
 
 
 def save_configs(folder: Path, model: Any) -> None:
-    """Write a model's config and, where it can generate, its generation config, as ``save_pretrained`` does."""
+    """Write a model's config and, if it can generate, its generation config, as ``save_pretrained`` does."""
     model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -20,7 +20,7 @@ def save_configs(folder: Path, model: Any) -> None:
 
 
 def load_generation_config(folder: Path, model: Any) -> None:
-    """Give a model the generation config of its folder, where there is one."""
+    """Give a model the generation config of its folder, if there is one."""
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
 

@@ -17,7 +17,7 @@ def masks_of_zeros(model: nn.Module) -> dict[str, PackedMask]:
     A weight that is zero by chance is taken for pruned; masks that were saved are not.
 
     Raises:
-        InputError: where no weight is zero.
+        InputError: if no weight is zero.
     """
     masks = {}
     for target in find_targets(model, find_blocks(model)):

@@ -47,13 +47,13 @@ def save_pruned(
         tokenizer: Its tokenizer, if any.
         masks: Keep masks by parameter name.
         documents: Further files, by name.
-        overwrite: Replace the folder where it exists.
+        overwrite: Replace the folder if it exists.
         to: How the weights are laid down.
         shard_size: Largest file, for ``hf-sharded``.
 
     Raises:
-        InputError: where the folder exists and ``overwrite`` is off, or the disk has no room.
-        RuntimeError: where a weight that its mask prunes is not exactly zero.
+        InputError: if the folder exists and ``overwrite`` is off, or the disk has no room.
+        RuntimeError: if a weight that its mask prunes is not exactly zero.
     """
     if to == "bitmask" and disk_store_of(model):
         raise InputError("to is 'bitmask': a model that was opened lazily is written as hf-sharded, a file per block")

@@ -80,7 +80,7 @@ class Checkpoint:
     """What an export needs of a training checkpoint."""
 
     weights: dict[str, Tensor]
-    """The language model's weights by name, whole, in CPU memory; float32 masters where there are any."""
+    """The language model's weights by name, whole, in CPU memory; float32 masters if there are any."""
     callbacks: dict[str, Any]
     """State of every callback, by the name of its class."""
 
@@ -106,10 +106,10 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
 
     Args:
         path: the file or folder.
-        trust: run what is pickled in it, even where that is more than plain data.
+        trust: run what is pickled in it, even if that is more than plain data.
 
     Raises:
-        InputError: where there is no such checkpoint, or it holds code and is not trusted.
+        InputError: if there is no such checkpoint, or it holds code and is not trusted.
     """
     path = Path(path).expanduser()
     check_trusted(path, trust)
@@ -141,7 +141,7 @@ def by_layer(masks: Mapping[str, PackedMask]) -> dict[str, PackedMask]:
 
 
 def check_trusted(path: str | Path, trust: bool = False) -> None:
-    """Raise ``InputError`` where a checkpoint does not exist, or holds more than plain data and is not trusted.
+    """Raise ``InputError`` if a checkpoint does not exist, or holds more than plain data and is not trusted.
 
     Files are read with unpicklers that know tensors and plain data alone; what else they name is never imported.
     """

@@ -40,14 +40,14 @@ def analyze(
 ) -> None:
     """Tells how prunable each layer is, from the spectra of the weights; nothing is changed.
 
-    The metric and its mapping are those of the AlphaPruning allocator of the Prune callback, where there is one.
+    The metric and its mapping are those of the AlphaPruning allocator of the Prune callback, if there is one.
 
     Args:
         trainer: It may have a Prune callback.
         model: The language model.
         datamodule: Not read.
         output: Folder to write: analysis.json and plots.
-        overwrite: Replace the folder where it exists.
+        overwrite: Replace the folder if it exists.
         sparsities: Targets to allocate for.
         histograms: Shell patterns over layer names: whose spectra are plotted with the fitted tail; none = those of
             the first block.

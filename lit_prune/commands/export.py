@@ -44,8 +44,8 @@ def export(
         to: As transformers saves it (hf), in files of a bounded size (hf-sharded), or kept weights and one bit for
             each weight (bitmask: smaller, to the same bits; lit_prune.load_model reads it).
         shard_size: Largest file, for hf-sharded.
-        overwrite: Replace the folder where it exists.
-        trust: Load the checkpoint even where it holds more than tensors and plain data, which may run code.
+        overwrite: Replace the folder if it exists.
+        trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
     """
     refuse_lazy(model, "export")
     check_shard_size(shard_size)

@@ -59,7 +59,7 @@ def prune(
         model: The language model.
         datamodule: Calibration and test text.
         output: Folder to write.
-        overwrite: Replace the folder where it exists.
+        overwrite: Replace the folder if it exists.
         resume: Go on with a run that was stopped, from its finished blocks, if there are any (auto), or begin anew
             without them (never); null = refuse to begin if there are any.
         tasks: Tasks of lm-evaluation-harness, to be run before and after; none = the perplexity alone.
@@ -157,7 +157,7 @@ def _check_prompts(prompts: Sequence[str]) -> None:
 
 @contextmanager
 def _resumable(trainer: PruningTrainer, journal: Path) -> Iterator[None]:
-    """Say how to go on where a signal or the disk stops a run that has a journal."""
+    """Say how to go on if a signal or the disk stops a run that has a journal."""
     advice = f"; finished blocks are kept in {str(journal)!r}: go on with the same command and --resume auto"
     try:
         with stopping_on_signals():

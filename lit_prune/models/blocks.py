@@ -27,7 +27,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     They are the items of that outermost ``ModuleList`` whose linear layers hold the most weights.
 
     Raises:
-        InputError: where no ``ModuleList`` holds a linear layer.
+        InputError: if no ``ModuleList`` holds a linear layer.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [

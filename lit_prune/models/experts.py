@@ -23,7 +23,7 @@ class Expert(nn.Module):
     """One expert: up (and gate), activation, down."""
 
     def __init__(self, fused: Any, index: int) -> None:
-        """Take expert ``index`` out of a fused module, whose memory it shares where the layout allows."""
+        """Take expert ``index`` out of a fused module, whose memory it shares if the layout allows."""
         super().__init__()
         for name in _matrices(fused):
             weight = getattr(fused, name).data[index]

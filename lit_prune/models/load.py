@@ -47,7 +47,7 @@ def load_model(
             read when it is worked on; None = the model is loaded whole.
 
     Raises:
-        InputError: where there is no such model, or the hub cannot be reached.
+        InputError: if there is no such model, or the hub cannot be reached.
     """
     if lazy is not None:
         with explained(pretrained):

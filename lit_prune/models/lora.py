@@ -90,7 +90,7 @@ def adapt(layer: nn.Module, rank: int, scale: float, keep: PackedMask | None) ->
         keep: its mask, in the layout of the parameter; None = a plain adapter.
 
     Raises:
-        InputError: where the layer is of another type, whose own forward pass an adapter would replace.
+        InputError: if the layer is of another type, whose own forward pass an adapter would replace.
     """
     adapted: Any = next((kind for kind in (AdaptedLinear, AdaptedConv1D) if type(layer) is kind.without), None)
     if adapted is None:

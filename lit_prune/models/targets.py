@@ -68,7 +68,7 @@ def find_targets(
         owner: of the patterns, as an error names them.
 
     Raises:
-        InputError: where a pattern matches no layer, nothing is left, or a weight is quantised.
+        InputError: if a pattern matches no layer, nothing is left, or a weight is quantised.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     candidates = [

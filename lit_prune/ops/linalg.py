@@ -12,7 +12,7 @@ from lit_prune.ops.masks import keep_only
 
 
 def check_damping(damping: float) -> float:
-    """Return ``damping`` (a fraction of the mean diagonal), or raise ``InputError`` where it is negative."""
+    """Return ``damping`` (a fraction of the mean diagonal), or raise ``InputError`` if it is negative."""
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
         raise InputError(f"damping is {damping!r}: it must be a number >= 0, such as 0.01")
     return float(damping)
@@ -64,7 +64,7 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
         damping: fraction of the mean diagonal.
 
     Raises:
-        NumericalError: where the damped matrix is not positive definite.
+        NumericalError: if the damped matrix is not positive definite.
     """
     diagonal = gram.diagonal().clone()
     matrix = _turn(damp(gram, damping))
@@ -118,7 +118,7 @@ class NormalisedGram(NamedTuple):
         """Normalise, damp and decompose ``XᵀX`` ``[i, i]``.
 
         Raises:
-            NumericalError: where the matrix is not finite.
+            NumericalError: if the matrix is not finite.
         """
         if not gram.isfinite().all():
             raise NumericalError(f"the Gram matrix [{len(gram)}, {len(gram)}] holds NaN or Inf")
@@ -132,7 +132,7 @@ class NormalisedGram(NamedTuple):
         return NormalisedGram(*(tensor.to(like) for tensor in self))
 
     def solve(self, rows: Tensor, rho: float) -> Tensor:
-        """Return ``rows (H + rho I)⁻¹`` for ``rows`` ``[o, i]``, by way of the inverse where that is less work."""
+        """Return ``rows (H + rho I)⁻¹`` for ``rows`` ``[o, i]``, by way of the inverse if that is less work."""
         scale = 1 / (self.eigenvalues + rho)
         if len(rows) > len(self.gram):
             return rows @ ((self.eigenvectors * scale) @ self.eigenvectors.T)

@@ -30,19 +30,19 @@ class Pattern(ABC):
 
     @abstractmethod
     def check(self, shape: tuple[int, int] | torch.Size, layer: str = "the layer") -> None:
-        """Raise ``InputError`` where a weight of this shape cannot have the pattern."""
+        """Raise ``InputError`` if a weight of this shape cannot have the pattern."""
 
     @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
         """Return the keep mask ``[o, i]`` (bool) of the largest scores ``[o, i]``; counts are exact."""
 
     def grouped(self, default: Group) -> Pattern:
-        """Return the pattern with ``default`` as the comparison group, where the user named none."""
+        """Return the pattern with ``default`` as the comparison group, if the user named none."""
         return self
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
-    """Return ``sparsity`` as a float, or raise ``InputError`` where it is not in [0, 1)."""
+    """Return ``sparsity`` as a float, or raise ``InputError`` if it is not in [0, 1)."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         raise InputError(f"{name} is {sparsity!r}: it must be a number in [0, 1), such as 0.5 for half of the weights")
     return float(sparsity)
@@ -124,7 +124,7 @@ class NM(Pattern):
         return NM(max(1, round((1 - check_sparsity(sparsity)) * self.of)), self.of)
 
     def check(self, shape: tuple[int, int] | torch.Size, layer: str = "the layer") -> None:
-        """Raise where M does not divide the inputs."""
+        """Raise if M does not divide the inputs."""
         if shape[1] % self.of:
             raise InputError(
                 f"{self.keep}:{self.of} needs inputs divisible by {self.of}, and {layer} has {shape[1]}: "
@@ -187,7 +187,7 @@ def only(allowed: Tensor | None, scores: Tensor) -> Tensor:
 
 
 def check_allowed(allowed: Tensor | None, pattern: Pattern, shape: Sequence[int]) -> None:
-    """Raise ``InputError`` where fewer weights may be kept than ``pattern`` keeps, in the whole or in a group."""
+    """Raise ``InputError`` if fewer weights may be kept than ``pattern`` keeps, in the whole or in a group."""
     if allowed is None:
         return
     if tuple(allowed.shape) != tuple(shape):
@@ -208,7 +208,7 @@ def select(scores: Tensor, pattern: Pattern, allowed: Tensor | None = None) -> T
     tensor([[ True, False, False,  True]])
 
     Raises:
-        InputError: where the scores are not a matrix, hold NaN, or have a shape that the pattern cannot have.
+        InputError: if the scores are not a matrix, hold NaN, or have a shape that the pattern cannot have.
     """
     if scores.dim() != 2:
         raise InputError(f"scores have the shape {tuple(scores.shape)}: a matrix [outputs, inputs] is needed")

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def working(weight: Tensor) -> Tensor:
-    """Return the weight in float32, or in float64 where it is that already; the weight itself is never changed."""
+    """Return the weight in float32, or in float64 if it is that already; the weight itself is never changed."""
     return weight.detach() if weight.dtype == torch.float64 else weight.detach().float()

@@ -40,7 +40,7 @@ def eigenvalues(weight: Tensor) -> Tensor:
     are zero but for rounding are left out.
 
     Raises:
-        NumericalError: where the weight is zero, or not finite.
+        NumericalError: if the weight is zero, or not finite.
     """
     matrix = weight.detach().double()
     rows = matrix.T if len(matrix) <= matrix.shape[1] else matrix
@@ -85,7 +85,7 @@ def fit_power_law(values: Tensor, candidates: Tensor) -> PowerLaw:
         candidates: ascending indices of possible ``λ_min``.
 
     Raises:
-        NumericalError: where no candidate leaves a tail of different values, as in a flat spectrum.
+        NumericalError: if no candidate leaves a tail of different values, as in a flat spectrum.
     """
     logs = values.double().log()
     total = len(logs)
@@ -178,7 +178,7 @@ class Metric(NamedTuple):
     value: Callable[[Tensor], float]
     """Of the eigenvalues, ascending."""
     direction: int
-    """1 where a larger value calls for more sparsity, -1 where it calls for less."""
+    """1 if a larger value calls for more sparsity, -1 if for less."""
 
 
 METRICS = {

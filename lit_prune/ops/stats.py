@@ -146,7 +146,7 @@ class LayerStats:
         return self._gradients[norm]
 
     def check_finite(self, layer: str) -> None:
-        """Raise ``NumericalError`` that names the layer where an input was NaN or infinite."""
+        """Raise ``NumericalError`` that names the layer if an input was NaN or infinite."""
         if self.needs & {"gram", "input_sq_norm"} and self.tokens and not self._sums().isfinite().all():
             raise NumericalError(f"the inputs of {layer} hold NaN or Inf, or overflow float32 when squared")
 
@@ -190,7 +190,7 @@ class LayerStats:
             strength: fraction of the correction that is made, in [0, 1].
 
         Returns:
-            ``[o, i]`` float32 or better; ``weight`` itself where no drift was collected.
+            ``[o, i]`` float32 or better; ``weight`` itself if no drift was collected.
         """
         if not strength or self._drift is None:
             return weight

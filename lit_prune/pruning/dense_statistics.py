@@ -62,14 +62,14 @@ class DenseModel:
             )
 
     def _batches(self) -> Sequence[Batch]:
-        """Return the calibration set, in batches of a reconstruction's steps where there is one."""
+        """Return the calibration set, in batches of a reconstruction's steps if there is one."""
         reconstruction = self.plan.reconstruction
         if reconstruction is None:
             return self.calibration
         return [part for batch in self.calibration for part in split_batch(batch, reconstruction.sequences)]
 
     def evidence(self, gradients: Mapping[str, Tensor]) -> dict[int, Any]:
-        """Show the allocator every block, where it asks for that, and return what it observed, by block.
+        """Show the allocator every block, if it asks for that, and return what it observed, by block.
 
         Args:
             gradients: what ``gradients`` returned, for a scorer that is tried.
@@ -146,7 +146,7 @@ class DenseModel:
         return {name: value for part in found for name, value in part.items()}
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the gradient norm ``[o, i]`` of every target by name, where the scorer needs it."""
+        """Return the gradient norm ``[o, i]`` of every target by name, if the scorer needs it."""
         scorer = self.plan.scorer
         if scorer is None or "gradient" not in scorer.needs:
             return {}
@@ -172,7 +172,7 @@ class DenseModel:
         return self.store.resident(block, self.plan.device, then)
 
     def _cached(self, name: str) -> Path | None:
-        """Return a file of the cache; None where the plan has no cache."""
+        """Return a file of the cache; None if the plan has no cache."""
         return Path(self.plan.cache).expanduser() / name if self.plan.cache else None
 
 

@@ -75,7 +75,7 @@ class Journal:
             resume: go on from what is there; else it is dropped.
 
         Raises:
-            InputError: where the journal belongs to another plan, model, data or versions; it names what differs.
+            InputError: if the journal belongs to another plan, model, data or versions; it names what differs.
         """
         self._folder = folder
         self._run = ""
@@ -115,7 +115,7 @@ class Journal:
             )
 
     def allocation(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        """Return the allocation and the allocator's metrics, by layer name; None where they are not (rightly) there."""
+        """Return the allocation and the allocator's metrics, by layer name; None if they are not (rightly) there."""
         found = collectives.on_first_rank(lambda: self._intact(self._folder / "allocation.record", _ALLOCATION))
         return None if found is None else (found["allocation"], found["metrics"])
 

@@ -25,7 +25,7 @@ from lit_prune.solvers.base import Solution
 HiddenDtype = Literal["bfloat16", "float16", "float32"]
 Propagate = Literal["pruned", "dense"]
 _MAX_SCALED = 0.99
-"""No layer gets more where an allocation is scaled."""
+"""No layer gets more if an allocation is scaled."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PruningPlan:
     pattern: Pattern
     """The sparsity and its structure."""
     scorer: Scorer | None = None
-    """How much each weight matters; may be left out where the solver chooses a mask itself (SparseGPT)."""
+    """How much each weight matters; may be left out if the solver chooses a mask itself (SparseGPT)."""
     # None stands for the default, which as an object could not be written to a saved configuration.
     allocator: Allocator = None  # type: ignore[assignment]
     """How much of each layer goes; null = Uniform."""
@@ -75,7 +75,7 @@ class PruningPlan:
     saves one of two forward passes and costs accuracy."""
 
     def __post_init__(self) -> None:
-        """Fill in the defaults, and raise ``InputError`` where the parts do not fit together."""
+        """Fill in the defaults, and raise ``InputError`` if the parts do not fit together."""
         object.__setattr__(self, "allocator", self.allocator or Uniform())
         object.__setattr__(self, "solver", self.solver or Zero())
         object.__setattr__(self, "include", as_patterns(self.include))
@@ -124,7 +124,7 @@ class PruningPlan:
 
     @property
     def grouped_pattern(self) -> Pattern:
-        """The pattern with the comparison group that the method is used to, where it names none."""
+        """The pattern with the comparison group that the method is used to, if it names none."""
         return self.pattern.grouped(self.scorer.group if self.scorer else self.solver.group)
 
     @property
@@ -203,7 +203,7 @@ class PruningPlan:
         return {name: pattern.at(value) for name, value in allocation.items()}
 
     def with_gradients(self, stats: dict[str, LayerStats], gradients: Mapping[str, Tensor]) -> dict[str, LayerStats]:
-        """Return statistics by layer name with the layers' gradient norms ``[o, i]``, where the scorer needs them."""
+        """Return statistics by layer name with the layers' gradient norms ``[o, i]``, if the scorer needs them."""
         if self.scorer is None or not gradients:
             return stats
         return {n: s.with_gradient({self.scorer.gradient_norm: gradients[n]}) for n, s in stats.items()}
@@ -211,7 +211,7 @@ class PruningPlan:
     def solve(
         self, name: str, weight: Tensor, stats: LayerStats, pattern: Pattern, allowed: Tensor | None = None
     ) -> Solution:
-        """Score and solve one layer; raise ``NumericalError`` that names it where that fails."""
+        """Score and solve one layer; raise ``NumericalError`` that names it if that fails."""
         try:
             score = self.scorer.score(weight, stats) if self.scorer else None
             return self.solver.solve(weight, stats, pattern, score, allowed)

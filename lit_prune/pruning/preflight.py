@@ -56,7 +56,7 @@ class Preflight:
     memory: int
     """Peak beyond the model, in bytes, where the blocks are worked on."""
     free: int | None
-    """Memory that is free there, in bytes; None where nobody can tell."""
+    """Memory that is free there, in bytes; None if unknown."""
 
     @property
     def fits(self) -> bool:
@@ -79,7 +79,7 @@ class Preflight:
 def preflight(
     model: nn.Module, batches: Sequence[Batch], plan: PruningPlan, forward_context: ForwardContext = nullcontext
 ) -> Preflight | None:
-    """Return what ``prune`` with these arguments will cost; None where the plan needs no data and so hardly any time.
+    """Return what ``prune`` with these arguments will cost; None if the plan needs no data and so hardly any time.
 
     It runs a few sequences through the first block that is pruned, and times that.
 

@@ -137,7 +137,7 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the bar as it stands; full where the run came to its end."""
+        """Leave the bar as it stands; full if the run came to its end."""
         if self._task is not None and error is None:
             total = self._progress.tasks[0].total
             self._progress.update(self._task, completed=total, stage="done", left="")
@@ -156,7 +156,7 @@ def _clock(seconds: float) -> str:
 
 
 def peak_memory() -> int | None:
-    """Return this process's peak of GPU memory where it uses a GPU, else of main memory, in bytes (None: unknown)."""
+    """Return this process's peak of GPU memory if it uses one, else of main memory, in bytes (None: unknown)."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

@@ -72,7 +72,7 @@ class Reconstruction:
         replay: BlockReplay,
         outputs: Sequence[Tensor],
     ) -> ReconstructionReport:
-        """Train a block that has been pruned, and write the result to it where its error has fallen.
+        """Train a block that has been pruned, and write the result to it if its error has fallen.
 
         Args:
             model: holds the block.
@@ -94,7 +94,7 @@ class Reconstruction:
         for value in trained.values():
             collectives.broadcast(value, 0)  # sums of processes may differ in the last bit
         error = replay.output_error(block.index, outputs, trained)
-        if error < before:  # also false where training has diverged to NaN
+        if error < before:  # also false if training has diverged to NaN
             after = error
             for name, value in trained.items():
                 parameters[name].copy_(value)
@@ -135,7 +135,7 @@ class Reconstruction:
 
 
 def _add_up_gradients(masters: Sequence[Tensor]) -> None:
-    """Give every process the sum of all processes' gradients; None where none of them has one."""
+    """Give every process the sum of all processes' gradients; None if none of them has one."""
     if collectives.world_size() == 1:
         return
     somewhere = [any(found) for found in zip(*collectives.gather([m.grad is not None for m in masters]), strict=True)]

@@ -53,7 +53,7 @@ def prune(
         model: any causal language model of transformers; its linear layers in the decoder blocks are replaced. One that
             a strategy has sharded (FSDP2, DeepSpeed ZeRO) is gathered one block at a time.
         batches: calibration batches: token ids ``[sequences, t]`` (int64) or the model's keyword arguments; not read
-            where the plan needs no data. Where torch.distributed is set up, every process gives the same batches, and
+            if the plan needs no data. Where torch.distributed is set up, every process gives the same batches, and
             they share the work out.
         plan: what to prune, how far and how.
         progress: show a bar on a terminal, or a line per block elsewhere, as in a notebook.
@@ -70,7 +70,7 @@ def prune(
 
     Raises:
         InputError: before any weight has changed, where plan, model and data do not fit.
-        NumericalError: where a Gram matrix is singular or an activation is not finite; finished blocks stay pruned.
+        NumericalError: if a Gram matrix is singular or an activation is not finite; finished blocks stay pruned.
     """
     with unsharded(model) as (whole, store), apart(whole), evaluation_mode(whole), ExitStack() as stack:
         blocks, targets = plan.find_targets(whole)

@@ -128,8 +128,8 @@ def analyze(
         on_layer: called with the number of layers done.
 
     Raises:
-        InputError: where a pattern matches no layer, or a target is no sparsity.
-        NumericalError: where a layer has no spectrum to speak of; it is named.
+        InputError: if a pattern matches no layer, or a target is no sparsity.
+        NumericalError: if a layer has no spectrum to speak of; it is named.
     """
     for sparsity in sparsities:
         check_sparsity(sparsity, "a target sparsity")

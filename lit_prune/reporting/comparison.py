@@ -26,7 +26,7 @@ def compare(runs: Sequence[str], output: str = "compare.html", overwrite: bool =
         overwrite: Replace the file if it exists.
 
     Raises:
-        InputError: where a folder holds no report, or one of another format.
+        InputError: if a folder holds no report, or one of another format.
     """
     path = check_file(output, ".html", overwrite, runs)
     page = comparison_page({name: _read(run) for name, run in zip(_names(runs), runs, strict=True)})

@@ -82,7 +82,7 @@ def render(report: PruningReport, title: str, to: Format = "hf", adapters: bool 
 
 
 def read_report(folder: str | Path, masks: Mapping[str, PackedMask]) -> PruningReport | None:
-    """Return the report of a pruned folder, whose masks by parameter name are known; None where it holds no report."""
+    """Return the report of a pruned folder, whose masks by parameter name are known; None if it holds no report."""
     file = inside(Path(folder).expanduser(), REPORT_FILE)
     return PruningReport.from_dict(read_json(file), by_layer(masks), repr(str(file))) if file.is_file() else None
 

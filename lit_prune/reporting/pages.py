@@ -43,7 +43,7 @@ def page(title: str, *parts: str) -> str:
 
 
 def section(title: str, remark: str, *parts: str) -> str:
-    """Return a heading, a remark below it, and HTML; nothing where there are no parts."""
+    """Return a heading, a remark below it, and HTML; nothing if there are no parts."""
     return f"<h2>{escape(title)}</h2><p>{escape(remark)}</p>{''.join(parts)}" if any(parts) else ""
 
 
@@ -54,7 +54,7 @@ def headline(figures: Mapping[str, str]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """Return a table, which scrolls by itself where the screen is narrow."""
+    """Return a table, which scrolls by itself if the screen is narrow."""
     head = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr>" if header else ""
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table>{head}{body}</table></div>'
@@ -66,7 +66,7 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def plots(*figures: str) -> str:
-    """Return SVG figures one below the other, which scroll by themselves where the screen is narrow."""
+    """Return SVG figures one below the other, which scroll by themselves if the screen is narrow."""
     return "".join(f'<div class="wide">{figure}</div>' for figure in figures if figure)
 
 

@@ -39,7 +39,7 @@ class LayerReport:
     reached: float
     """Fraction of the weights that the mask removes."""
     output_error: float | None
-    """``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` on the calibration set, as the solver left the layer; None where it was not
+    """``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` on the calibration set, as the solver left the layer; None if it was not
     measured."""
     seconds: float
     """Time to score, solve and write the layer."""
@@ -85,7 +85,7 @@ class ReconstructionReport:
     """Mean over calibration tokens of the squared distance from the dense block's output, relative to its squared norm,
     as the solver left the block."""
     after: float
-    """The same after training; equal to ``before`` where it did not help, and the block stayed as it was."""
+    """The same after training; equal to ``before`` if it did not help, and the block stayed as it was."""
     seconds: float
     """Time of both measurements and the training."""
     vectors: list[str]
@@ -177,7 +177,7 @@ class Recipe:
     config: str
     """The whole configuration, as YAML."""
     base_model: str | None = None
-    """Name of the dense model on the hub; None where it came from elsewhere."""
+    """Name of the dense model on the hub; None if it came from elsewhere."""
     datasets: list[str] = field(default_factory=list)
     """Names on the hub of the sets that calibrated and trained it."""
 
@@ -191,15 +191,15 @@ class PruningReport:
     layers: list[LayerReport] = field(default_factory=list)
     """The pruned layers, in the order of the model."""
     reconstructions: list[ReconstructionReport] = field(default_factory=list)
-    """What training did for each block, where the plan has a reconstruction."""
+    """What training did for each block, if the plan has a reconstruction."""
     allocation: dict[str, float] = field(default_factory=dict)
     """Sparsity of every layer by name, as the allocator gave it for the plan's own sparsity."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage: ``record``, ``calibrate``, ``solve``, ``reconstruct``, ``propagate``."""
     peak_memory: int | None = None
-    """Peak memory of the process (of the GPU where one is used), in bytes."""
+    """Peak memory of the process (of the GPU if one is used), in bytes."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What the allocator measured of every layer's weight, by name; empty where it measures nothing."""
+    """What the allocator measured of every layer's weight, by name; empty if it measures nothing."""
     cached: list[str] = field(default_factory=list)
     """Names of the files of ``plan.cache`` that were read in place of a computation."""
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -59,7 +59,7 @@ def use_semi_structured(model: nn.Module, masks: Mapping[str, PackedMask]) -> li
         masks: keep masks by parameter name.
 
     Raises:
-        InputError: where the device or the dtype cannot do that, or no mask is 2:4.
+        InputError: if the device or the dtype cannot do that, or no mask is 2:4.
     """
     if has_fused_experts(model):
         raise InputError("the model's experts are fused: call lit_prune.models.experts.take_apart(model) first")
@@ -92,7 +92,7 @@ def measure_speed(
 ) -> list[Speed]:
     """Time one layer of each shape, dense and sparse, on the model's device and in its dtype.
 
-    Layers whose mask is 2:4 are tried semi-structured where the device knows that; all others as compressed rows.
+    Layers whose mask is 2:4 are tried semi-structured if the device can; all others as compressed rows.
 
     Args:
         model: pruned; left as it is.
@@ -101,7 +101,7 @@ def measure_speed(
         seconds: time to spend on each figure, at least.
 
     Raises:
-        InputError: where no linear layer has a mask, or torch cannot multiply sparse rows in the model's dtype.
+        InputError: if no linear layer has a mask, or torch cannot multiply sparse rows in the model's dtype.
     """
     with apart(model):
         found = _time_layers(model, masks, tokens, seconds)

@@ -136,7 +136,7 @@ def open_lazily(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        InputError: where there are no such files, or they name weights otherwise than the model does; or where
+        InputError: if there are no such files, or they name weights otherwise than the model does; or if
             ``changes`` holds anything else.
     """
     folder = Path(pretrained).expanduser()

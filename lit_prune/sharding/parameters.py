@@ -117,7 +117,7 @@ def count_revived(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | 
 
 
 def mask_gradient(parameter: nn.Parameter, keep: Tensor) -> None:
-    """Set the gradient of what ``keep`` prunes to zero, in this process's share of it; nothing where there is none."""
+    """Set the gradient of what ``keep`` prunes to zero, in this process's share of it; nothing if there is none."""
     if parameter.grad is not None:
         gradient = _local(parameter.grad)
         gradient.copy_(keep_only(gradient, _cut_like(parameter)(keep).to(gradient.device)))
@@ -140,7 +140,7 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
 
 @torch.no_grad()
 def full_tensor_of(parameter: nn.Parameter) -> Tensor:
-    """Return the whole values, of the float32 master where there is one; every process must call it."""
+    """Return the whole values, of the float32 master if there is one; every process must call it."""
     if _is_zero_3(parameter):
         with _gathered(parameter):
             live = parameter.detach().clone()
@@ -177,9 +177,9 @@ def copy_buffers(model: nn.Module, twin: nn.Module) -> None:
 
 @contextmanager
 def full_model(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model with whole weights: itself, or a copy where a strategy holds its weights elsewhere.
+    """Yield the model with whole weights: itself, or a copy if a strategy holds its weights elsewhere.
 
-    The copy has the float32 masters where there are any. It takes the memory of the whole model in every process. What
+    The copy has the float32 masters if there are any. It takes the memory of the whole model in every process. What
     is written to it stays there: ``write_full_tensor`` takes it back.
     """
     if not any(is_managed(parameter) for parameter in model.parameters()):

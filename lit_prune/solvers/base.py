@@ -15,7 +15,7 @@ class Solution(NamedTuple):
     """A pruned weight and its mask."""
 
     weight: Tensor
-    """``[o, i]`` in the dtype of the dense weight, exactly zero where pruned."""
+    """``[o, i]`` in the dtype of the dense weight, exactly zero if pruned."""
     keep: Tensor
     """``[o, i]`` bool, True = kept."""
 
@@ -66,5 +66,5 @@ class Solver(ABC):
             allowed: ``[o, i]`` bool: the weights that may be kept; None = any.
 
         Raises:
-            InputError: where ``allowed`` leaves fewer weights than the pattern keeps.
+            InputError: if ``allowed`` leaves fewer weights than the pattern keeps.
         """

@@ -144,7 +144,7 @@ def _sweep_block(
     """Prune the columns of one block in place, all ``[i, o]``; return the errors, for the columns beyond it."""
     block, pruned, local = work[columns], ~keep[columns], factor[columns, columns]
     scales = local.diagonal()[:, None]
-    lost = pruned / scales  # times a weight it is that weight's error: 0 where the weight is kept
+    lost = pruned / scales  # times a weight it is that weight's error: 0 if the weight is kept
     errors = torch.empty_like(block)
     run = choose.of if isinstance(choose, NM) else 1
     step = -(-_COLUMNS_AT_ONCE // run) * run

@@ -223,7 +223,7 @@ class TextDataModule(LightningDataModule):
         return batch
 
     def hub_names(self, training: bool) -> list[str]:
-        """Return the names on the hub of the sets that calibrate and, where there is a ``training``, train."""
+        """Return the names on the hub of the sets that calibrate and, if there is a ``training``, train."""
         sources = {self.calibration, self.sources["train"]} if training else {self.calibration}
         return sorted(name for name in map(hub_name, sources) if name)
 
@@ -231,7 +231,7 @@ class TextDataModule(LightningDataModule):
         """Return the calibration set: batches of token ids ``[sequences, seqlen]`` (int64), a seeded sample.
 
         Raises:
-            InputError: where the text is shorter than one sequence, or too few documents are long enough.
+            InputError: if the text is shorter than one sequence, or too few documents are long enough.
         """
         return list(torch.split(self._calibration_sample, self.calibration_batch_size))
 

@@ -42,7 +42,7 @@ class Harness:
             raise InputError(f"harness.batch_size is {self.batch_size}: it must be 1 or more")
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Raise ``InputError`` where a task is not known; finding out takes no model."""
+        """Raise ``InputError`` if a task is not known; finding out takes no model."""
         self._manager(tasks)
 
     def evaluate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str]) -> Scores:
@@ -54,7 +54,7 @@ class Harness:
             tasks: names of tasks or groups of tasks.
 
         Raises:
-            InputError: where lm-eval is not installed, a task is unknown, or its data cannot be had.
+            InputError: if lm-eval is not installed, a task is unknown, or its data cannot be had.
         """
         manager = self._manager(tasks)
         from lm_eval import simple_evaluate

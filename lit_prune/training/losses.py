@@ -29,14 +29,14 @@ class Student:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     sharding: Sharding | None = None
-    """Shards another model like this one, where it is sharded."""
+    """Shards another model like this one, if it is sharded."""
 
 
 class Loss(ABC):
     """What training minimises."""
 
     def prepare(self, student: Student) -> None:
-        """Get ready before the first step; raise ``InputError`` where the student does not fit."""
+        """Get ready before the first step; raise ``InputError`` if the student does not fit."""
         return
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Distillation(Loss):
     the mean over blocks (the last one after the final norm, as transformers gives it).
 
     With ``top_k``, KL is taken over the teacher's k likeliest tokens and one more outcome, all the others: never above
-    the whole KL, and zero where the student agrees on all of them.
+    the whole KL, and zero if the student agrees on all of them.
 
     The teacher is frozen, in evaluation mode, part of no checkpoint, and in its own precision. FSDP2 and ZeRO-3 shard
     it like the student; under the other strategies each process holds it whole.

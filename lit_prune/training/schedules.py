@@ -44,7 +44,7 @@ class WarmupCosine(LRScheduler):
         super().__init__(optimizer)
 
     def fill_total(self, steps: float) -> None:
-        """Take the number of the trainer's optimizer steps, where none was given."""
+        """Take the number of the trainer's optimizer steps, if none was given."""
         if self.total is not None:
             return
         if not math.isfinite(steps):

@@ -30,7 +30,7 @@ class Truth:
     tokens: Tensor | None
     """The likeliest tokens ``[sequences, t, k]`` (int64); None = all of the vocabulary, in its order."""
     hidden: Sequence[Tensor] = ()
-    """Hidden states after each block, ``[sequences, t, d]``, where they are asked for."""
+    """Hidden states after each block, ``[sequences, t, d]``, if asked for."""
 
 
 class Teacher:
@@ -63,7 +63,7 @@ class Teacher:
         """Load the teacher of a student, and shard it likewise unless it has a cache.
 
         Raises:
-            InputError: where teacher and student do not share their vocabulary, or hidden states cannot be compared.
+            InputError: if teacher and student do not share their vocabulary, or hidden states cannot be compared.
         """
         self.model = self._load()
         self._check(student, tokenizer)

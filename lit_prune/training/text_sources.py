@@ -66,7 +66,7 @@ def read_documents(source: str, split: Split, column: str, limit: int, divided: 
         divided: take the split's part of a file (see ``part_of``) and not all of it.
 
     Raises:
-        InputError: where there is no such source, or it cannot be read, or the hub cannot be reached.
+        InputError: if there is no such source, or it cannot be read, or the hub cannot be reached.
     """
     if source == EMBEDDED:
         return _embedded(split)
