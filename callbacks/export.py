@@ -149,7 +149,7 @@ class Export(Callback):
             if trainer.is_global_zero:
                 title = Path(str(pl_module.pretrained)).name
                 documents = render(report, title, adapters=bool(adapters)) if report else {}
-                save_pruned(
+                folder = save_pruned(
                     self.output,
                     whole,
                     pl_module.load_tokenizer(),  # type: ignore[operator]
@@ -157,6 +157,8 @@ class Export(Callback):
                     adapters | documents,
                     self.overwrite,
                 )
+                if not getattr(trainer, "quiet", False):
+                    print(f"wrote {folder}")
         trainer.strategy.barrier("export")
 
 

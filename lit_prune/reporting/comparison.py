@@ -68,7 +68,7 @@ def comparison_page(reports: dict[str, PruningReport]) -> str:
     )
 
 
-_HEADER = ("run", "method", "sparsity", "before", "after", "text", "window", "seconds", "peak memory")
+_HEADER = ("run", "method", "pattern", "sparsity", "before", "after", "text", "window", "seconds", "peak memory")
 
 
 def _row(name: str, report: PruningReport) -> list[str]:
@@ -77,6 +77,7 @@ def _row(name: str, report: PruningReport) -> list[str]:
     return [
         name,
         report.method,
+        report.pattern,
         f"{report.sparsity:.2%}",
         *perplexities,
         str(found.get("text", "")),

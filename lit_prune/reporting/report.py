@@ -316,12 +316,23 @@ class PruningReport:
         how += [f"correction {plan['correction']}"] if plan["correction"] else []
         return ", ".join([*how, *(["reconstruction"] if self.reconstructions else [])])
 
+    @property
+    def pattern(self) -> str:
+        """The pattern of the plan, such as ``2:4`` or ``unstructured, by row``."""
+        pattern = self.identity["plan"]["pattern"]
+        arguments = pattern["init_args"]
+        if pattern["class_path"] == "NM":
+            return f"{arguments.get('keep')}:{arguments.get('of')}"
+        group = f", by {arguments['group']}" if arguments.get("group") else ""
+        return f"{pattern['class_path'].lower()}{group}"
+
     def headline(self) -> dict[str, str]:
         """Return the few numbers that matter most, by what they are."""
-        found = {"sparsity": f"{self.sparsity:.2%}", "method": self.method}
+        found = {"sparsity": f"{self.sparsity:.2%}", "pattern": self.pattern, "method": self.method}
         if "perplexity_before" in self.evaluation:
             before, after = self.evaluation["perplexity_before"], self.evaluation["perplexity_after"]
-            found["perplexity"] = f"{before:,.2f} → {after:,.2f}"
+            change = f" ({after / before - 1:+,.0%})" if 0 < before < math.inf and after < math.inf else ""
+            found["perplexity"] = f"{before:,.2f} → {after:,.2f}{change}"
         found["minutes"] = f"{sum(self.seconds.values()) / 60:.1f}"
         return found
 

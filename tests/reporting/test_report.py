@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport, prune
 from lit_prune.pruning.progress import Position, ProgressBar, ProgressLines, progress
-from lit_prune.reporting.documents import render
+from lit_prune.reporting.documents import render, report_figures
 from lit_prune.reporting.tables import blocks_table, summary_table
 from lit_prune.scorers import Magnitude, Wanda
 
@@ -59,6 +60,26 @@ def test_the_tables_show_blocks_and_summary(report: PruningReport) -> None:
     text = console.export_text()
     assert "50.00%" in text
     assert "windows of 16 tokens" in text and "10.00 before, 12.50 after" in text
+
+
+def test_the_head_is_a_verdict(report: PruningReport) -> None:
+    head = report.headline()
+    assert head["sparsity"] == "50.00%" and head["pattern"] == "unstructured" and head["method"] == "Wanda"
+    assert head["perplexity"] == "10.00 → 12.50 (+25%)"
+    report.evaluation["perplexity_after"] = float("inf")
+    assert report.headline()["perplexity"] == "10.00 → inf"
+    report.identity["plan"]["pattern"] = {"class_path": "NM", "init_args": {"keep": 2, "of": 4}}
+    assert report.headline()["pattern"] == "2:4"
+    report.identity["plan"]["pattern"] = {"class_path": "Unstructured", "init_args": {"sparsity": 0.5, "group": "row"}}
+    assert report.headline()["pattern"] == "unstructured, by row"
+
+
+def test_equal_curves_are_one(report: PruningReport) -> None:
+    def legend(figure: Figure) -> list[str]:
+        return [line.get_label() for line in figure.axes[0].get_lines()]
+
+    assert legend(report_figures(report)["sparsity"]) == ["all layers"]
+    assert len(legend(report_figures(report)["output_error"])) == 7
 
 
 def test_a_printed_report_is_its_summary(report: PruningReport) -> None:
