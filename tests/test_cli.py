@@ -398,9 +398,8 @@ def test_tasks_are_run_before_and_after_pruning_and_on_a_saved_folder(
     assert main([*evaluate, *harness, "--output", str(scores)]) == 0
     assert re.search(r"sums +│ acc +│ +[01]\.\d+ ± 0\.\d+", capsys.readouterr().out)
     assert read_json(scores)["sums"]["acc"] == tasks["after"]["sums"]["acc"]
-    assert (
-        main([*evaluate, *harness, "--harness.limit", "3", "--output", str(scores), "--harness.num_fewshot", "1"]) == 0
-    )
+    fewer = ["--harness.limit", "3", "--harness.num_fewshot", "1", "--overwrite"]
+    assert main([*evaluate, *harness, "--output", str(scores), *fewer]) == 0
     assert read_json(scores)["sums"]["acc"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
     fails_with("tasks are empty", capsys, *evaluate, "--tasks", "[]")
     fails_with("there is no such folder", capsys, *evaluate, *harness[:2], "--harness.include_path", "nowhere")
@@ -423,10 +422,10 @@ def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFix
     for run in runs:
         report = read_json(Path(run) / "pruning.json")
         assert f"{report['evaluation']['perplexity_after']:,.2f}" in text and f"{report['sparsity']:.2%}" in text
-    assert main(["compare", runs[0], runs[0], "--output", str(page)]) == 0
+    assert main(["compare", runs[0], runs[0], "--output", str(page), "--overwrite"]) == 0
     assert "they do not compare" not in page.read_text()
     fails_with("holds no pruning.json", capsys, "compare", str(tmp_path))
-    fails_with("give a file that ends in .html", capsys, "compare", runs[0], "--output", str(tmp_path))
+    fails_with("name a file that ends in .html", capsys, "compare", runs[0], "--output", str(tmp_path))
     report = read_json(Path(runs[0]) / "pruning.json")
     (Path(runs[0]) / "pruning.json").write_text(json.dumps({**report, "format": 99}))
     fails_with("format 99, written by lit-prune 0.1.0: this version, 0.1.0, reads format 1", capsys, "compare", runs[0])
