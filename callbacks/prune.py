@@ -252,5 +252,7 @@ def find_prune(trainer: Trainer) -> Prune:
     """Return the trainer's one ``Prune`` callback, or raise ``InputError``."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, Prune)]  # type: ignore[attr-defined]
     if len(found) != 1:
-        raise InputError(f"trainer.callbacks has {len(found)} Prune callbacks: exactly one is needed")
+        raise InputError(
+            f"trainer.callbacks has {len(found)} Prune callbacks: exactly one is needed, such as --plan wanda"
+        )
     return found[0]

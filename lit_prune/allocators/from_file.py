@@ -1,4 +1,4 @@
-"""An allocation that somebody has worked out before."""
+"""An allocation read from a file."""
 
 from __future__ import annotations
 

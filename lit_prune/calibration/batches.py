@@ -57,7 +57,7 @@ def first_sequences(batches: Sequence[Batch], sequences: int | None) -> Sequence
 def own_share(batches: Sequence[Batch]) -> list[Batch]:
     """Return this process's sequences of every batch, so that the processes' batches make up the given ones.
 
-    The sequences of all batches are dealt out in turn. A batch of which this process gets none is there, but empty.
+    The sequences of all batches are assigned to ranks in turn. A batch of which this rank gets none is empty.
     """
     if collectives.world_size() == 1:
         return list(batches)

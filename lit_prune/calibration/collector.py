@@ -28,7 +28,7 @@ class Collector:
 
         Args:
             needs: of what a ``LayerStats`` can collect.
-            whole_passes: off where nobody wants the block's outputs: a pass then ends with the layer that was the last
+            whole_passes: off if the block's outputs are not needed: a pass then ends with the layer that was the last
                 one on the first batch, if every layer was called once. The last layer is a quarter of a block's work.
         """
         self.stats: dict[str, LayerStats] = {}

@@ -19,7 +19,7 @@ Factor = TypeVar("Factor")
 NORM_FLOOR = 1e-8
 """Added to input norms, so that a dead input can be divided by its own."""
 DRIFT_DAMPING = 0.1
-"""Added to the diagonal of the Gram matrix at unit norms, as a fraction of its mean, where drift is made up for."""
+"""Added to the diagonal of the Gram matrix at unit norms, as a fraction of its mean, for the drift correction."""
 COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient", "drift"})
 """What a method may ask calibration for, through its ``needs``."""
 
@@ -209,7 +209,7 @@ class LayerStats:
         return self._factors is other._factors
 
     def give_to_last_reader(self) -> None:
-        """Note that nobody reads the Gram matrix but who is given this next."""
+        """Mark the Gram matrix as read for the last time by the next solver."""
         self._last_reader = True
 
     def inverse_cholesky(self, damping: float, take_gram: bool = False) -> Tensor:
@@ -217,8 +217,8 @@ class LayerStats:
 
         Args:
             damping: fraction of the mean diagonal.
-            take_gram: the caller reads no Gram matrix after this. If nobody else does, the factor takes its memory:
-                that of a wide layer is large.
+            take_gram: the caller reads no Gram matrix after this. If there is no other reader, the factor overwrites it
+                to save memory.
         """
         take = take_gram and self._last_reader
         return self._once(("inverse_cholesky", damping), lambda: linalg.inverse_cholesky(self._own_gram(take), damping))

@@ -45,17 +45,17 @@ class PruningPlan:
     pattern: Pattern
     """The sparsity and its structure."""
     scorer: Scorer | None = None
-    """How much each weight matters; may be left out if the solver chooses a mask itself (SparseGPT)."""
+    """Importance of each weight; may be left out if the solver selects a mask itself (SparseGPT)."""
     # None stands for the default, which as an object could not be written to a saved configuration.
     allocator: Allocator = None  # type: ignore[assignment]
-    """How much of each layer goes; null = Uniform."""
+    """Sparsity of each layer; null = Uniform."""
     solver: Solver = None  # type: ignore[assignment]
-    """How the weights that stay are repaired; null = Zero."""
+    """Mask selection and repair of the kept weights; null = Zero, which repairs nothing."""
     correction: float = 0.0
-    """How much of what earlier blocks have done to a layer's inputs its weights make up for, in [0, 1]; 0 = nothing, as
-    in the papers. Costs one more forward pass and a product per Gram matrix."""
+    """Strength of the input-drift correction, in [0, 1]; 0 = none, as in the papers. Costs one more forward pass and a
+    product per Gram matrix."""
     reconstruction: Reconstruction | None = None
-    """How what is left of a block is trained to give the dense block's outputs; null = not at all."""
+    """Training of each pruned block against the outputs of the dense block; null = none."""
     include: Patterns = ("*",)
     """Shell patterns over module names: layers to prune, of the linear layers in the decoder blocks."""
     exclude: Patterns = ()
@@ -65,13 +65,13 @@ class PruningPlan:
     output_error: bool = True
     """Measure each layer's relative output error (needs its Gram matrix; off makes Magnitude and Wanda faster)."""
     device: str | None = None
-    """Where blocks are calibrated and solved, one at a time, such as cuda for a model held in CPU memory."""
+    """Device that calibrates and solves, one block at a time, such as cuda for a model in CPU memory."""
     hidden_device: str | None = None
-    """Where the calibration set's hidden states wait, such as cpu to save GPU memory."""
+    """Device of the calibration set's hidden states between blocks, such as cpu to save GPU memory."""
     hidden_dtype: HiddenDtype | None = None
-    """What they wait in, such as bfloat16 to halve a float32 model's; null = as the blocks put them out."""
+    """Their dtype, such as bfloat16 to halve those of a float32 model; null = that of the blocks' outputs."""
     propagate: Propagate = "pruned"
-    """What a block's inputs come from: the blocks before it as pruned (``pruned``), or as they were (``dense``), which
+    """Inputs of a block in calibration: outputs of the ``pruned`` blocks before it, or of the ``dense`` ones, which
     saves one of two forward passes and costs accuracy."""
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class PruningPlan:
             raise InputError(f"plan.propagate is {self.propagate!r}: it must be 'pruned' or 'dense'")
         if self.propagate == "dense" and self.needs_reference:
             raise InputError(
-                "plan.propagate is 'dense': correction and reconstruction make up for what pruned blocks do to the "
+                "plan.propagate is 'dense': correction and reconstruction compensate for what pruned blocks do to the "
                 "inputs of later ones, so they need 'pruned'"
             )
         if self.hidden_dtype is not None and self.hidden_dtype not in get_args(HiddenDtype):

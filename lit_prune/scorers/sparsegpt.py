@@ -1,4 +1,4 @@
-"""The SparseGPT saliency: what removing one weight costs when the others make up for it."""
+"""The SparseGPT saliency: the cost of removing one weight when the others compensate."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Solver(ABC):
     """Which weights compete when neither the pattern nor a scorer says so."""
 
     takes_gram: ClassVar[bool] = False
-    """Whether ``solve`` may put a factor in the place of a Gram matrix that nobody reads after it."""
+    """Whether ``solve`` may overwrite a Gram matrix that is not read after it by its factor."""
 
     def draft(self) -> Solver:
         """Return a solver whose errors rank alike and that may be faster, to try what is thrown away again."""

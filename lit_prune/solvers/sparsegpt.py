@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column, and let the columns to the right make up for it."""
+"""SparseGPT: prune column by column, and update the columns to the right to compensate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
 _COLUMNS_AT_ONCE = 16
-"""Columns that are updated one by one; those to their right are made up for by a matrix product, which is faster."""
+"""Columns that are updated one by one; those to their right by one matrix product per block, which is faster."""
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Harness:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        if self.include_path is not None and not Path(self.include_path).expanduser().is_dir():
+        if self.include_path is not None and not os.path.isdir(os.path.expanduser(self.include_path)):
             raise InputError(f"harness.include_path is {self.include_path!r}: there is no such folder")
         for name, value, least in (("num_fewshot", self.num_fewshot, 0), ("limit", self.limit, 1)):
             if value is not None and value < least:
