@@ -81,7 +81,7 @@ class PruningCLI(LightningCLI):
         super().__init__(*args, **{**kwargs, "args": self.prepared.arguments})
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the subcommands, and the arguments that are no options."""
+        """Return the subcommands, and the arguments that are not options."""
         return _asked(self.arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -250,7 +250,7 @@ def _mistakes(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _undecodable(value: str) -> bool:
-    """Tell whether an argument names a file that is no text in UTF-8."""
+    """Tell whether an argument names a file that is not text in UTF-8."""
     try:
         return Path(value).expanduser().is_file() and not Path(value).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError:

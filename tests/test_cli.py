@@ -319,7 +319,7 @@ def test_indivisible_inputs_are_one_line(tmp_path: Path, capsys: pytest.CaptureF
     ("arguments", "message"),
     [
         (["--data.nope", "3"], r"data\.nope"),
-        (["--model.pretrained", "{tmp}"], r"no config\.json, so it is no model"),
+        (["--model.pretrained", "{tmp}"], r"no config\.json, so it is not a model"),
         (["--model.pretrained", "nobody/no-such-model"], r"'nobody/no-such-model': it cannot be loaded .*local folder"),
         (["--data.dataset", "wikitext2"], r"'wikitext2' cannot be read .*without a hub in reach"),
         (["--data.seqlen", "10000000"], r"fewer than one sequence of 10000000"),
@@ -348,7 +348,7 @@ def test_a_bad_argument_is_one_line(
             ["--model.trainable", "LoRA", "--model.trainable.include", '["*.nope"]'],
             r"LoRA\.include: '\*\.nope' matches",
         ),
-        (["--model.loss", "Distillation", "--model.loss.teacher", "{tmp}"], r"no config\.json, so it is no model"),
+        (["--model.loss", "Distillation", "--model.loss.teacher", "{tmp}"], r"no config\.json, so it is not a model"),
         (
             ["--model.loss", "Distillation", "--model.loss.teacher", "{tmp}/wide"],
             r"has 300 tokens and the student's 257",

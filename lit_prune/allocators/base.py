@@ -98,7 +98,7 @@ class Allocator(ABC):
 
 
 def check_bounds(min_sparsity: float, max_sparsity: float) -> None:
-    """Raise ``InputError`` if the bounds of an allocator are no range within [0, 1)."""
+    """Raise ``InputError`` if the bounds of an allocator are not a range within [0, 1)."""
     check_sparsity(min_sparsity, "min_sparsity")
     check_sparsity(max_sparsity, "max_sparsity")
     if min_sparsity > max_sparsity:

@@ -34,7 +34,7 @@ def check_folder(folder: Path, pretrained: str) -> None:
     """
     asked = f"model.pretrained is {pretrained!r}"
     if not (folder / "config.json").is_file():
-        raise InputError(f"{asked}: the folder has no config.json, so it is no model")
+        raise InputError(f"{asked}: the folder has no config.json, so it is not a model")
     if (folder / "adapter_config.json").exists():
         raise InputError(
             f"{asked}: the folder has an adapter_config.json, so it is an adapter and no model; merge it into "

@@ -98,7 +98,7 @@ def _write_documents(folder: Path, documents: Mapping[str, str | bytes]) -> None
 
 
 def check_shard_size(size: str) -> None:
-    """Raise ``InputError`` if ``size`` is no positive number of bytes with a unit, such as 500MB."""
+    """Raise ``InputError`` if ``size`` is not a positive number of bytes with a unit, such as 500MB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", size.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
         raise InputError(f"shard_size is {size!r}: give a positive number and KB, MB, GB or TB, such as 500MB")

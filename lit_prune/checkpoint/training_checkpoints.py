@@ -1,9 +1,9 @@
 """Read training checkpoints, whole or sharded, without running any code that a stranger may have put into them.
 
-Unless a checkpoint is trusted, every file that is going to be loaded is looked through before: ``.pt`` files and single
-checkpoints with torch's weights-only unpickler, the ``.metadata`` of a sharded checkpoint with one that knows its
-classes alone, and each entry of a ``.distcp`` file that is no tensor as a weights-only file of its own. Links, paths in
-``.metadata`` and DeepSpeed's ``latest`` may not lead out of the checkpoint's folder.
+Unless a checkpoint is trusted, every file to be loaded is checked first: ``.pt`` files and single checkpoints with
+torch's weights-only unpickler, the ``.metadata`` of a sharded checkpoint with one that knows its classes alone, and
+each entry of a ``.distcp`` file that is not a tensor as a weights-only file of its own. Links, paths in ``.metadata``
+and DeepSpeed's ``latest`` may not lead out of the checkpoint's folder.
 
 That check is for the message. It is not what keeps code from running: the load itself, by whichever library, goes
 through the same unpicklers (``plain_data_only``).
@@ -126,7 +126,7 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
         callbacks = {key.split("{")[0]: state for key, state in extra.get("callbacks", {}).items()}
     except (AttributeError, KeyError, TypeError, OSError) as error:
         raise InputError(
-            f"checkpoint is {str(path)!r}: it is no checkpoint of Lightning, or damaged ({_reason(error)})"
+            f"checkpoint is {str(path)!r}: it is not a checkpoint of Lightning, or damaged ({_reason(error)})"
         ) from error
     return Checkpoint(weights, callbacks)
 
@@ -242,11 +242,11 @@ def _check_entries(index: Path, metadata: Any) -> None:
     """Raise an error if a sharded checkpoint's index is not sound, leads out of its folder, or an entry holds code."""
     tables = (getattr(metadata, "state_dict_metadata", None), getattr(metadata, "storage_data", None))
     if type(metadata) is not Metadata or not all(type(table) is dict for table in tables):
-        raise pickle.UnpicklingError("it is no index of a sharded checkpoint")
+        raise pickle.UnpicklingError("it is not an index of a sharded checkpoint")
     files = set()
     for entry, place in metadata.storage_data.items():
         if type(entry) is not MetadataIndex or type(place) is not _StorageInfo or type(place.relative_path) is not str:
-            raise pickle.UnpicklingError("it is no index of a sharded checkpoint")
+            raise pickle.UnpicklingError("it is not an index of a sharded checkpoint")
         file = index.parent / place.relative_path
         if not file.resolve().is_relative_to(index.parent.resolve()):
             raise pickle.UnpicklingError(f"it leads to {place.relative_path!r}, outside of the folder")
@@ -262,7 +262,7 @@ def _check_entries(index: Path, metadata: Any) -> None:
 
 
 def _check_bytes(name: str, file: Path, place: Any) -> None:
-    """Raise an error if an entry that is no tensor holds code."""
+    """Raise an error if an entry that is not a tensor holds code."""
     if getattr(place, "transform_descriptors", None):
         raise pickle.UnpicklingError(f"{name} is compressed")
     if not (place.offset >= 0 and 0 <= place.length <= file.stat().st_size - place.offset):

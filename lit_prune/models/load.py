@@ -124,4 +124,4 @@ def _refuse_unknown(values: Mapping[str, Any], made: PreTrainedConfig) -> None:
     known = {*vars(type(made)()), *made.attribute_map, *inspect.signature(type(made)).parameters}
     for name in values.keys() - known:
         if near := get_close_matches(name, known, n=1, cutoff=0.85):
-            raise InputError(f"model.config.{name} is no value of {type(made).__name__}; did you mean {near[0]}?")
+            raise InputError(f"model.config.{name} is not a value of {type(made).__name__}; did you mean {near[0]}?")

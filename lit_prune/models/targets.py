@@ -94,7 +94,7 @@ def find_targets(
 
 
 def find_vectors(model: nn.Module, block: Block, targets: Sequence[Target]) -> dict[str, nn.Parameter]:
-    """Return the norms and biases of a block by name in the model, but for those of layers that are no targets.
+    """Return the norms and biases of a block by name in the model, but for those of layers that are not targets.
 
     One that other modules share is not among them: changing it here would change the others.
     """

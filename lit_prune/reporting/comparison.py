@@ -102,7 +102,7 @@ def _errors(report: PruningReport) -> Points:
 def _read(run: str) -> PruningReport:
     report = read_report(run, load_masks(run)) if (Path(run).expanduser() / REPORT_FILE).is_file() else None
     if report is None:
-        raise InputError(f"{run!r} is no folder that lit-prune wrote: it holds no {REPORT_FILE}")
+        raise InputError(f"{run!r} is not a folder that lit-prune wrote: it holds no {REPORT_FILE}")
     return report
 
 

@@ -137,7 +137,7 @@ class LoRA(Trainable):
 
 
 def _train_vectors_only(model: nn.Module) -> int:
-    """Freeze every parameter that is no vector, and return how many are left."""
+    """Freeze every parameter that is not a vector, and return how many are left."""
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dim() == 1)
     return sum(parameter.requires_grad for parameter in model.parameters())

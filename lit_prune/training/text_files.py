@@ -49,7 +49,7 @@ def texts_of(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterat
             )
         if not isinstance(row[column], str):
             raise InputError(
-                f"row {number} of {source!r} has {reprlib.repr(row[column])} in column {column!r}, which is no text: "
+                f"row {number} of {source!r} has {reprlib.repr(row[column])} in column {column!r}, which is not text: "
                 "leave the row out, or name another column with --data.text_column"
             )
         yield row[column]

@@ -119,7 +119,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(
         losses(Distillation(teacher, hidden=1.0), tiny_model("llama", num_hidden_layers=2), torch.zeros(1, 2).long())
     with pytest.raises(InputError, match="top_k is 1000: the vocabulary has 384"):
         losses(Distillation(teacher, top_k=1000), tiny_model("llama"), torch.zeros(1, 2).long())
-    with pytest.raises(InputError, match=r"no config\.json, so it is no model"):
+    with pytest.raises(InputError, match=r"no config\.json, so it is not a model"):
         losses(Distillation(str(tmp_path)), tiny_model("llama"), torch.zeros(1, 2).long())
 
 
