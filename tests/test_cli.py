@@ -272,7 +272,7 @@ def test_help_comes_from_the_docstrings(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit, match="0"):
         main(["prune", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Replace the folder where it exists." in text
+    assert "Replace the folder if it exists." in text
     assert "Tokens per window, for training, evaluation and calibration." in text
 
 

@@ -127,6 +127,7 @@ class ProgressBar:
             TextColumn("{task.fields[left]}"),
         )
         self._progress = Progress(*columns, disable=not shown)
+        self._shown = shown
         self._task: TaskID | None = None
 
     def __enter__(self) -> OnProgress:
@@ -141,7 +142,8 @@ class ProgressBar:
         if self._task is not None and error is None:
             total = self._progress.tasks[0].total
             self._progress.update(self._task, completed=total, stage="done", left="")
-        self._progress.stop()
+        if self._shown:  # some versions of rich end a bar that is not shown with an empty line
+            self._progress.stop()
 
     def _show(self, position: Position) -> None:
         left = "" if position.seconds_left is None else f"{_clock(position.seconds_left)} left"
