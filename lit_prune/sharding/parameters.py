@@ -214,7 +214,7 @@ def _cut_like(parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
     mesh, placements = parameter.device_mesh, parameter.placements
     # Every process holds the whole tensor already, so none is sent.
     return lambda tensor: distribute_tensor(
-        tensor.to(parameter.device), mesh, placements, src_data_rank=None
+        tensor.detach().to(parameter.device), mesh, placements, src_data_rank=None
     ).to_local()
 
 
