@@ -1,5 +1,6 @@
 """Where masks come from, which strategies are refused, and training that could revive a weight, on one device."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -177,6 +178,11 @@ def test_masks_hold_with_tied_embeddings(config: dict[str, Any]) -> None:
     [("model", "aot_eager"), ("blocks", "aot_eager"), ("mlp", "inductor")],
 )
 def test_masks_hold_in_a_compiled_model(part: str, backend: str) -> None:
+    if backend == "inductor" and os.environ.get("ATEN_CPU_CAPABILITY") == "default":
+        pytest.skip(
+            "torch 2.13 generates vectorised code although the capability has no vectors, which does not compile"
+        )
+
     class Compiled(LitCausalLM):
         def configure_model(self) -> None:
             if self.model is None:
