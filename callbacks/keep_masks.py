@@ -28,7 +28,7 @@ from lit_prune.checkpoint.masks import MASKS_FILE, load_masks
 from lit_prune.errors import InputError
 from lit_prune.models.lora import mask_adapters, unmasked_adapter
 from lit_prune.ops import PackedMask
-from lit_prune.ops.masks import keep_only
+from lit_prune.ops.masks import keep_only, restored_masks
 from lit_prune.pruning import PruningReport
 from lit_prune.sharding.parameters import count_revived, full_shape, mask_gradient, sets_sharded_gradients, zero_pruned
 
@@ -191,8 +191,7 @@ class KeepMasks(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         with restoring(self):
-            shapes = state_dict["mask_shapes"]
-            self._restored = {n: PackedMask(bits, tuple(shapes[n])) for n, bits in state_dict["masks"].items()}
+            self._restored = restored_masks(state_dict["masks"], state_dict["mask_shapes"])
 
     def _refuse_others(self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, PackedMask]) -> None:
         """Raise ``InputError`` if the model is not the one that was pruned, such as the dense one."""

@@ -19,6 +19,7 @@ from lit_prune.callbacks.states import restoring
 from lit_prune.errors import InputError
 from lit_prune.models.lora import adapted_layers
 from lit_prune.ops import PackedMask
+from lit_prune.ops.masks import restored_masks
 from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
 from lit_prune.pruning.journal import differences
 from lit_prune.pruning.preflight import preflight
@@ -232,8 +233,7 @@ class Prune(Callback):
                     "was written with, or begin anew without --ckpt_path"
                 )
             self.pruned_at = state_dict["pruned_at"]
-            shapes = state_dict["mask_shapes"]
-            masks = {name: PackedMask(bits, tuple(shapes[name])) for name, bits in state_dict["masks"].items()}
+            masks = restored_masks(state_dict["masks"], state_dict["mask_shapes"])
             content = state_dict["report"]
             self.report = PruningReport.from_dict(content, masks) if content else None
 

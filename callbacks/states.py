@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from lightning.pytorch import Callback
 
-from lit_prune.errors import InputError, first_line
+from lit_prune.errors import InputError, damage
 
 
 @contextmanager
@@ -18,5 +18,4 @@ def restoring(callback: Callback) -> Iterator[None]:
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise InputError(f"the checkpoint's state of {type(callback).__name__} is damaged ({reason})") from error
+        raise InputError(f"the checkpoint's state of {type(callback).__name__} is damaged ({damage(error)})") from error

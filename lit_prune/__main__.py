@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import version
@@ -30,6 +30,8 @@ COMMANDS = {
     "recipes": "Lists the configurations that ship: name, summary and path.",
 }
 """Subcommands and their summaries."""
+_CONFIGURATION = re.compile(r"[^\s=:'\",\[\]{}]+\.ya?ml\b")
+"""Names of YAML files; JSON files are data as well, such as an allocation, and data may not name classes."""
 _FIRST_OF_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?=\.[A-Za-z_])")
 
 
@@ -39,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
         status = _run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # nobody reads on, as behind "| head"
+    except BrokenPipeError:  # the reader has closed the pipe, as "| head" does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -60,7 +62,7 @@ def _run(args: Sequence[str] | None) -> int:
             from lit_prune.cli import main as run
 
             return run(arguments)
-        except KeyboardInterrupt:  # before anybody handles signals: to import torch takes seconds
+        except KeyboardInterrupt:  # before signals are handled: importing torch takes seconds
             print("lit-prune: stopped by SIGINT", file=sys.stderr)
             return 128 + signal.SIGINT
     return 0
@@ -69,17 +71,14 @@ def _run(args: Sequence[str] | None) -> int:
 class OwnModules(MetaPathFinder):
     """Finds modules of the working directory, after all other places, once a class of one's own has been named there.
 
-    Not before: libraries try to import dozens of packages that are mostly not installed, and would take files of those
-    names out of the folder of somebody's model.
+    Not before: libraries try to import dozens of optional packages, and would run files of those names in the folder
+    of a downloaded model.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
         """Note what begins a dotted path in the arguments, or in the configurations that they name."""
         self._folder = _working_directory()
-        texts = [
-            *arguments,
-            *(_content(part) for argument in arguments for part in {argument, argument.split("=")[-1]}),
-        ]
+        texts = [*arguments, *_configurations(arguments)]
         self._named = {match[0] for text in texts for match in _FIRST_OF_PATH.finditer(text)}
 
     def find_spec(
@@ -97,17 +96,26 @@ class OwnModules(MetaPathFinder):
 def _working_directory() -> str | None:
     try:
         return os.getcwd()
-    except FileNotFoundError:  # somebody has removed it
+    except FileNotFoundError:  # it was removed
         return None
 
 
-def _content(name: str) -> str:
-    """Return the text of a configuration; nothing if there is none of the name."""
-    try:
-        path = Path(name).expanduser()
-        return path.read_text(encoding="utf-8") if path.suffix in (".yaml", ".yml", ".json") else ""
-    except (OSError, RuntimeError, ValueError):
-        return ""
+def _configurations(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the text of every configuration that the arguments name, and of those that these name in turn."""
+    left = [(Path(), argument) for argument in arguments]
+    seen: set[Path] = set()
+    while left:
+        folder, text = left.pop()
+        for match in _CONFIGURATION.finditer(text):
+            for parent in {Path(), folder}:
+                try:
+                    path = (parent / Path(match[0]).expanduser()).resolve()
+                    if path not in seen and path.is_file():
+                        seen.add(path)
+                        left.append((path.parent, path.read_text(encoding="utf-8")))
+                        yield left[-1][1]
+                except (OSError, RuntimeError, ValueError):  # not the name of a text
+                    continue
 
 
 def overview() -> str:

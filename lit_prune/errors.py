@@ -15,6 +15,11 @@ class NumericalError(ArithmeticError):
     """Arithmetic that broke down (a singular Gram matrix, NaN activations). The message holds the numbers."""
 
 
+def damage(error: BaseException) -> str:
+    """Return in a few words why content could not be read: a missing key, or the first line of the message."""
+    return f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, without its full stop, to quote in a message of our own."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

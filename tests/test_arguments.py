@@ -1,6 +1,7 @@
 """The command line's arguments: names, defaults, short forms and overrides."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,12 @@ def test_help_is_shown_at_once_and_is_that_of_the_parser() -> None:
 def made_with(script: Path) -> str:
     program = f"import runpy; print(runpy.run_path({str(script)!r})['made_with']())"
     return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_closed_pipe_ends_the_command_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "lit_prune", "recipes"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert ended.returncode == 141 and ended.stderr == ""

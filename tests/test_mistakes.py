@@ -296,6 +296,7 @@ TRAINING = [
     ("fit --trainer.max_steps 1 --ckpt_path best", '`.fit(ckpt_path="best")` is set but `ModelCheckpoint` is not'),
     (f"{FIT} --ckpt_path {{at}}/empty.ckpt", "it is not one of Lightning ('pytorch-lightning_version' is missing)"),
     (f"{FIT} --ckpt_path {{at}}/list.ckpt", "it is not one of Lightning ('state_dict' is missing)"),
+    (f"{FIT} --ckpt_path {{at}}/names.ckpt", "it is not one of Lightning ('state_dict' is missing)"),
     (f"{FIT} --ckpt_path {{at}}/pruned/model.safetensors", "model.safetensors'"),
     (f"{FIT} --ckpt_path {'x' * 300}", "it cannot be read ([Errno 36] File name too long"),
     (f"{FIT} --ckpt_path ''", "ckpt_path is empty: name a checkpoint"),
@@ -347,6 +348,7 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(content)
     torch.save({"state_dict": {}}, folder / "empty.ckpt")
     torch.save([1, 2], folder / "list.ckpt")
+    torch.save(["state_dict", "pytorch-lightning_version"], folder / "names.ckpt")
     (folder / "folder.json").mkdir()
     write_config(folder / "config.yaml", {})
     assert main(["prune", "-c", str(folder / "config.yaml"), "--output", str(folder / "pruned"), "--quiet"]) == 0

@@ -78,10 +78,17 @@ def test_own_modules_are_named_in_a_configuration_and_import_others(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "plan.yaml").write_text("scorer: {class_path: lit_prune_own.Scorer}")
-    finder = OwnModules(["prune", "--plan=plan.yaml", "--model.optimizer", "lit_prune_other.Optimizer"])
-    for name in ("lit_prune_own", "lit_prune_other", "lit_prune_third"):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run.yaml").write_text("plan: part.yaml\n")
+    (tmp_path / "runs" / "part.yaml").write_text("solver: lit_prune_nested.Solver\n")
+    (tmp_path / "pruning.json").write_text('{"layers": "lit_prune_data.Scorer"}')
+    command = ["prune", "--plan=plan.yaml", "--model.optimizer", "lit_prune_other.Optimizer", "-c", "runs/run.yaml"]
+    finder = OwnModules([*command, "--plan.allocator.path", "pruning.json"])
+    for name in ("lit_prune_own", "lit_prune_other", "lit_prune_third", "lit_prune_nested", "lit_prune_data"):
         (tmp_path / f"{name}.py").touch()
-    assert finder.find_spec("lit_prune_third", None) is None and str(tmp_path) not in sys.path
+    for name in ("lit_prune_third", "lit_prune_data"):  # one is not named, the other in data
+        assert finder.find_spec(name, None) is None and str(tmp_path) not in sys.path
+    assert finder.find_spec("lit_prune_nested", None)
     assert finder.find_spec("lit_prune_own", None) and str(tmp_path) in sys.path
     assert finder.find_spec("lit_prune_other", None)
 

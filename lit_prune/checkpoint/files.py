@@ -58,7 +58,11 @@ def replacing_folder(path: Path, find_other: Callable[[Path], str | None] = lamb
             f"{str(path)!r} cannot be written: {first_line(error)}; the finished result is in {str(temporary)!r}"
         ) from error
     if old.exists() and (other := find_other(old)):
-        warnings.warn(f"{str(old)!r} is kept: it holds {other!r}, which was put there meanwhile", stacklevel=3)
+        kept = path.with_name(f".{path.name}.kept-{os.getpid()}")  # a name that no clean-up removes
+        old.rename(kept)
+        warnings.warn(
+            f"{str(kept)!r} is the former folder: it holds {other!r}, which was put there meanwhile", stacklevel=3
+        )
     else:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune.models.weights import check_finite
 from lit_prune.sharding.block_store import BlockStore, store_of
+from lit_prune.sharding.parameters import persistent_buffers
 
 _NOT_COMPUTED = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "name_or_path")
 """Values of a config that change with where and how a model was saved."""
@@ -22,7 +23,7 @@ _PIECE = 2**24
 
 
 def model_fingerprint(model: nn.Module, store: BlockStore | None = None) -> str:
-    """Return a digest of the model's config and of every parameter: its name, shape, dtype and values.
+    """Return a digest of the model's config, and of name, shape, dtype and values of parameters and persistent buffers.
 
     A value that is NaN or infinite is an ``InputError``.
 
@@ -36,9 +37,9 @@ def model_fingerprint(model: nn.Module, store: BlockStore | None = None) -> str:
             for name, parameter in part.module.named_parameters(prefix=part.name):
                 values[name] = _values(name, parameter)
     digest = hashlib.sha256(_config(model))
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(values.get(name) or _values(name, parameter))
+    for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(values.get(name) or _values(name, tensor))
     return digest.hexdigest()[:16]
 
 
@@ -50,9 +51,9 @@ def _config(model: nn.Module) -> bytes:
     return json.dumps(kept, sort_keys=True, default=str).encode()
 
 
-def _values(name: str, parameter: Tensor) -> bytes:
-    """Return the digest of a parameter's values; raise ``InputError`` if one is not finite."""
-    values = parameter.detach()
+def _values(name: str, tensor: Tensor) -> bytes:
+    """Return the digest of a tensor's values; raise ``InputError`` if one is not finite."""
+    values = tensor.detach()
     check_finite(name, values, "the model")
     digest = hashlib.sha256()
     for piece in values.reshape(-1).split(_PIECE):  # copied: a storage that NumPy has seen cannot be resized any more

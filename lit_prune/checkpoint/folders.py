@@ -16,7 +16,7 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "tekken.jso
 _TOKENIZER_ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")
 """Files whose values become arguments of a tokenizer, which opens those that name a file."""
 _NOT_OPENED = ("name_or_path", "special_tokens_map_file")
-"""Where a tokenizer was once; older versions of transformers wrote it down."""
+"""Values that record an earlier location of a tokenizer; no file is opened by them."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 

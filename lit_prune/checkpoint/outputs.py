@@ -10,12 +10,11 @@ from pathlib import Path
 
 from torch import nn
 
+from lit_prune.checkpoint.masks import MASKS_FILE
 from lit_prune.errors import DiskError, InputError, first_line
 
 PRUNED, ANALYSIS = "config.json", "analysis.json"
 """The file by which a folder of each kind is known."""
-_MASKS = "masks.safetensors"
-"""What is in every folder of a pruned model, and in no other."""
 _TOKENIZERS = (
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*spm*.model", "spiece.model", "sentencepiece*.model", "chat_template.*", "additional_chat_templates"),
@@ -24,7 +23,7 @@ _TOKENIZERS = (
 _FILES = {
     PRUNED: (
         *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py"),
-        *(*_TOKENIZERS, _MASKS, "pruning.json", "report.html", "README.md", "*.png"),
+        *(*_TOKENIZERS, MASKS_FILE, "pruning.json", "report.html", "README.md", "*.png"),
         *("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     ),
     ANALYSIS: ("analysis.json", "*.png"),
@@ -60,9 +59,9 @@ def check_output(folder: str | Path, overwrite: bool, kind: str = PRUNED, reads:
     if path.exists() and any(path.iterdir()):
         if not (path / kind).is_file():
             raise _refused(folder, f"it holds no {kind}, so it is not overwritten")
-        if kind == PRUNED and not (path / _MASKS).is_file():
+        if kind == PRUNED and not (path / MASKS_FILE).is_file():
             raise _refused(
-                folder, f"it is a model without {_MASKS}, which lit-prune has not written: move it elsewhere"
+                folder, f"it is a model without {MASKS_FILE}, which lit-prune has not written: move it elsewhere"
             )
         if other := find_other(path, kind):
             raise _refused(folder, f"it holds {other!r}, which lit-prune has not written: move it elsewhere first")

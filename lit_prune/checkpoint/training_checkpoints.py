@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lit_prune.errors import InputError, first_line
+from lit_prune.errors import InputError, damage, first_line
 from lit_prune.ops import PackedMask
+from lit_prune.ops.masks import restored_masks
 
 _METADATA = ".metadata"
 """Pickled index of a folder that torch.distributed.checkpoint has written."""
@@ -91,10 +92,10 @@ class Checkpoint:
             state = self.callbacks.get(name, {})
             try:
                 if state.get("masks"):
-                    shapes = state["mask_shapes"]
-                    return {f"{k}{suffix}": PackedMask(bits, tuple(shapes[k])) for k, bits in state["masks"].items()}
+                    masks = restored_masks(state["masks"], state["mask_shapes"])
+                    return {f"{name}{suffix}": mask for name, mask in masks.items()}
             except (InputError, AttributeError, KeyError, TypeError) as error:
-                raise InputError(f"the checkpoint's masks, of {name}, are damaged ({_reason(error)})") from error
+                raise InputError(f"the checkpoint's masks, of {name}, are damaged ({damage(error)})") from error
         raise InputError(
             "the checkpoint holds no masks: neither Prune nor KeepMasks was among the callbacks, or "
             "ModelCheckpoint.save_weights_only is on"
@@ -126,13 +127,9 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
         callbacks = {key.split("{")[0]: state for key, state in extra.get("callbacks", {}).items()}
     except (AttributeError, KeyError, TypeError, OSError) as error:
         raise InputError(
-            f"checkpoint is {str(path)!r}: it is not a checkpoint of Lightning, or damaged ({_reason(error)})"
+            f"checkpoint is {str(path)!r}: it is not a checkpoint of Lightning, or damaged ({damage(error)})"
         ) from error
     return Checkpoint(weights, callbacks)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
 
 
 def by_layer(masks: Mapping[str, PackedMask]) -> dict[str, PackedMask]:
@@ -173,11 +170,11 @@ def check_is_checkpoint(path: str | Path, trust: bool = False) -> None:
         return
     try:
         content = _load(path, trust)
-        lacking = [name for name in ("state_dict", "pytorch-lightning_version") if name not in content]
-    except (pickle.UnpicklingError, RuntimeError, TypeError) as error:
+    except (pickle.UnpicklingError, RuntimeError) as error:
         raise InputError(f"checkpoint is {str(path)!r}: it is not one of Lightning ({first_line(error)})") from error
-    if not isinstance(content, Mapping) or lacking:
-        raise InputError(f"checkpoint is {str(path)!r}: it is not one of Lightning ({lacking[0]!r} is missing)")
+    for name in ("state_dict", "pytorch-lightning_version"):
+        if not isinstance(content, Mapping) or name not in content:
+            raise InputError(f"checkpoint is {str(path)!r}: it is not one of Lightning ({name!r} is missing)")
 
 
 def check_kept_paths(states: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, final
@@ -275,6 +275,11 @@ def keep_only(values: Tensor, keep: Tensor) -> Tensor:
     """
     words = values.view(_WORDS[values.element_size()])
     return (words & -keep.view(torch.int8)).view(values.dtype)  # True is 1, and -1 has all bits
+
+
+def restored_masks(bits: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, PackedMask]:
+    """Return the masks of a callback's state, in which bits and shapes are apart, by name."""
+    return {name: PackedMask(values, tuple(shapes[name])) for name, values in bits.items()}
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

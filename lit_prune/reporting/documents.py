@@ -118,11 +118,13 @@ def report_figures(report: PruningReport) -> dict[str, Figure]:
 
 
 def _by_kind(report: PruningReport, value: Callable[[LayerReport], float]) -> dict[str, list[tuple[float, float]]]:
+    """Return a curve over the blocks for each kind of layer; a single one if all values are equal."""
     series: dict[str, list[tuple[float, float]]] = {}
     for layer in report.layers:
         series.setdefault(kind_of(layer.name), []).append((layer.block, value(layer)))
-    if len(series) > 1 and len({round(y, 4) for points in series.values() for _, y in points}) == 1:
-        return {"all layers": next(iter(series.values()))}  # equal curves would hide one another
+    points = sorted({(block, round(y, 4)) for curve in series.values() for block, y in curve})
+    if len(series) > 1 and len({y for _, y in points}) == 1:
+        return {"all layers": points}  # equal curves would hide one another
     return series
 
 

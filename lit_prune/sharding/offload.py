@@ -34,6 +34,7 @@ from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.experts import has_fused_experts
 from lit_prune.models.weights import check_finite, ignored_by, refuse
 from lit_prune.sharding.block_store import BlockStore, fill_outside_blocks, store_of
+from lit_prune.sharding.parameters import persistent_buffers
 
 _CHANGED = re.compile(r"block_\d{4,}\.safetensors|\.block_\d{4,}\.safetensors\.writing-\d+")
 """Names in the folder for blocks that have changed."""
@@ -94,7 +95,7 @@ class OnDisk(BlockStore):
         return values
 
     def forget(self) -> None:
-        """Remove the files of blocks that have changed, and their folder if nothing else is in it."""
+        """Remove the files of changed blocks, and their folder if it is empty then; other runs may use it again."""
         self._drop()
         if self._changes.is_dir() and not any(self._changes.iterdir()):
             self._changes.rmdir()
@@ -159,7 +160,7 @@ def open_lazily(
     model.tie_weights()  # each of the tied names has an empty parameter of its own
     if has_fused_experts(model):
         raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
-    buffers = _persistent_buffers(model)
+    buffers = persistent_buffers(model)
     expected = {name: list(t.shape) for name, t in (*model.named_parameters(), *buffers.items())}
     store = OnDisk(_matched(model, expected, files, str(pretrained)), changes, _ends(model))
     fill_outside_blocks(model, store, store.read)
@@ -225,7 +226,7 @@ def _claim(changes: Path) -> None:
 
 def _is_first_process() -> bool:
     """Tell whether this is the first of several processes, before any of them has set up torch.distributed."""
-    return not any(int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def _check_changes(folder: Path) -> None:
@@ -261,12 +262,6 @@ def _files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
         f"model.pretrained is {str(folder)!r}: it has neither {_SINGLE} nor {_INDEX}, so it cannot be opened lazily; "
         "export it once with --to hf-sharded"
     )
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that a checkpoint holds, by name."""
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _matched(

@@ -168,6 +168,12 @@ def unsharded_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint holds, such as a router's bias, by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
 def copy_buffers(model: nn.Module, twin: nn.Module) -> None:
     """Give a twin the model's buffers, which no strategy shards: values that are not trained, but may be learned."""
     buffers = dict(model.named_buffers())

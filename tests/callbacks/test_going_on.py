@@ -101,7 +101,7 @@ def test_what_cannot_go_on_is_told_before_the_first_step(tmp_path: Path) -> None
         ({"state_dict": {**state, name: state[name] * torch.nan}}, f"{name} holds NaN or Inf"),
         ({"optimizer_states": None}, "it holds no optimizer_states, as save_weights_only leaves them out"),
         ({"callbacks": {}}, "after the last pruning of the schedule (step 0), and holds no masks"),
-        ({"callbacks": {"Prune": {"pruned_at": 0}}}, "state of Prune is damaged ('mask_shapes' is missing)"),
+        ({"callbacks": {"Prune": {"pruned_at": 0}}}, "state of Prune is damaged ('masks' is missing)"),
     ):
         with pytest.raises(InputError) as raised:
             fit(*pruning(), steps=4, resume=changed(end, **content))

@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_prune.checkpoint.files import replacing_folder, write_atomically
 from lit_prune.checkpoint.masks import save_masks
-from lit_prune.checkpoint.outputs import ANALYSIS, check_output
+from lit_prune.checkpoint.outputs import ANALYSIS, check_output, find_other
 from lit_prune.checkpoint.save import save_pruned
 from lit_prune.errors import DiskError, InputError
 from lit_prune.models.tokenizer import load_tokenizer
@@ -156,3 +156,18 @@ def test_files_have_the_modes_that_the_umask_gives(
     assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
     assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
     assert not (folder / ".mode").exists()
+
+
+def test_a_file_that_is_put_into_a_folder_while_it_is_replaced_is_kept(model: Path) -> None:
+    def replace(meanwhile: str | None = None) -> None:
+        with replacing_folder(model, find_other) as new:
+            (new / "config.json").write_text("{}")
+            if meanwhile:
+                (model / meanwhile).write_text("mine")
+
+    with pytest.warns(UserWarning, match=r"\.kept-\d+' is the former folder: it holds 'mine\.txt'"):
+        replace("mine.txt")
+    assert [file.name for file in model.iterdir()] == ["config.json"]
+    replace()  # its clean-up leaves the former folder alone
+    (kept,) = model.parent.glob(".*.kept-*")
+    assert (kept / "mine.txt").read_text() == "mine"

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -178,6 +179,16 @@ def test_masks_are_asked_of_the_right_file(tmp_path: Path) -> None:
 def test_a_fingerprint_tells_models_apart(tiny_model: Callable[..., nn.Module]) -> None:
     assert model_fingerprint(tiny_model(seed=0)) == model_fingerprint(tiny_model(seed=0))
     assert model_fingerprint(tiny_model(seed=0)) != model_fingerprint(tiny_model(seed=1))
+    # Every single weight and buffer counts, and so does the config, whose rotary base is in no weight.
+    dense = model_fingerprint(tiny_model())
+    changed, buffered, rotary = tiny_model(), tiny_model(), tiny_model(rope_parameters={"rope_theta": 5e4})
+    with torch.no_grad():
+        changed.get_parameter(UP)[-1, -2] *= 2
+    buffered.register_buffer("bias", torch.ones(1))
+    other = copy.deepcopy(buffered)
+    other.get_buffer("bias").mul_(2)
+    found = [model_fingerprint(model) for model in (changed, buffered, other, rotary)]
+    assert len({dense, *found}) == 5
 
 
 def test_json_is_read_as_written(tmp_path: Path) -> None:
