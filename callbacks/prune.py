@@ -171,6 +171,8 @@ class Prune(Callback):
             self.report = prune(model, batches, on_progress=show, forward_context=context, **vars(request))
         if before and not self.report.metrics:
             self.report.metrics = before.metrics  # of the allocation that this pruning took over
+        if self.report.calibration:
+            self.report.calibration.text = getattr(getattr(trainer, "datamodule", None), "calibration_text", None)
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PruningListener):

@@ -25,7 +25,7 @@ from lit_prune.callbacks import Prune
 from lit_prune.cli_errors import ArgumentsError, did_you_mean, explain
 from lit_prune.errors import InputError
 from lit_prune.malloc import keep_freed_memory
-from lit_prune.models.locate import hub_model
+from lit_prune.models.locate import hub_model, license_of
 from lit_prune.models.quiet import disable_model_progress_bars
 from lit_prune.pruning import PruningPlan
 from lit_prune.pruning.schedule import Schedule
@@ -135,6 +135,7 @@ class PruningCLI(LightningCLI):
             config=parser.dump(config, skip_none=False),
             base_model=hub_model(self.model.pretrained),
             datasets=self.datamodule.hub_names(training=self.subcommand == "fit"),
+            license=license_of(self.model.pretrained),
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

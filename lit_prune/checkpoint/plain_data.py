@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -42,8 +42,7 @@ def _parts(value: Any, kind: Any, inner: tuple[Any, ...], name: str) -> Any:
     if isinstance(value, dict) and kind is dict:
         return {key: typed(part, inner[1], f"{name}.{key}") for key, part in value.items()}
     if isinstance(value, dict) and (is_dataclass(kind) or is_typeddict(kind) or hasattr(kind, "_fields")):
-        hints = get_type_hints(kind)
-        return kind(**typed_fields(value, hints, getattr(kind, "__required_keys__", hints), f"{name}."))
+        return kind(**typed_fields(value, get_type_hints(kind), _required(kind), f"{name}."))
     if isinstance(value, list) and kind is list:
         return [typed(part, inner[0], f"{name}[{place}]") for place, part in enumerate(value)]
     if not isinstance(value, dict) and kind is tuple and len(value) == len(inner):
@@ -51,13 +50,20 @@ def _parts(value: Any, kind: Any, inner: tuple[Any, ...], name: str) -> Any:
     return None
 
 
+def _required(kind: Any) -> Iterable[str]:
+    """Return the names of the fields that have no default."""
+    if is_dataclass(kind):
+        return [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
+    return kind.__required_keys__ if is_typeddict(kind) else [n for n in kind._fields if n not in kind._field_defaults]
+
+
 def typed_fields(
-    fields: Mapping[str, Any], hints: Mapping[str, Any], required: Iterable[str], prefix: str = ""
+    values: Mapping[str, Any], hints: Mapping[str, Any], required: Iterable[str], prefix: str = ""
 ) -> dict[str, Any]:
     """Return fields by name, each as the type of its hint; there may be no others.
 
     Args:
-        fields: plain data.
+        values: plain data by name.
         hints: types by name.
         required: names of those that must be there.
         prefix: of the names, for errors.
@@ -65,11 +71,11 @@ def typed_fields(
     Raises:
         TypeError: as ``typed``.
     """
-    if lacking := [name for name in required if name not in fields]:
+    if lacking := [name for name in required if name not in values]:
         raise TypeError(f"{prefix}{lacking[0]} is missing")
-    if unknown := [name for name in fields if name not in hints]:
+    if unknown := [name for name in values if name not in hints]:
         raise TypeError(f"{prefix}{unknown[0]:.80} is unknown")
-    return {name: typed(value, hints[name], f"{prefix}{name}") for name, value in fields.items()}
+    return {name: typed(value, hints[name], f"{prefix}{name}") for name, value in values.items()}
 
 
 def _is_whole(value: Any) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+
+from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from lit_prune.checkpoint.folders import check_folder
 from lit_prune.errors import InputError, first_line
@@ -13,6 +17,9 @@ from lit_prune.models.quiet import quiet_hub
 
 RANDOM = "random"
 """The ``pretrained`` that builds a model from a config, with random weights and a byte-level tokenizer."""
+_LARGEST_CARD = 10**6
+_LICENSE = re.compile(r"[\w.+-]{1,64}")
+"""An identifier of the hub, such as ``apache-2.0``."""
 MODEL_REMEDY = (
     "give a local folder, a .gguf file, or the name of a causal language model on a hub that this machine can reach"
 )
@@ -24,6 +31,18 @@ def hub_model(pretrained: str) -> str | None:
         return None if pretrained == RANDOM or Path(pretrained).expanduser().exists() else pretrained
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"model.pretrained is {pretrained[:200]!r}, which cannot be a name: {MODEL_REMEDY}") from error
+
+
+def license_of(pretrained: str) -> str | None:
+    """Return the licence that the model card in a local folder names; None if there is none that can be read."""
+    card = Path(pretrained).expanduser() / "README.md"
+    if hub_model(pretrained) is not None or not card.is_file() or card.stat().st_size > _LARGEST_CARD:
+        return None
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError, YAMLError):
+        return None  # a card is for people: one that cannot be read keeps nobody from pruning
+    return found if isinstance(found, str) and _LICENSE.fullmatch(found) else None
 
 
 def locate(pretrained: str) -> tuple[str, dict[str, str]]:

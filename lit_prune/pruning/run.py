@@ -25,7 +25,14 @@ from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
 from lit_prune.pruning.progress import progress as show_progress
 from lit_prune.pruning.solving import LayerSolver
-from lit_prune.reporting.report import LayerReport, PruningReport, ReconstructionReport, changed_parameters
+from lit_prune.reporting.report import (
+    Calibration,
+    LayerReport,
+    ModelSize,
+    PruningReport,
+    ReconstructionReport,
+    changed_parameters,
+)
 from lit_prune.sharding.block_store import unsharded
 
 
@@ -84,7 +91,7 @@ def prune(
             journal = stack.enter_context(Journal(Path(journal_folder), {**identity, **how}, resume))
         listeners = [on_progress, stack.enter_context(show_progress()) if progress else None]
         stages = Stages(len(blocks), [listener for listener in listeners if listener])
-        report = PruningReport(identity=identity)
+        report = PruningReport(identity=identity, calibration=Calibration.of(calibration))
         dense = DenseModel(whole, store, blocks, targets, calibration, plan, stages, forward_context, identity)
         gradients = dense.gradients()
         report.allocation, report.metrics = _allocate(dense, gradients, allocation, journal)
@@ -95,6 +102,7 @@ def prune(
         run = PruningRun(dense, solver, gradients, replay, reference, journal, report)
         for block in blocks:
             run.prune(block)
+        report.size = ModelSize.of(whole, report.masks)
     report.seconds, report.peak_memory = stages.seconds, peak_memory()
     return report
 

@@ -11,14 +11,15 @@ from lit_prune.checkpoint.masks import load_masks
 from lit_prune.checkpoint.outputs import check_file
 from lit_prune.checkpoint.save import REPORT_FILE
 from lit_prune.errors import InputError
-from lit_prune.reporting import pages
 from lit_prune.reporting.documents import read_report
 from lit_prune.reporting.figures import Points, as_svg, by_block, scatter
+from lit_prune.reporting.pages import render_page
 from lit_prune.reporting.report import PruningReport
+from lit_prune.reporting.summary import method, pattern, sparsity_of_model
 
 
 def compare(runs: Sequence[str], output: str = "compare.html", overwrite: bool = False) -> Path:
-    """Write a page that sets pruned folders side by side: a table, and perplexity against sparsity and seconds.
+    """Write a page that compares pruned folders: a table, and perplexity against sparsity and seconds.
 
     Args:
         runs: Folders that ``lit-prune`` wrote.
@@ -36,39 +37,50 @@ def compare(runs: Sequence[str], output: str = "compare.html", overwrite: bool =
 
 def comparison_page(reports: dict[str, PruningReport]) -> str:
     """Return the page of reports by name."""
-    evaluated = {name: report for name, report in reports.items() if "perplexity_after" in report.evaluation}
-    protocols = {(r.evaluation["text"], r.evaluation["seqlen"]) for r in evaluated.values()}
-    seconds = {name: sum(report.seconds.values()) for name, report in evaluated.items()}
-    after = {name: report.evaluation["perplexity_after"] for name, report in evaluated.items()}
-    errors = {name: _errors(report) for name, report in reports.items()}
-    return pages.page(
-        f"{len(reports)} pruned models",
-        pages.section(
-            "Side by side",
-            "" if len(protocols) < 2 else "The perplexities are of different texts or windows: they do not compare.",
-            pages.table([_row(name, report) for name, report in reports.items()], _HEADER),
-        ),
-        pages.section(
-            "Perplexity against sparsity",
-            "Further down is better, further right is smaller.",
-            pages.plots(_scatter({name: (reports[name].sparsity, after[name]) for name in after}, "sparsity")),
-        ),
-        pages.section(
-            "Perplexity against time",
-            "Of pruning alone.",
-            pages.plots(_scatter({name: (seconds[name], after[name]) for name in after}, "seconds", log=True)),
-        ),
-        pages.section(
-            "Output error by block",
-            "The mean over a block's layers, as the solver left them.",
-            pages.plots(as_svg(by_block(drawn, "relative output error", log=True)))
-            if (drawn := {name: points for name, points in errors.items() if points})
-            else "",
-        ),
+    errors = {name: points for name, report in reports.items() if (points := _errors(report))}
+    return render_page(
+        "comparison.html",
+        title=f"{len(reports)} pruned models",
+        header=_HEADER,
+        rows=[_row(name, report) for name, report in reports.items()],
+        charts=[_charts(text, seqlen, found) for (text, seqlen), found in _by_protocol(reports).items()],
+        errors=as_svg(by_block(errors, "relative output error", log=True)) if errors else "",
     )
 
 
-_HEADER = ("run", "method", "pattern", "sparsity", "before", "after", "text", "window", "seconds", "peak memory")
+def _by_protocol(reports: dict[str, PruningReport]) -> dict[tuple[str, int], dict[str, PruningReport]]:
+    """Return the evaluated reports by text and window: only perplexities of one text and window compare."""
+    found: dict[tuple[str, int], dict[str, PruningReport]] = {}
+    for name, report in reports.items():
+        if "perplexity_after" in report.evaluation:
+            found.setdefault((report.evaluation["text"], report.evaluation["seqlen"]), {})[name] = report
+    return found
+
+
+def _charts(text: str, seqlen: int, reports: dict[str, PruningReport]) -> dict[str, str]:
+    after = {name: report.evaluation["perplexity_after"] for name, report in reports.items()}
+    by_sparsity = {name: (report.sparsity, after[name]) for name, report in reports.items()}
+    by_seconds = {name: (sum(report.seconds.values()), after[name]) for name, report in reports.items()}
+    return {
+        "text": f"{text}, windows of {seqlen} tokens",
+        "sparsity": as_svg(scatter(by_sparsity, "sparsity", "perplexity")),
+        "seconds": as_svg(scatter(by_seconds, "seconds", "perplexity", log=True)),
+    }
+
+
+_HEADER = (
+    "run",
+    "method",
+    "pattern",
+    "sparsity",
+    "of the model",
+    "before",
+    "after",
+    "text",
+    "window",
+    "seconds",
+    "peak memory",
+)
 
 
 def _row(name: str, report: PruningReport) -> list[str]:
@@ -76,19 +88,16 @@ def _row(name: str, report: PruningReport) -> list[str]:
     perplexities = [f"{found[key]:,.2f}" if key in found else "" for key in ("perplexity_before", "perplexity_after")]
     return [
         name,
-        report.method,
-        report.pattern,
+        method(report),
+        pattern(report),
         f"{report.sparsity:.2%}",
+        "" if (whole := sparsity_of_model(report)) is None else f"{whole:.2%}",
         *perplexities,
         str(found.get("text", "")),
         str(found.get("seqlen", "")),
         f"{sum(report.seconds.values()):.0f}",
         "" if report.peak_memory is None else f"{report.peak_memory / 2**30:.2f} GiB",
     ]
-
-
-def _scatter(points: dict[str, tuple[float, float]], across: str, log: bool = False) -> str:
-    return as_svg(scatter(points, across, "perplexity", log)) if points else ""
 
 
 def _errors(report: PruningReport) -> Points:

@@ -15,7 +15,6 @@ from lit_prune.checkpoint.folders import inside
 from lit_prune.checkpoint.save import REPORT_FILE, Format
 from lit_prune.checkpoint.training_checkpoints import by_layer
 from lit_prune.ops import PackedMask
-from lit_prune.reporting import pages
 from lit_prune.reporting.figures import (
     Points,
     as_png,
@@ -26,38 +25,17 @@ from lit_prune.reporting.figures import (
     kind_of,
     mask_pictures,
 )
+from lit_prune.reporting.outliers import Outlier, outliers
+from lit_prune.reporting.pages import render_page
 from lit_prune.reporting.report import LayerReport, PruningReport
+from lit_prune.reporting.summary import evaluation_rows, method, pattern, sparsity_of_model, summary, verdict
 
 PAGE_FILE = "report.html"
-_CARD = """---
-{front}
----
-
-# {title}, pruned
-
-{sparsity} of the targeted weights are zero: {method}. It opens with
-{opens}.{beside}
-
-| | |
-|---|---|
-{summary}
-
-{plots}
-
-`masks.safetensors` holds the keep masks, one bit per weight. `pruning.json` and `report.html` say what happened to
-every layer. The plan:
-
-```json
-{plan}
-```
-"""
-_BESIDE = """
-
-The model was trained with the low-rank adapters in the folder `adapter`, and is worse without them:
-`peft.PeftModel.from_pretrained(model, "FOLDER/adapter")` puts them on."""
 _PLOTS = ("sparsity", "output_error", "block_error", "validation")
 """Figures that are files too, for the model card."""
 
+_DRAWN = (*_PLOTS, "metric", "masks", "seconds")
+"""Figures that the page's template names."""
 _OFF_THE_SCALE = 1e100
 """Perplexities that are not plotted."""
 
@@ -71,11 +49,12 @@ def render(report: PruningReport, title: str, to: Format = "hf", adapters: bool 
         to: the form in which the weights lie there.
         adapters: whether plain adapters lie beside them.
     """
-    figures = report_figures(report)
+    standing_out = outliers(report.layers)
+    figures = report_figures(report, standing_out)
     plots = {f"{name}.png": as_png(figures[name]) for name in _PLOTS if name in figures}
     return {
         REPORT_FILE: as_json(report.as_dict()),
-        PAGE_FILE: _page(report, title, {name: as_svg(figure) for name, figure in figures.items()}),
+        PAGE_FILE: _page(report, title, {name: as_svg(figure) for name, figure in figures.items()}, standing_out),
         "README.md": _card(report, title, list(plots), to, adapters),
         **plots,
     }
@@ -87,12 +66,13 @@ def read_report(folder: str | Path, masks: Mapping[str, PackedMask]) -> PruningR
     return PruningReport.from_dict(read_json(file), by_layer(masks), repr(str(file))) if file.is_file() else None
 
 
-def report_figures(report: PruningReport) -> dict[str, Figure]:
-    """Return every figure that there is something to show in, by name."""
+def report_figures(report: PruningReport, marked: Sequence[Outlier] = ()) -> dict[str, Figure]:
+    """Return the figures of a report by name, the errors of ``marked`` layers ringed; those without data are absent."""
     figures = {"sparsity": by_block(_by_kind(report, lambda layer: layer.reached), "sparsity", limits=(0, 1))}
     if any(layer.output_error for layer in report.layers):
         errors = _by_kind(report, lambda layer: layer.output_error or 0.0)
-        figures["output_error"] = by_block(errors, "relative output error", log=True)
+        rings = [(outlier.layer.block, outlier.layer.output_error or 0.0) for outlier in marked]
+        figures["output_error"] = by_block(errors, "relative output error", log=True, rings=rings)
     if report.reconstructions:
         blocks: dict[str, Points] = {
             f"{when} reconstruction": [(done.block, getattr(done, when)) for done in report.reconstructions]
@@ -128,86 +108,75 @@ def _by_kind(report: PruningReport, value: Callable[[LayerReport], float]) -> di
     return series
 
 
-def _page(report: PruningReport, title: str, figures: Mapping[str, str]) -> str:
+def _page(report: PruningReport, title: str, figures: Mapping[str, str], standing_out: Sequence[Outlier]) -> str:
     """Return the report as a page."""
-    spectra = [svg for name, svg in figures.items() if name.startswith("esd_")]
-    return pages.page(
-        f"{title}, pruned",
-        pages.headline(report.headline()),
-        pages.section("What was asked, what came out", "", pages.facts(report.summary())),
-        pages.section(
-            "What it writes",
-            "The likeliest continuation of the same beginning, by the dense model and by this one.",
-            *(
-                pages.samples(sample.prompt, {"before": sample.before, "after": sample.after})
-                for sample in report.samples
-            ),
-        ),
-        pages.section(
-            "Perplexity while training",
-            "Of each validation text; a curve that rises while another falls tells of over-fitting.",
-            pages.plots(figures.get("validation", "")),
-        ),
-        pages.section(
-            "Sparsity by layer",
-            "The share of each layer's weights that is zero, by block.",
-            pages.plots(figures.get("sparsity", "")),
-        ),
-        pages.section(
-            "Output error by layer",
-            "How far each layer's outputs on the calibration text have moved, as the solver left it: ‖X(W' − W)ᵀ‖² / "
-            "‖XWᵀ‖².",
-            pages.plots(figures.get("output_error", "")),
-        ),
-        pages.section(
-            "Reconstruction",
-            "How far each block's outputs are from the dense block's, before its kept weights were trained and after.",
-            pages.plots(figures.get("block_error", "")),
-        ),
-        pages.section(
-            "What the allocation was made from",
-            "The shape metric of each weight's spectrum: layers with a heavier tail keep more.",
-            pages.plots(figures.get("metric", "")),
-            pages.gallery(spectra),
-        ),
-        pages.section(
-            "Masks",
-            "The layers of the middle block, as they are stored: full colour where all weights are kept, none where "
-            "none is.",
-            pages.plots(figures.get("masks", "")),
-        ),
-        pages.section("Time by stage", "", pages.plots(figures.get("seconds", ""))),
-        pages.section("Layers", "", pages.folded(f"all {len(report.layers)}", _layers(report))),
-        pages.section(
-            "Do it again",
-            "The command and the whole configuration of this run.",
-            *(pages.preformatted(text) for recipe in report.recipes for text in (recipe.command, recipe.config)),
-        ),
-        pages.section(
-            "Plan, model and data",
-            "",
-            pages.folded("as JSON", pages.preformatted(as_json(report.identity))),
-        ),
+    return render_page(
+        "report.html",
+        title=f"{title}, pruned",
+        verdict=verdict(report),
+        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        samples=report.samples,
+        figures={name: figures.get(name, "") for name in _DRAWN},
+        spectra=[svg for name, svg in figures.items() if name.startswith("esd_")],
+        layers=[_row(layer) for layer in report.layers],
+        outliers=standing_out,
+        outlier_names={outlier.layer.name for outlier in standing_out},
+        summary=summary(report),
+        recipes=report.recipes,
+        identity=as_json(report.identity),
     )
 
 
-def _layers(report: PruningReport) -> str:
-    rows = [
-        (
-            layer.name,
-            f"{layer.shape[0]} x {layer.shape[1]}",
-            f"{layer.asked:.4f}",
-            f"{layer.reached:.4f}",
-            "" if layer.output_error is None else f"{layer.output_error:.5f}",
-            f"{layer.seconds:.2f}",
-        )
-        for layer in report.layers
-    ]
-    return pages.table(rows, ("layer", "shape", "asked", "reached", "output error", "seconds"))
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    return (
+        layer.name,
+        f"{layer.shape[0]} x {layer.shape[1]}",
+        f"{layer.asked:.4f}",
+        f"{layer.reached:.4f}",
+        "" if layer.output_error is None else f"{layer.output_error:.5f}",
+        f"{layer.seconds:.2f}",
+    )
 
 
 def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, adapters: bool) -> str:
     """Return the model card of the Hugging Face hub."""
+    recipes = report.recipes
+    base_model = next((recipe.base_model for recipe in recipes if recipe.base_model), None)
+    license = next((recipe.license for recipe in recipes if recipe.license), None)
+    scores = _results(report)
+    front = ModelCardData(
+        base_model=base_model,
+        license=license,
+        datasets=sorted({name for recipe in recipes for name in recipe.datasets}) or None,
+        metrics=sorted({score.metric_type for score in scores}) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "lit-prune"],
+        model_name=f"{title}-pruned",
+        eval_results=[score for score in scores if math.isfinite(score.metric_value)] or None,
+    )
+    whole = sparsity_of_model(report)
+    return render_page(
+        "card.md",
+        front=front.to_yaml(),
+        title=" ".join(title.split()),
+        to=to,
+        adapters=adapters,
+        base_model=base_model,
+        license=license,
+        method=method(report),
+        pattern=pattern(report),
+        sparsity=f"{report.sparsity:.2%}",
+        whole="" if whole is None else f"{whole:.2%}",
+        evaluation=evaluation_rows(report),
+        summary=summary(report),
+        plots=plots,
+        plan=as_json(report.identity["plan"]),
+    )
+
+
+def _results(report: PruningReport) -> list[EvalResult]:
+    """Return the scores of the pruned model for the card's metadata."""
     scores = []
     if "perplexity_after" in report.evaluation:
         text, seqlen = report.evaluation["text"], report.evaluation["seqlen"]
@@ -216,29 +185,7 @@ def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, a
     tasks = report.evaluation["tasks"]["after"] if "tasks" in report.evaluation else {}
     for task, metrics in tasks.items():
         scores += [_result(task, task, name, value) for name, value in metrics.items() if not name.endswith("_stderr")]
-    front = ModelCardData(
-        base_model=next((recipe.base_model for recipe in report.recipes if recipe.base_model), None),
-        datasets=sorted({name for recipe in report.recipes for name in recipe.datasets}) or None,
-        metrics=sorted({score.metric_type for score in scores}) or None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["pruned", "sparse", "lit-prune"],
-        model_name=f"{title}-pruned",
-        eval_results=[score for score in scores if math.isfinite(score.metric_value)] or None,
-    )
-    return _CARD.format(
-        front=front.to_yaml(),
-        title=title,
-        opens="`lit_prune.load_model`, which puts the zeros back to the bit"
-        if to == "bitmask"
-        else "plain `transformers.AutoModelForCausalLM.from_pretrained`; the zeros are in the weights",
-        beside=_BESIDE if adapters else "",
-        method=report.method,
-        sparsity=f"{report.sparsity:.2%}",
-        summary="\n".join(f"| {what} | {value} |" for what, value in report.summary()),
-        plots="\n\n".join(f"![{plot.removesuffix('.png').replace('_', ' ')}]({plot})" for plot in plots),
-        plan=as_json(report.identity["plan"]),
-    )
+    return scores
 
 
 def _result(dataset_type: str, dataset_name: str, metric: str, value: float) -> EvalResult:

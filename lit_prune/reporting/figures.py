@@ -11,6 +11,7 @@ from typing import Any, ParamSpec
 import matplotlib as mpl
 import numpy as np
 from cycler import cycler
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -34,9 +35,11 @@ _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
     "font.family": "sans-serif",
 }
+_SIZE = (6.0, 3.6)
+"""Inches: on a phone, 390 pixels wide, the text is still readable."""
 _PIXELS = 128
 """Sides of a mask's picture, at most."""
-_LONGEST = 100
+_LONGEST = 60
 """Characters of a name that are shown."""
 _P = ParamSpec("_P")
 
@@ -63,12 +66,15 @@ def by_block(
     log: bool = False,
     limits: tuple[float, float] | None = None,
     over: str = "block",
+    rings: Points = (),
 ) -> Figure:
-    """Plot values over the blocks, a line per series."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    """Plot values over the blocks, a line per series, with a ring around some of the points."""
+    figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot(xlabel=over, ylabel=label, yscale="log" if log else "linear")
     for name, points in series.items():
         axes.plot([block for block, _ in points], [value for _, value in points], ".-", label=_shown(name))
+    if rings:
+        axes.plot([block for block, _ in rings], [value for _, value in rings], "o", ms=9, mfc="none", mec=_INK)
     if limits is not None:
         axes.set_ylim(*limits)
     axes.grid(alpha=0.3, color=_INK)
@@ -79,7 +85,7 @@ def by_block(
 @_styled
 def bars(values: Mapping[str, float], label: str) -> Figure:
     """Plot a bar for each name, the largest value on top."""
-    figure = Figure(figsize=(9, 0.6 + 0.35 * len(values)), layout="constrained")
+    figure = Figure(figsize=(_SIZE[0], 0.6 + 0.35 * len(values)), layout="constrained")
     axes = figure.add_subplot(xlabel=label)
     ordered = sorted(values.items(), key=lambda item: item[1])
     drawn = axes.barh([_shown(name) for name, _ in ordered], [value for _, value in ordered], color=_COLOURS[0])
@@ -89,8 +95,8 @@ def bars(values: Mapping[str, float], label: str) -> Figure:
 
 @_styled
 def scatter(points: Mapping[str, tuple[float, float]], across: str, up: str, log: bool = False) -> Figure:
-    """Plot a named point each, ``up`` logarithmic, ``across`` too where ``log``."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    """Plot a named point each, ``up`` on a logarithmic axis, ``across`` too if ``log``."""
+    figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot(xlabel=across, ylabel=up, yscale="log", xscale="log" if log else "linear")
     for name, (x, y) in points.items():
         axes.plot([x], [y], "o", label=_shown(name))
@@ -127,7 +133,7 @@ def analysis_figures(analysis: Analysis) -> dict[str, Figure]:
 @_styled
 def histogram(name: str, values: np.ndarray, tail: PowerLaw) -> Figure:
     """Plot a spectrum's density with the power law that was fitted to its tail, both axes logarithmic."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot(xlabel="eigenvalue of WᵀW", ylabel="density", xscale="log", yscale="log")
     axes.set_title(_shown(name))
     axes.hist(values, bins=np.geomspace(values[0], values[-1], 101).tolist(), density=True, alpha=0.6)
@@ -141,16 +147,20 @@ def histogram(name: str, values: np.ndarray, tail: PowerLaw) -> Figure:
 
 @_styled
 def mask_pictures(masks: Mapping[str, PackedMask], most: int = 8) -> Figure:
-    """Draw keep masks: each pixel the share of its weights that are kept, from none (empty) to all (full colour)."""
+    """Draw keep masks: the colour of a pixel is the fraction of its weights that are kept, with a key below."""
     chosen = dict(islice(masks.items(), most))
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(9, 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(_SIZE[0], 2 * rows + 0.7), layout="constrained")
+    drawn = []
     for place, (name, mask) in enumerate(chosen.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         axes.set_title(f"{_shown(kind_of(name))} {mask.shape[-2]} x {mask.shape[-1]}", fontsize="small")
-        axes.imshow(density(mask), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        drawn.append(axes.imshow(density(mask), cmap="Blues", vmin=0, vmax=1, interpolation="nearest"))
         axes.set_axis_off()
+    if drawn:
+        key = figure.colorbar(drawn[0], ax=figure.axes, location="bottom", aspect=40, label="fraction of weights kept")
+        key.outline.set_visible(False)  # type: ignore[operator]
     return figure
 
 
@@ -172,7 +182,7 @@ def as_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def as_svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> Markup:
     """Return the figure as an SVG element whose lines and text have the colour of the page around it."""
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE):
@@ -180,4 +190,4 @@ def as_svg(figure: Figure) -> str:
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
     svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypedDict, get_type_hints
 
 from torch import nn
 
+from lit_prune.calibration.batches import Batch, count_sequences, count_tokens
 from lit_prune.checkpoint.plain_data import typed, typed_fields
 from lit_prune.errors import InputError, first_line
 from lit_prune.ops import PackedMask
@@ -152,6 +153,58 @@ class Evaluation(TypedDict, total=False):
     """Of lm-evaluation-harness."""
 
 
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a whole model, embeddings and head included; tied parameters count once."""
+
+    parameters: int
+    """Number of parameters."""
+    bytes: int
+    """Bytes of the parameters, stored dense."""
+    bitmask_bytes: int
+    """Bytes of the parameters if a pruned layer is stored as its kept weights and one bit per weight."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if min(self.parameters, self.bytes, self.bitmask_bytes) < 1:
+            raise ValueError(f"{self}: each number must be at least 1")
+
+    @classmethod
+    def of(cls, model: nn.Module, masks: Mapping[str, PackedMask]) -> ModelSize:
+        """Measure a model whose pruned parameters have ``masks``, by parameter name."""
+        parameters = list(model.parameters())
+        dense = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        saved = 0
+        for name, mask in masks.items():
+            numel = math.prod(mask.shape)
+            removed = numel - int(mask.unpack().count_nonzero())
+            saved += removed * model.get_parameter(name).element_size() - -(-numel // 8)
+        return cls(sum(parameter.numel() for parameter in parameters), dense, dense - saved)
+
+
+@dataclass
+class Calibration:
+    """The calibration set."""
+
+    sequences: int
+    """Number of sequences."""
+    tokens: int
+    """Number of tokens in all sequences together."""
+    text: str | None = None
+    """Name of the text; None if it is unknown."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if not 1 <= self.sequences <= self.tokens:
+            raise ValueError(f"{self}: there must be a sequence, and a token in each")
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> Calibration | None:
+        """Count the sequences and tokens of batches; None if there are none."""
+        counts = [(count_sequences(batch), count_tokens(batch)) for batch in batches]
+        return cls(*map(sum, zip(*counts, strict=True))) if counts else None
+
+
 class _Method(TypedDict):
     class_path: str
     init_args: dict[str, Any]
@@ -180,6 +233,8 @@ class Recipe:
     """Name of the dense model on the hub; None if it came from elsewhere."""
     datasets: list[str] = field(default_factory=list)
     """Names on the hub of the sets that calibrated and trained it."""
+    license: str | None = None
+    """Licence of the dense model, as its model card names it."""
 
 
 @dataclass
@@ -202,6 +257,10 @@ class PruningReport:
     """What the allocator measured of every layer's weight, by name; empty if it measures nothing."""
     cached: list[str] = field(default_factory=list)
     """Names of the files of ``plan.cache`` that were read in place of a computation."""
+    size: ModelSize | None = None
+    """The size of the whole model; None in reports of older versions."""
+    calibration: Calibration | None = None
+    """The calibration set; None if the plan needs no data."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     """Filled in by whoever evaluates."""
     spectra: dict[str, Spectrum] = field(default_factory=dict)
@@ -212,6 +271,10 @@ class PruningReport:
     """How to do it again: the runs that made the model, in order."""
     validation: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """Perplexity of each validation text in the training that followed: (optimizer step, perplexity)."""
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    """Day of the pruning, such as ``2026-11-24``; empty in reports of older versions."""
+    versions: dict[str, str] = field(default_factory=versions)
+    """Versions of the packages that the result depends on."""
 
     @property
     def masks(self) -> dict[str, PackedMask]:
@@ -247,6 +310,8 @@ class PruningReport:
             "validation": {text: [list(point) for point in curve] for text, curve in self.validation.items()},
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "peak_memory": self.peak_memory,
+            "size": asdict(self.size) if self.size else None,
+            "calibration": asdict(self.calibration) if self.calibration else None,
             **self.identity,
             "allocation": self.allocation,
             "metrics": self.metrics,
@@ -257,7 +322,8 @@ class PruningReport:
             },
             "samples": [asdict(sample) for sample in self.samples],
             "recipes": [asdict(recipe) for recipe in self.recipes],
-            "versions": versions(),
+            "date": self.date,
+            "versions": self.versions,
             "layers": [layer.as_dict() for layer in self.layers],
             "reconstructions": [asdict(done) for done in self.reconstructions],
         }
@@ -286,7 +352,8 @@ class PruningReport:
     def _from_dict(cls, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> PruningReport:
         hints = {**get_type_hints(cls), **_BESIDE, "layers": list[dict[str, Any]]}
         del hints["identity"]
-        parts = typed_fields(content, hints, required=[name for name in hints if name != "cached"])
+        parts = typed_fields(content, hints, required=[name for name in hints if name not in _LATER])
+        parts.setdefault("date", "")
         identity = {name: parts[name] for name in _IDENTITY}
         typed({name: value for name, value in identity["plan"].items() if name in _Plan.__annotations__}, _Plan, "plan")
         report = cls(identity, **{name: value for name, value in parts.items() if name not in _BESIDE})
@@ -302,60 +369,12 @@ class PruningReport:
             values = spectrum.eigenvalues
             if not values or not all(0 < value < math.inf for value in (*values, spectrum.tail.lambda_min)):
                 raise ValueError(f"spectra.{name} has eigenvalues that are not above 0, or none")
+        total = sum(layer.numel for layer in report.layers)
+        if report.size and report.size.parameters < total:
+            raise ValueError(f"size.parameters is {report.size.parameters}, and the layers have {total}")
         if report.evaluation and (lacking := _EVALUATED - report.evaluation.keys()):
             raise ValueError(f"evaluation lacks {min(lacking)!r}")
         return report
-
-    @property
-    def method(self) -> str:
-        """The methods of the plan in a few words, such as ``Wanda + SparseGPT, AlphaPruning``."""
-        plan = self.identity["plan"]
-        named = [plan[part]["class_path"] for part in ("scorer", "solver") if plan[part] is not None]
-        how = [" + ".join(name for name in named if name != "Zero")]
-        how += [plan["allocator"]["class_path"]] if plan["allocator"]["class_path"] != "Uniform" else []
-        how += [f"correction {plan['correction']}"] if plan["correction"] else []
-        return ", ".join([*how, *(["reconstruction"] if self.reconstructions else [])])
-
-    @property
-    def pattern(self) -> str:
-        """The pattern of the plan, such as ``2:4`` or ``unstructured, by row``."""
-        pattern = self.identity["plan"]["pattern"]
-        arguments = pattern["init_args"]
-        if pattern["class_path"] == "NM":
-            return f"{arguments.get('keep')}:{arguments.get('of')}"
-        group = f", by {arguments['group']}" if arguments.get("group") else ""
-        return f"{pattern['class_path'].lower()}{group}"
-
-    def headline(self) -> dict[str, str]:
-        """Return the few numbers that matter most, by what they are."""
-        found = {"sparsity": f"{self.sparsity:.2%}", "pattern": self.pattern, "method": self.method}
-        if "perplexity_before" in self.evaluation:
-            before, after = self.evaluation["perplexity_before"], self.evaluation["perplexity_after"]
-            change = f" ({after / before - 1:+,.0%})" if 0 < before < math.inf and after < math.inf else ""
-            found["perplexity"] = f"{before:,.2f} → {after:,.2f}{change}"
-        found["minutes"] = f"{sum(self.seconds.values()) / 60:.1f}"
-        return found
-
-    def summary(self) -> list[tuple[str, str]]:
-        """Return the run in a few lines: (what, how much)."""
-        lines = [("sparsity of the targeted weights", f"{self.sparsity:.4%}"), ("layers", str(len(self.layers)))]
-        if "perplexity_before" in self.evaluation:
-            text = f"perplexity, {self.evaluation['text']}, windows of {self.evaluation['seqlen']} tokens"
-            before, after = self.evaluation["perplexity_before"], self.evaluation["perplexity_after"]
-            lines.append((text, f"{before:.2f} before, {after:.2f} after"))
-        tasks = self.evaluation.get("tasks", TaskScores(before={}, after={}))
-        for task, metric, (first, then) in scores_of({"before": tasks["before"], "after": tasks["after"]}):
-            lines.append((f"{task}, {metric}", f"{first} before, {then} after"))
-        if self.reconstructions:
-            before, after = (
-                fmean(getattr(done, when) for done in self.reconstructions) for when in ("before", "after")
-            )
-            lines.append(("mean block error before and after reconstruction", f"{before:.4f}, {after:.4f}"))
-        lines += [(f"{stage} seconds", f"{seconds:.1f}") for stage, seconds in self.seconds.items()]
-        lines += [("read from the cache", name) for name in self.cached]
-        if self.peak_memory is not None:
-            lines.append(("peak memory", f"{self.peak_memory / 2**30:.2f} GiB"))
-        return lines
 
     def save(
         self,
@@ -393,9 +412,10 @@ class PruningReport:
 
     def _repr_html_(self) -> str:
         """Return the summary as a table for notebooks."""
-        from lit_prune.reporting.pages import facts
+        from lit_prune.reporting.pages import render_page
+        from lit_prune.reporting.summary import summary
 
-        return facts(self.summary())
+        return render_page("summary.html", rows=summary(self))
 
     def blocks(self) -> list[tuple[int, list[LayerReport]]]:
         """Return the layers by block, in order."""
@@ -404,7 +424,9 @@ class PruningReport:
 
 
 _IDENTITY = {"plan": dict[str, Any], "model": str, "data": str}
-_BESIDE = {**_IDENTITY, "format": int, "sparsity": float, "versions": dict[str, str]}
+_LATER = ("cached", "size", "calibration", "date")
+"""Fields that reports of older versions lack."""
+_BESIDE = {**_IDENTITY, "format": int, "sparsity": float}
 """What a file has beside the fields of the report: its identity, and what follows from the rest."""
 _EVALUATED = {"perplexity_before", "perplexity_after", "seqlen", "text"}
 
@@ -428,23 +450,6 @@ def check_format(content: Any, source: str) -> None:
             f"{f'lit-prune {writer}' if writer else 'another program'}: this version, {version('lit-prune')}, "
             f"reads format {_FORMAT}; prune again, or install that version"
         )
-
-
-def scores_of(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[tuple[str, str, list[str]]]:
-    """Return every task and metric with its scores as text, one for each column."""
-    found = []
-    for task, metrics in next(iter(columns.values()), {}).items():
-        for metric in (name for name in metrics if not name.endswith("_stderr")):
-            values = [
-                f"{_score(scores, task, metric):.4f} ± {_score(scores, task, f'{metric}_stderr'):.4f}"
-                for scores in columns.values()
-            ]
-            found.append((task, metric, values))
-    return found
-
-
-def _score(scores: Mapping[str, Mapping[str, float]], task: str, metric: str) -> float:
-    return scores.get(task, {}).get(metric, math.nan)
 
 
 def weighted(layers: Iterable[LayerReport], attribute: str) -> float:

@@ -8,7 +8,8 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
-from lit_prune.reporting.report import PruningReport, scores_of, weighted
+from lit_prune.reporting.report import PruningReport, weighted
+from lit_prune.reporting.summary import scores_of, summary
 from lit_prune.runtime.sparse_layers import Speed
 
 
@@ -39,7 +40,7 @@ def blocks_table(report: PruningReport) -> Table:
 def summary_table(report: PruningReport) -> Table:
     """Return the report's summary."""
     table = Table(title="Summary", show_header=False)
-    for what, value in report.summary():
+    for what, value in summary(report):
         table.add_row(what, value)
     return table
 

@@ -20,7 +20,7 @@ from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.options import as_list
 from lit_prune.training.parts import NAMES, Split
 from lit_prune.training.resumable import ResumableLoader
-from lit_prune.training.text_sources import hub_name, local_path, read_documents
+from lit_prune.training.text_sources import hub_name, local_path, name_of, read_documents
 
 _MOST = 2**31 - 1
 _MOST_WORKERS = 512
@@ -163,11 +163,18 @@ class TextDataModule(LightningDataModule):
 
     @property
     def test_text(self) -> str:
-        """What the test set is, for people."""
-        source = self.sources["test"]
+        """Name of the test text, for reports."""
+        return self._name_of(self.sources["test"], "test")
+
+    @property
+    def calibration_text(self) -> str:
+        """Name of the text that the calibration set is a sample of, for reports."""
+        return self._name_of(self.calibration, "train")
+
+    def _name_of(self, source: str, split: Split) -> str:
         if local_path(source) is None:
-            return f"test text of {source}"
-        return f"{NAMES['test'] if self._divided(source) else 'all'} of {source}"
+            return f"{split} text of {name_of(source)}"
+        return f"{NAMES[split] if self._divided(source) else 'all'} of {source}"
 
     def _divided(self, source: str) -> bool:
         """Tell whether a source is a file that serves for several purposes, under whatever names."""

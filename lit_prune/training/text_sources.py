@@ -54,6 +54,15 @@ def hub_name(source: str) -> str | None:
     return _KNOWN[source].name if source in _KNOWN else source.partition(":")[0]
 
 
+def name_of(source: str) -> str:
+    """Return the name by which a source is known outside of this project, for reports."""
+    if source == EMBEDDED:
+        return "Python's documentation (embedded)"
+    if source in _KNOWN:
+        return ", ".join(filter(None, (_KNOWN[source].name, _KNOWN[source].config)))
+    return source
+
+
 def read_documents(source: str, split: Split, column: str, limit: int, divided: bool = False) -> list[str]:
     """Return the documents of a source.
 

@@ -108,7 +108,7 @@ def test_plain_adapters_train_beside_weights_that_stay_sparse(dense: str, tmp_pa
     module.eval()
     input_ids = torch.arange(16)[None]
     assert (module(input_ids) - exported(input_ids).logits).abs().max() > 1e-3
-    assert '"FOLDER/adapter")` puts them on' in (tmp_path / "out" / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(model, "FOLDER/adapter")' in (tmp_path / "out" / "README.md").read_text()
     with pytest.warns(UserWarning, match="whose plain adapters are not put on"):
         lit(str(tmp_path / "out")).configure_model()
     both = PeftModel.from_pretrained(exported, tmp_path / "out" / "adapter")

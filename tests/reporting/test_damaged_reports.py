@@ -17,13 +17,16 @@ from lit_prune.ops.spectrum import PowerLaw
 from lit_prune.reporting.documents import read_report, render
 from lit_prune.reporting.figures import as_svg, bars, by_block, histogram, mask_pictures, scatter
 from lit_prune.reporting.report import (
+    Calibration,
     LayerReport,
+    ModelSize,
     PruningReport,
     Recipe,
     ReconstructionReport,
     Sample,
     Spectrum,
 )
+from lit_prune.reporting.summary import summary, verdict
 from lit_prune.reporting.tables import blocks_table, summary_table
 
 METHOD = {"class_path": "Wanda", "init_args": {}}
@@ -46,6 +49,8 @@ def whole_report() -> PruningReport:
         metrics={"a.q": 3.0, "b.q": 2.0},
         seconds={"solve": 1.5},
         peak_memory=2**30,
+        size=ModelSize(100, 400, 300),
+        calibration=Calibration(2, 32, "a text"),
         evaluation={
             "perplexity_before": 10.0,
             "perplexity_after": 12.5,
@@ -122,6 +127,12 @@ DAMAGES = [
     ("validation.text", [[1]], r"validation\.text\[0\] is \[1\]: a list"),
     ("seconds", {"solve": "long"}, r"seconds\.solve is 'long': a number is needed"),
     ("peak_memory", 1.5, r"peak_memory is 1\.5: a whole number is needed"),
+    ("size", {}, r"size\.parameters is missing"),
+    ("size.parameters", 1, "size.parameters is 1, and the layers have 48"),
+    ("size.bytes", 0, "each number must be at least 1"),
+    ("calibration.sequences", 0, "there must be a sequence, and a token in each"),
+    ("calibration.tokens", "many", r"calibration\.tokens is 'many': a whole number"),
+    ("date", 7, "date is 7: a string is needed"),
     ("samples.0", {}, r"samples\[0\]\.prompt is missing"),
     ("banana", 1, "banana is unknown"),
 ]
@@ -162,6 +173,17 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_report(tmp_path / "elsewhere", MASKS) is None
 
 
+def test_a_report_of_an_older_version_is_read(tmp_path: Path) -> None:
+    content = whole_report().as_dict()
+    for later in ("size", "calibration", "date", "cached"):
+        del content[later]
+    del content["recipes"][0]["license"]
+    write(tmp_path, as_json(content))
+    report = read_report(tmp_path, MASKS)
+    assert report is not None and report.size is None and report.calibration is None and report.date == ""
+    assert "whole model" not in render(report, "tiny")["report.html"]
+
+
 def test_a_file_never_holds_nan(tmp_path: Path) -> None:
     report = whole_report()
     report.evaluation |= {"perplexity_after": math.inf}
@@ -200,7 +222,7 @@ def test_whatever_is_read_can_be_told() -> None:
             except InputError:
                 continue
             accepted += 1
-            report.headline(), report.summary(), blocks_table(report), summary_table(report)
+            verdict(report), summary(report), blocks_table(report), summary_table(report)
             as_json(report.as_dict()).encode()
     assert accepted > 100
 

@@ -1,20 +1,28 @@
+import datetime
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
 from lit_prune.checkpoint.masks import check_masks_hold, load_masks
+from lit_prune.checkpoint.save import save_pruned
 from lit_prune.errors import InputError
 from lit_prune.models.load import load_model
+from lit_prune.models.locate import license_of
 from lit_prune.models.tokenizer import load_tokenizer
-from lit_prune.ops import Unstructured
+from lit_prune.ops import PackedMask, Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport, prune
 from lit_prune.pruning.progress import Position, ProgressBar, ProgressLines, progress
 from lit_prune.reporting.documents import render, report_figures
+from lit_prune.reporting.outliers import outliers
+from lit_prune.reporting.report import LayerReport, Recipe, Sample
+from lit_prune.reporting.summary import sparsity_of_model, summary, verdict
 from lit_prune.reporting.tables import blocks_table, summary_table
 from lit_prune.scorers import Magnitude, Wanda
 
@@ -63,15 +71,98 @@ def test_the_tables_show_blocks_and_summary(report: PruningReport) -> None:
 
 
 def test_the_head_is_a_verdict(report: PruningReport) -> None:
-    head = report.headline()
-    assert head["sparsity"] == "50.00%" and head["pattern"] == "unstructured" and head["method"] == "Wanda"
+    head = verdict(report)
+    assert head["sparsity of the targets"] == "50.00%"
+    assert head["pattern"] == "unstructured" and head["method"] == "Wanda"
+    assert head["calibration"] == "6 x 16 tokens" and head["date"] == datetime.date.today().isoformat()
     assert head["perplexity"] == "10.00 → 12.50 (+25%)"
     report.evaluation["perplexity_after"] = float("inf")
-    assert report.headline()["perplexity"] == "10.00 → inf"
+    assert verdict(report)["perplexity"] == "10.00 → inf"
     report.identity["plan"]["pattern"] = {"class_path": "NM", "init_args": {"keep": 2, "of": 4}}
-    assert report.headline()["pattern"] == "2:4"
+    assert verdict(report)["pattern"] == "2:4"
     report.identity["plan"]["pattern"] = {"class_path": "Unstructured", "init_args": {"sparsity": 0.5, "group": "row"}}
-    assert report.headline()["pattern"] == "unstructured, by row"
+    assert verdict(report)["pattern"] == "unstructured, by row"
+
+
+def test_the_size_is_that_of_the_whole_model(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    model = tiny_model()  # 3 blocks of 2 x 32 x 32 + 2 x 32 x 16 + 3 x 32 x 48 weights
+    report = prune(model, tokens, PruningPlan(Unstructured(0.5), Wanda()))
+    targeted = sum(layer.numel for layer in report.layers)
+    assert targeted == 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert report.size is not None
+    assert report.size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert report.size.bytes == 4 * report.size.parameters
+    assert report.size.bitmask_bytes == report.size.bytes - 4 * targeted // 2 + targeted // 8
+    assert sparsity_of_model(report) == pytest.approx(targeted / 2 / report.size.parameters, rel=1e-12)
+
+
+def test_the_size_as_bitmask_is_that_of_the_file(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    model = tiny_model()
+    report = prune(model, [], PruningPlan(Unstructured(0.7), Magnitude(), output_error=False))
+    save_pruned(tmp_path / "out", model, None, report.masks, {}, to="bitmask")
+    file = tmp_path / "out" / "model.bitmask.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert report.size is not None and file.stat().st_size - header == report.size.bitmask_bytes
+
+
+def test_outlying_errors_are_ringed_and_named(report: PruningReport) -> None:
+    def layer(block: int, error: float) -> LayerReport:
+        mask = PackedMask.pack(torch.ones(2, 3, dtype=torch.bool))
+        return LayerReport(f"b.{block}.q", block, (2, 3), 0.0, 0.0, error, 1.0, mask)
+
+    worked = [layer(block, error) for block, error in enumerate((1.0, 2.0, 4.0, 8.0, 1024.0))]
+    ((found, ratio),) = outliers(worked)
+    assert found is worked[4] and ratio == pytest.approx(256)
+    assert not outliers(worked[:4]) and not outliers([layer(0, 1.0)] * 4 + [layer(1, 1.9)])
+    assert outliers([layer(0, 1.0)] * 4 + [layer(1, 2.1)])
+
+    report.layers += worked
+    page = str(render(report, "tiny")["report.html"])
+    assert "b.4.q, with 256.0 times the median error of its kind" in page
+    assert page.count('class="outlier"') == 1
+
+
+def test_a_page_fits_a_phone(report: PruningReport) -> None:
+    page = str(render(report, "tiny")["report.html"])
+    assert not re.search(r"min-width: *(?:[2-9]\d|1\d\d)rem|white-space: *nowrap", page)
+    assert 'name="viewport" content="width=device-width' in page
+    assert all(float(width) <= 6 * 72 for width in re.findall(r'<svg [^>]*width="([\d.]+)pt"', page))
+
+
+def test_names_in_a_page_are_text(report: PruningReport) -> None:
+    report.samples = [Sample("<script>", "<b>", "{{ 7 * 7 }}")]
+    report.recipes = [Recipe("</pre><script>", "config", license="apache-2.0")]
+    documents = render(report, title="<script>alert(1)</script>")
+    page = str(documents["report.html"])
+    assert "<script" not in page and "{{ 7 * 7 }}" in page
+    assert "license: apache-2.0" in str(documents["README.md"])
+
+
+def test_the_card_tells_how_to_use_the_model(report: PruningReport) -> None:
+    report.evaluation["text"] = "a | text"
+    card = str(render(report, "tiny")["README.md"])
+    assert 'AutoModelForCausalLM.from_pretrained("FOLDER")' in card
+    assert r"| perplexity, a \| text, windows of 16 tokens | 10.00 | 12.50 |" in card
+    assert "Licence: that of the base model." in card
+    assert 'load_model("FOLDER")' in str(render(report, "tiny", to="bitmask")["README.md"])
+    assert '"FOLDER/adapter"' in str(render(report, "tiny", adapters=True)["README.md"])
+
+
+def test_the_licence_is_that_of_the_models_card(tmp_path: Path) -> None:
+    def license_in(card: str) -> str | None:
+        (tmp_path / "README.md").write_text(card)
+        return license_of(str(tmp_path))
+
+    assert license_of(str(tmp_path)) is None
+    assert license_in("---\nlicense: apache-2.0\n---\n") == "apache-2.0"
+    for unreadable in (
+        "",
+        "no front matter",
+        "---\nlicense: [\n---\n",
+        "---\nlicense: 'a\\nb'\n---\n",
+        "---\n- a\n---\n",
+    ):
+        assert license_in(unreadable) is None
 
 
 def test_equal_curves_are_one(report: PruningReport) -> None:
@@ -83,9 +174,9 @@ def test_equal_curves_are_one(report: PruningReport) -> None:
 
 
 def test_a_printed_report_is_its_summary(report: PruningReport) -> None:
-    lines = str(report).splitlines()
-    assert len(lines) == len(report.summary()) + 3  # a title and two rules
-    assert any("sparsity of the targeted weights" in line and "50.0" in line for line in lines)
+    text = str(report)
+    assert all(name.split()[0] in text for name, _ in summary(report)) and len(text) < 3000
+    assert any("sparsity of the targeted weights" in line and "50.0" in line for line in text.splitlines())
     assert "<td>50.0" in report._repr_html_()
 
 

@@ -140,7 +140,9 @@ def test_a_file_for_one_purpose_is_read_whole_under_any_name(tmp_path: Path) -> 
     assert len(tokens_of(module(test=str(path)), "test")) == 992
     (tmp_path / "b.txt").symlink_to(path)
     assert len(tokens_of(module(test=str(path), calibration=str(tmp_path / "b.txt")), "test")) == 96
-    assert module().test_text == "test text of embedded"
+    assert module().test_text == "test text of Python's documentation (embedded)"
+    assert module().calibration_text == "train text of Python's documentation (embedded)"
+    assert module(dataset="wikitext2").test_text == "test text of Salesforce/wikitext, wikitext-2-raw-v1"
 
 
 @given(st.lists(st.text("ab \n", min_size=1, max_size=40), min_size=1, max_size=30))
