@@ -26,6 +26,7 @@ from lit_prune.callbacks.states import restoring
 from lit_prune.checkpoint.infer_masks import masks_of_zeros
 from lit_prune.checkpoint.masks import MASKS_FILE, load_masks
 from lit_prune.errors import InputError
+from lit_prune.internals.lightning import average_model
 from lit_prune.models.lora import mask_adapters, unmasked_adapter
 from lit_prune.ops import PackedMask
 from lit_prune.ops.masks import keep_only, restored_masks
@@ -258,8 +259,8 @@ def find_keep_masks(trainer: Trainer) -> KeepMasks | None:
 def averaged_models(trainer: Trainer) -> Iterator[nn.Module]:
     """Yield the language models of callbacks that average weights, which become the model's in the end."""
     for callback in _callbacks(trainer):
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            yield callback._average_model.module.get_submodule("model")
+        if isinstance(callback, WeightAveraging) and (average := average_model(callback)) is not None:
+            yield average.module.get_submodule("model")
 
 
 def _parameters_of(model: nn.Module, masks: Mapping[str, PackedMask]) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_prune.errors import InputError
+from lit_prune.internals.lightning import save_if_best
 
 
 class ValidateAtStart(Callback):
@@ -44,9 +45,7 @@ class ValidateAtStart(Callback):
         for checkpoint in trainer.checkpoint_callbacks:
             if not isinstance(checkpoint, ModelCheckpoint) or trainer.fast_dev_run:  # type: ignore[attr-defined]
                 continue
-            metrics = checkpoint._monitor_candidates(trainer)
-            if checkpoint.monitor in metrics:
-                checkpoint._save_topk_checkpoint(trainer, metrics)
+            save_if_best(checkpoint, trainer)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             for optimizer in fresh:  # to save it, torch has let it take a step of length 0, which it would count
                 optimizer.state.clear()

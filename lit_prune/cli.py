@@ -24,6 +24,7 @@ from lit_prune.arguments import overridden, pattern_value, prepare
 from lit_prune.callbacks import Prune
 from lit_prune.cli_errors import ArgumentsError, did_you_mean, explain
 from lit_prune.errors import InputError
+from lit_prune.internals.lightning import config_value, subparser
 from lit_prune.malloc import keep_freed_memory
 from lit_prune.models.locate import hub_model, license_of
 from lit_prune.models.quiet import disable_model_progress_bars
@@ -112,7 +113,7 @@ class PruningCLI(LightningCLI):
             return did_you_mean(found[1], [*SUBCOMMANDS, "compare"])
         if not (found := _UNKNOWN_OPTION.search(message)) or self.arguments[0] not in SUBCOMMANDS:
             return ""
-        options = [option for action in self._parser(self.arguments[0])._actions for option in action.option_strings]
+        options = [option for action in subparser(self, self.arguments[0])._actions for option in action.option_strings]
         return did_you_mean(f"--{found[1]}", options)
 
     def _overridden(self, parser: LightningArgumentParser, args: list[str]) -> str:
@@ -127,7 +128,7 @@ class PruningCLI(LightningCLI):
         """Build model, data and trainer, and tell the trainer how it was started."""
         with _mistakes(self.arguments):
             super().instantiate_classes()
-        parser = self._parser(self.subcommand)
+        parser = subparser(self, self.subcommand)
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         self.trainer.quiet = config.quiet  # type: ignore[attr-defined]
         self.trainer.recipe = Recipe(  # type: ignore[attr-defined]
@@ -140,8 +141,8 @@ class PruningCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; a plan becomes a ``Prune`` callback in front of the others."""
-        plan, schedule = self._get(self.config_init, "plan"), self._get(self.config_init, "schedule")
-        settings = self._get(self.config_init, "trainer")
+        plan, schedule = config_value(self, self.config_init, "plan"), config_value(self, self.config_init, "schedule")
+        settings = config_value(self, self.config_init, "trainer")
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if plan is not None:
@@ -154,7 +155,7 @@ class PruningCLI(LightningCLI):
 
     def _set_seed(self) -> None:
         """Seed everything, if the seed can be one."""
-        seed = self._get(self.config, "seed_everything")
+        seed = config_value(self, self.config, "seed_everything")
         if isinstance(seed, int) and not 0 <= seed < _SEEDS:
             raise InputError(f"--seed_everything is {seed}: it must be from 0 to {_SEEDS - 1:,}")
         super()._set_seed()

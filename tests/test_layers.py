@@ -13,6 +13,7 @@ LAYERS = {
     "signals": 0,
     "discovery": 0,
     "options": 0,
+    "internals": 0,
     "ops": 1,
     "scorers": 1,
     "allocators": 1,

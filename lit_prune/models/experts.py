@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lit_prune.internals.transformers import gate_of
+
 _TRAITS = ("has_gate", "has_bias", "is_transposed")
 """What transformers says of every module of fused experts that follows its interface."""
 
@@ -30,7 +32,7 @@ class Expert(nn.Module):
             bias = getattr(fused, f"{name}_bias").data[index] if fused.has_bias else None
             setattr(self, name, _linear(weight.T.contiguous() if fused.is_transposed else weight, bias))
         # In __dict__, so that the fused module is no part of this one.
-        self.__dict__["activate"] = fused._apply_gate if fused.has_gate else fused.act_fn
+        self.__dict__["activate"] = gate_of(fused) if fused.has_gate else fused.act_fn
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the expert's outputs ``[t, hidden]`` of its tokens ``[t, hidden]``."""

@@ -21,6 +21,7 @@ from lit_prune.checkpoint.bitmask import BITMASK_FILE, read_bitmask
 from lit_prune.checkpoint.configs import load_generation_config, read_config
 from lit_prune.checkpoint.folders import check_folder
 from lit_prune.errors import InputError
+from lit_prune.internals.transformers import has_adapter
 from lit_prune.models.experts import apart
 from lit_prune.models.locate import RANDOM, explained, locate
 from lit_prune.models.quiet import quiet_transformers
@@ -65,7 +66,7 @@ def load_model(
         with quiet_transformers():  # which prints a table of what is told in one line below
             loaded: Any = AutoModelForCausalLM.from_pretrained(location, **extra, **options)
         model, found = loaded
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if has_adapter(model):
             raise InputError(f"model.pretrained is {pretrained!r}: it is an adapter; merge it into its model first")
         check_complete(found, pretrained)
         check_all_finite(model, f"model.pretrained is {pretrained!r}")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.internals.transformers import ignored_keys
 
 _OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 """Buffers that older versions of transformers wrote, and newer ones work out."""
@@ -42,7 +43,7 @@ def refuse(pretrained: str, fault: str, names: Collection[str]) -> None:
 
 def ignored_by(model: Any, name: str) -> bool:
     """Tell whether a model does without a weight that is in its files."""
-    patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), *_OBSOLETE)
+    patterns = (*ignored_keys(model), *_OBSOLETE)
     return any(re.search(pattern, name) for pattern in patterns)
 
 

@@ -35,7 +35,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
     "font.family": "sans-serif",
 }
-_SIZE = (6.0, 3.6)
+_WIDTH = 6.0
 """Inches: on a phone, 390 pixels wide, the text is still readable."""
 _PIXELS = 128
 """Sides of a mask's picture, at most."""
@@ -59,6 +59,20 @@ def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
     return styled
 
 
+def _figure(height: float = 3.6, left: float = 0.13, bottom: float = 0.5, top: float = 0.1) -> Figure:
+    """Return a figure with fixed margins; a layout engine would take longer than the drawing.
+
+    Args:
+        height: inches.
+        left: margin, as a fraction of the width.
+        bottom: margin in inches.
+        top: margin in inches.
+    """
+    figure = Figure(figsize=(_WIDTH, height))
+    figure.subplots_adjust(left=left, right=0.97, bottom=bottom / height, top=1 - top / height, wspace=0.1, hspace=0.2)
+    return figure
+
+
 @_styled
 def by_block(
     series: Mapping[str, Points],
@@ -69,7 +83,7 @@ def by_block(
     rings: Points = (),
 ) -> Figure:
     """Plot values over the blocks, a line per series, with a ring around some of the points."""
-    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure = _figure()
     axes = figure.add_subplot(xlabel=over, ylabel=label, yscale="log" if log else "linear")
     for name, points in series.items():
         axes.plot([block for block, _ in points], [value for _, value in points], ".-", label=_shown(name))
@@ -85,18 +99,19 @@ def by_block(
 @_styled
 def bars(values: Mapping[str, float], label: str) -> Figure:
     """Plot a bar for each name, the largest value on top."""
-    figure = Figure(figsize=(_SIZE[0], 0.6 + 0.35 * len(values)), layout="constrained")
+    figure = _figure(height=0.8 + 0.35 * len(values), left=0.2)
     axes = figure.add_subplot(xlabel=label)
     ordered = sorted(values.items(), key=lambda item: item[1])
     drawn = axes.barh([_shown(name) for name, _ in ordered], [value for _, value in ordered], color=_COLOURS[0])
     axes.bar_label(drawn, fmt="%.1f", padding=3)
+    axes.margins(x=0.12)
     return figure
 
 
 @_styled
 def scatter(points: Mapping[str, tuple[float, float]], across: str, up: str, log: bool = False) -> Figure:
     """Plot a named point each, ``up`` on a logarithmic axis, ``across`` too if ``log``."""
-    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure = _figure()
     axes = figure.add_subplot(xlabel=across, ylabel=up, yscale="log", xscale="log" if log else "linear")
     for name, (x, y) in points.items():
         axes.plot([x], [y], "o", label=_shown(name))
@@ -133,7 +148,7 @@ def analysis_figures(analysis: Analysis) -> dict[str, Figure]:
 @_styled
 def histogram(name: str, values: np.ndarray, tail: PowerLaw) -> Figure:
     """Plot a spectrum's density with the power law that was fitted to its tail, both axes logarithmic."""
-    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure = _figure(top=0.3)
     axes = figure.add_subplot(xlabel="eigenvalue of WᵀW", ylabel="density", xscale="log", yscale="log")
     axes.set_title(_shown(name))
     axes.hist(values, bins=np.geomspace(values[0], values[-1], 101).tolist(), density=True, alpha=0.6)
@@ -151,7 +166,7 @@ def mask_pictures(masks: Mapping[str, PackedMask], most: int = 8) -> Figure:
     chosen = dict(islice(masks.items(), most))
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(_SIZE[0], 2 * rows + 0.7), layout="constrained")
+    figure = _figure(height=1.8 * rows + 0.8, left=0.02, bottom=0.8, top=0.25)
     drawn = []
     for place, (name, mask) in enumerate(chosen.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
@@ -159,8 +174,10 @@ def mask_pictures(masks: Mapping[str, PackedMask], most: int = 8) -> Figure:
         drawn.append(axes.imshow(density(mask), cmap="Blues", vmin=0, vmax=1, interpolation="nearest"))
         axes.set_axis_off()
     if drawn:
-        key = figure.colorbar(drawn[0], ax=figure.axes, location="bottom", aspect=40, label="fraction of weights kept")
-        key.outline.set_visible(False)  # type: ignore[operator]
+        height = figure.get_figheight()
+        cax = figure.add_axes((0.2, 0.45 / height, 0.6, 0.1 / height))
+        key = figure.colorbar(drawn[0], cax, orientation="horizontal", label="fraction of weights kept")
+        key.outline.set_visible(False)
     return figure
 
 

@@ -201,8 +201,8 @@ class Calibration:
     @classmethod
     def of(cls, batches: Iterable[Batch]) -> Calibration | None:
         """Count the sequences and tokens of batches; None if there are none."""
-        counts = [(count_sequences(batch), count_tokens(batch)) for batch in batches]
-        return cls(*map(sum, zip(*counts, strict=True))) if counts else None
+        found = list(batches)
+        return cls(sum(map(count_sequences, found)), sum(map(count_tokens, found))) if found else None
 
 
 class _Method(TypedDict):

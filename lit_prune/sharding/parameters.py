@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune.internals import deepspeed as internals
 from lit_prune.models.experts import Experts, take_apart
 from lit_prune.models.lora import copy_adapters
 from lit_prune.ops.masks import keep_only
@@ -144,7 +145,7 @@ def full_tensor_of(parameter: nn.Parameter) -> Tensor:
     if _is_zero_3(parameter):
         with _gathered(parameter):
             live = parameter.detach().clone()
-        return _fp32(parameter) if parameter.requires_grad and hasattr(parameter, "_z3_optimizer") else live
+        return _fp32(parameter) if parameter.requires_grad and internals.in_training(parameter) else live
     if _is_zero(parameter):
         return _fp32(parameter)
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
@@ -225,7 +226,7 @@ def _cut_like(parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
 
 
 def _is_zero(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "_hp_mapping")
+    return internals.is_managed(parameter)
 
 
 def _is_zero_3(parameter: nn.Parameter) -> bool:
@@ -245,7 +246,7 @@ def _fp32(parameter: nn.Parameter) -> Tensor:
 
 
 def _zero_shards(parameter: Any) -> Iterator[Shard]:
-    mapping = parameter._hp_mapping
+    mapping = internals.fragments(parameter)
     if mapping is None:  # the master lies in other processes
         return
     address = mapping.lp_fragment_address
@@ -277,7 +278,7 @@ def _zero_3_shards(parameter: Any) -> Iterator[Shard]:
     yield _in_place("weight", held.data, cut)
     if parameter.numel():  # it is gathered just now, or small enough to be kept whole
         yield _in_place("gathered weight", parameter.data, _whole)
-    if not parameter.requires_grad or not hasattr(parameter, "_z3_optimizer"):
+    if not parameter.requires_grad or not internals.in_training(parameter):
         return
     yield Shard(
         "master",
@@ -285,11 +286,9 @@ def _zero_3_shards(parameter: Any) -> Iterator[Shard]:
         lambda value: safe_set_local_fp32_param(parameter, value),
         cut,
     )
-    optimizer = parameter._z3_optimizer
-    group = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
-    flat_group = optimizer.fp32_partitioned_groups_flat[group]
-    for name, value in optimizer.optimizer.state[flat_group].items():
-        if isinstance(value, Tensor) and value.shape == flat_group.shape:
+    master, state = internals.state_of_group(parameter)
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == master.shape:
             yield Shard(
                 name,
                 lambda name=name: safe_get_local_optimizer_state(parameter, name),  # type: ignore[misc]

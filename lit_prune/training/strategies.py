@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lit_prune.checkpoint.training_checkpoints import plain_data_only
+from lit_prune.internals.lightning import join_deepspeed_group, shard_over_all_processes, use_gloo
 from lit_prune.models.blocks import find_blocks
 
 
@@ -54,9 +55,7 @@ class FSDP2(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        # The parent shards over nodes only, and splits each matrix over the devices of a node.
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        self._tensor_parallel_size = 1
+        shard_over_all_processes(self)
         super().setup_environment()
 
     trusted = False
@@ -169,12 +168,12 @@ class DeepSpeed(DeepSpeedStrategy):
         if not self._on_cpu:
             super().setup_environment()
             return
-        self._process_group_backend = "gloo"
+        use_gloo(self)
         # The parent refuses CPUs; what it does for GPUs is in its own parents.
         ParallelStrategy.setup_environment(self)
         reset_seed()
         self.set_world_ranks()
-        self._init_deepspeed_distributed()
+        join_deepspeed_group(self)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
