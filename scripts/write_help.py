@@ -8,10 +8,15 @@ import io
 import os
 import sys
 from contextlib import redirect_stdout
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import docstring_parser
+
 from lit_prune.cli import SUBCOMMANDS, main
+
+docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)  # eight parsers read the same classes
 
 FOLDER = Path(__file__).parents[1] / "lit_prune" / "help"
 WIDTH = 100

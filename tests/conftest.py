@@ -3,13 +3,11 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, on small models
 
-import docstring_parser
 import numpy as np
 import pytest
 import torch
@@ -23,9 +21,6 @@ from lit_prune.ops import LayerStats
 # Nothing here is timed; CI tries the same examples each time, a person's runs look for new ones.
 settings.register_profile("project", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
-
-# Half of the time of a command in this process goes into the docstrings of the same classes, read from their source.
-docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)
 
 DATA = Path(__file__).parent / "data"
 
@@ -49,7 +44,8 @@ CONFIGS = {
 
 pytest.register_assert_rewrite("support")
 
-from support.shared import Shared  # noqa: E402 - only now are its asserts rewritten
+import support.docstrings  # noqa: E402, F401 - only now are its asserts rewritten
+from support.shared import Shared  # noqa: E402
 
 
 @pytest.fixture(scope="session")

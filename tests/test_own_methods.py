@@ -4,14 +4,16 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lit_prune.__main__ import OwnModules
+from lit_prune.__main__ import OwnModules, main
 from lit_prune.checkpoint.save import save_pruned
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
+from support.processes import run
 
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = ["--data.dataset", "embedded", "--data.sequences", "2", "--data.seqlen", "32", "--data.max_windows", "2"]
@@ -56,8 +58,9 @@ def test_the_module_checks_itself(place: Path) -> None:
     ],
 )
 def test_what_is_no_scorer_is_refused_in_one_line(name: str, message: str, place: Path) -> None:
-    result = prune(place, "--plan", "wanda", "--plan.scorer", name, "--output", "none")
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    command = ["prune", "--model.pretrained", "model", "--plan", "wanda", "--plan.scorer", name, "--output", "none"]
+    ended = run(place / "log", partial(main, command), place)
+    assert ended.code == 2 and message in ended.last_line and "Traceback" not in ended.said
     assert not (place / "none").exists()
 
 

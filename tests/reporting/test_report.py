@@ -20,6 +20,7 @@ from lit_prune.ops import PackedMask, Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport, prune
 from lit_prune.pruning.progress import Position, ProgressBar, ProgressLines, progress
 from lit_prune.reporting.documents import render, report_figures
+from lit_prune.reporting.figures import density
 from lit_prune.reporting.outliers import outliers
 from lit_prune.reporting.report import LayerReport, Recipe, Sample
 from lit_prune.reporting.summary import sparsity_of_model, summary, verdict
@@ -120,6 +121,16 @@ def test_outlying_errors_are_ringed_and_named(report: PruningReport) -> None:
     page = str(render(report, "tiny")["report.html"])
     assert "b.4.q, with 256.0 times the median error of its kind" in page
     assert page.count('class="outlier"') == 1
+
+
+def test_a_picture_of_a_mask_shows_the_fraction_of_kept_weights() -> None:
+    keep = torch.zeros(256, 3, dtype=torch.bool)  # 128 pixels of two rows, three columns of one
+    keep[0, 0] = keep[2:4, 1] = True
+    pixels = density(PackedMask.pack(keep))
+    assert pixels.shape == (128, 3) and pixels[0].tolist() == [0.5, 0, 0] and pixels[1].tolist() == [0, 1, 0]
+    assert pixels[2:].max() == 0
+    uneven = density(PackedMask.pack(torch.ones(130, 200, dtype=torch.bool)))
+    assert uneven.shape == (128, 128) and uneven.min() == uneven.max() == 1
 
 
 def test_a_page_fits_a_phone(report: PruningReport) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_PRELOADED = ["lit_prune.cli", "lit_prune.callbacks", "lit_prune.training", "peft", "deepspeed"]
+_PRELOADED = ["lit_prune.callbacks", "lit_prune.training", "peft", "deepspeed", "support.preloaded"]
 _CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 _TIMEOUT = 600  # seconds, on a busy machine
 
@@ -107,7 +107,8 @@ def _start_server() -> None:
     from multiprocessing import forkserver
 
     forkserver.set_forkserver_preload(_PRELOADED)
-    hidden = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    tests = str(Path(__file__).parents[1])  # the server's path is not this process's
+    hidden = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": tests}
     before = {name: os.environ.get(name) for name in hidden}
     os.environ.update(hidden)
     try:
