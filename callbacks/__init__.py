@@ -5,6 +5,15 @@ from lit_prune.callbacks.find_learning_rate import FindLearningRate
 from lit_prune.callbacks.keep_masks import KeepMasks
 from lit_prune.callbacks.prune import Prune
 from lit_prune.callbacks.stop_on_divergence import StopOnDivergence
+from lit_prune.callbacks.training_progress import TrainingProgress
 from lit_prune.callbacks.validate_at_start import ValidateAtStart
 
-__all__ = ["Export", "FindLearningRate", "KeepMasks", "Prune", "StopOnDivergence", "ValidateAtStart"]
+__all__ = [
+    "Export",
+    "FindLearningRate",
+    "KeepMasks",
+    "Prune",
+    "StopOnDivergence",
+    "TrainingProgress",
+    "ValidateAtStart",
+]

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 
+from lit_prune.callbacks import TrainingProgress
 from lit_prune.callbacks.combinations import check_averages, check_callbacks
 from lit_prune.commands import analyze, evaluate, export, prune, speed
 from lit_prune.commands.checks import check_checkpoint, check_folders, check_settings
@@ -28,10 +30,13 @@ class PruningTrainer(Trainer):
     export = export.export
 
     def __init__(self, **kwargs: Any) -> None:
-        """Refuse callbacks that cannot work together, and do as the parent does."""
+        """Refuse callbacks that cannot work together, and add a progress bar if there is none."""
         callbacks = kwargs.get("callbacks") or []
-        check_callbacks([callbacks] if isinstance(callbacks, Callback) else callbacks)
-        super().__init__(**kwargs)
+        callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        check_callbacks(callbacks)
+        if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(TrainingProgress())
+        super().__init__(**{**kwargs, "callbacks": callbacks})
         check_averages(self)
 
     def fit(  # type: ignore[override]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from transformers import PreTrainedModel
@@ -82,7 +82,13 @@ def source_of_deepspeed(module: str) -> str:
 @pytest.mark.parametrize(
     ("owner", "name", "file"),
     [
-        *((LightningCLI, name, "lightning") for name in (*OVERRIDDEN["LightningCLI"], "_parser", "_get")),
+        *(
+            (owner, name, "lightning")
+            for owner in (LightningCLI, RichProgressBar)
+            for name in OVERRIDDEN[owner.__name__]
+        ),
+        (LightningCLI, "_parser", "lightning"),
+        (LightningCLI, "_get", "lightning"),
         (ModelCheckpoint, "_monitor_candidates", "lightning"),
         (ModelCheckpoint, "_save_topk_checkpoint", "lightning"),
         (WeightAveraging(), "_average_model", "lightning"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, final
@@ -265,6 +265,22 @@ class PackedMask:
         """Return the bool mask."""
         eights = _eight_bools(self.bits.device).index_select(0, self.bits.int())
         return eights.view(torch.bool)[: torch.Size(self.shape).numel()].reshape(self.shape)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def kept(self) -> int:
+        """Number of weights that are kept."""
+        return int(self.unpack().count_nonzero())
+
+
+def sparsity_of(masks: Iterable[PackedMask]) -> float:
+    """Return the fraction of all weights that masks remove."""
+    masks = list(masks)
+    return 1 - sum(mask.kept for mask in masks) / sum(mask.numel for mask in masks)
 
 
 def keep_only(values: Tensor, keep: Tensor) -> Tensor:

@@ -176,9 +176,7 @@ class ModelSize:
         dense = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         saved = 0
         for name, mask in masks.items():
-            numel = math.prod(mask.shape)
-            removed = numel - int(mask.unpack().count_nonzero())
-            saved += removed * model.get_parameter(name).element_size() - -(-numel // 8)
+            saved += (mask.numel - mask.kept) * model.get_parameter(name).element_size() - mask.bits.numel()
         return cls(sum(parameter.numel() for parameter in parameters), dense, dense - saved)
 
 

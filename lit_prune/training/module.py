@@ -153,12 +153,18 @@ class LitCausalLM(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock of the batch."""
-        self._batch_start = time.perf_counter()
+        self._batch_start = self._clock()
+
+    def _clock(self) -> float:
+        """Return the seconds of a clock once the device has done all that it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Log the tokens per second of all processes together."""
         tokens = batch["input_ids"].numel() * self.trainer.world_size
-        self.log("train/tokens_per_second", tokens / (time.perf_counter() - self._batch_start), prog_bar=True)
+        self.log("train/tokens_per_second", tokens / (self._clock() - self._batch_start), prog_bar=True)
 
     def on_validation_epoch_start(self) -> None:
         """Begin the loss of each validation text."""
