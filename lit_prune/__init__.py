@@ -1,6 +1,6 @@
 """lit-prune: prune large language models, keep the masks, recover what was lost.
 
-Names are loaded when they are first used, so that ``import lit_prune.ops`` needs torch and nothing else.
+Public names are imported lazily, so that ``import lit_prune.ops`` needs only torch.
 """
 
 from __future__ import annotations

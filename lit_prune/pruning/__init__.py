@@ -1,4 +1,4 @@
-"""Layer 3: the plan, the engine, the schedule and the report."""
+"""Layer 3: the pruning plan, the pruning engine, the schedule and the report."""
 
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.reconstruction import Reconstruction

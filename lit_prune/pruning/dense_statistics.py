@@ -1,4 +1,4 @@
-"""What a run learns from the dense model, before the first block is pruned."""
+"""Statistics of the dense model, collected before the first block is pruned."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lit_prune.sharding.parameters import weights_restored
 
 @dataclass(frozen=True)
 class DenseModel:
-    """The model as it came, with its blocks, its targets and the calibration set; in evaluation mode."""
+    """The unpruned model in evaluation mode, with its blocks, its target layers and the calibration set."""
 
     model: nn.Module
     store: BlockStore
@@ -44,10 +44,10 @@ class DenseModel:
     forward_context: ForwardContext
     identity: Mapping[str, Any]
     cached: list[str] = field(default_factory=list)
-    """Names of the cache's files that were read in place of a computation."""
+    """Names of the cache files that were read instead of recomputing their contents."""
 
     def replay(self, sequences: int | None = None) -> BlockReplay:
-        """Return a replay of the first sequences (None = all) of the calibration set, before the first block."""
+        """Return a replay of the first ``sequences`` calibration sequences (None = all), before the first block."""
         plan = self.plan
         with self.stages.stage("record"):
             return BlockReplay(
@@ -62,17 +62,18 @@ class DenseModel:
             )
 
     def _batches(self) -> Sequence[Batch]:
-        """Return the calibration set, in batches of a reconstruction's steps if there is one."""
+        """Return the calibration batches, split to the batch size of the reconstruction if the plan has one."""
         reconstruction = self.plan.reconstruction
         if reconstruction is None:
             return self.calibration
         return [part for batch in self.calibration for part in split_batch(batch, reconstruction.sequences)]
 
     def evidence(self, gradients: Mapping[str, Tensor]) -> dict[int, Any]:
-        """Show the allocator every block, if it asks for that, and return what it observed, by block.
+        """Let the allocator observe every dense block, if it needs to, and return its observations by block index.
 
         Args:
-            gradients: what ``gradients`` returned, for a scorer that is tried.
+            gradients: gradient norms by layer name, as returned by ``gradients``, for an allocator that runs the
+            scorer.
         """
         allocator = self.plan.allocator
         if not allocator.needs:
@@ -105,7 +106,7 @@ class DenseModel:
         stats: Mapping[str, LayerStats],
         pattern: Pattern,
     ) -> float:
-        """Prune a block's targets as the plan drafts it, and return its output error; the dense weights come back."""
+        """Prune a block's targets with the draft solver and return its output error; then restore the dense weights."""
         draft = replace(self.plan, solver=self.plan.solver.draft(), output_error=False)
         with weights_restored([target.module for target in targets]):
             patterns = {target.name: pattern for target in targets}
@@ -113,7 +114,7 @@ class DenseModel:
             return replay.output_error(targets[0].block, outputs)
 
     def metrics(self) -> dict[str, float]:
-        """Return what the allocator measures of every target's weight, by name; what the cache holds is not redone."""
+        """Return the allocator's metric of every target's weight, by layer name; cached values are not recomputed."""
         allocator = self.plan.allocator
         if allocator.metric_name is None:
             return {}
@@ -133,7 +134,7 @@ class DenseModel:
         return known
 
     def _measured(self, layers: Sequence[Layer]) -> dict[str, float]:
-        """Return what the allocator measures of a block's layers, which the processes share out."""
+        """Return the allocator's metrics of a block's layers, by layer name; the processes divide the layers."""
         owners = collectives.partition([layer.numel for layer in layers])
         mine = [layer for layer, owner in zip(layers, owners, strict=True) if owner == collectives.rank()]
         measured, failed = {}, None
@@ -146,7 +147,7 @@ class DenseModel:
         return {name: value for part in found for name, value in part.items()}
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the gradient norm ``[o, i]`` of every target by name, if the scorer needs it."""
+        """Return the gradient norm ``[o, i]`` of every target by layer name; empty unless the scorer needs it."""
         scorer = self.plan.scorer
         if scorer is None or "gradient" not in scorer.needs:
             return {}
@@ -167,12 +168,12 @@ class DenseModel:
             )
 
     def resident(self, block: Block) -> AbstractContextManager[set[str]]:
-        """Hold a block where it is worked on; see ``BlockStore.resident``."""
+        """Keep a block resident on the device that processes it; see ``BlockStore.resident``."""
         then = self.blocks[block.index + 1] if block.index + 1 < len(self.blocks) else None
         return self.store.resident(block, self.plan.device, then)
 
     def _cached(self, name: str) -> Path | None:
-        """Return a file of the cache; None if the plan has no cache."""
+        """Return the path of a cache file; None if the plan has no cache."""
         return Path(self.plan.cache).expanduser() / name if self.plan.cache else None
 
 
@@ -185,7 +186,7 @@ def _read_metrics(path: Path) -> dict[str, float]:
 
 
 def precision_of(forward_context: ForwardContext, device: torch.device | str) -> str | None:
-    """Return the dtype of matrix products within a context, such as ``bfloat16``; None = that of the weights."""
+    """Return the autocast dtype within a context, such as ``bfloat16``; None = no autocast."""
     kind = torch.device(device).type
     with forward_context():
         return str(torch.get_autocast_dtype(kind)).split(".")[-1] if torch.is_autocast_enabled(kind) else None

@@ -1,4 +1,4 @@
-"""Finished blocks on disk, so that a run that was killed goes on where it was."""
+"""On-disk journal of finished blocks, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from lit_prune.reporting.report import LayerReport, ReconstructionReport, change
 
 _BLOCK = {"run": str, "tensors": str, "layers": list[dict[str, Any]], "reconstructions": list[dict[str, Any]]}
 _OWN = re.compile(r"\.?(block_\d{4,}\.(safetensors|record)|(run|allocation)\.record)(\.writing-\d+)?")
-"""Names of a journal's files, and of those that a killed run had begun."""
+"""File names of a journal, including the partial files of an interrupted run."""
 _ALLOCATION = {"allocation": dict[str, float], "metrics": dict[str, float]}
-"""What the records hold."""
+"""Fields of the records, with their types."""
 
 
 class DamagedError(Exception):
-    """A file that is not as it was written."""
+    """A file whose content does not match its digest."""
 
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """What the journal has of one block."""
+    """Records and tensors of one finished block, as read from the journal."""
 
     records: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> tuple[list[LayerReport], list[ReconstructionReport]]:
-        """Write the block's parameters into the model and return what was reported of it."""
+        """Copy the block's parameters into the model and return the block's reports."""
         layers = []
         for record in self.records["layers"]:
             weight = model.get_parameter(f"{record['name']}.weight")
@@ -58,24 +58,26 @@ class FinishedBlock:
 
 
 class Journal:
-    """One folder: what is being pruned, with what and how; the allocation; and two files for each finished block.
+    """A folder with the identity of the run, its allocation, and two files for each finished block.
 
-    A file begins with the digest of the rest of it, or its digest stands in another one. A block's record names its
-    run, so that blocks of two runs are never mixed. The first process writes, and decides what is read; every process
-    must see the folder. A finished block is written while the next one is worked on: leaving the context of a journal
-    waits for the last one.
+    Every file either begins with the digest of its remaining content or has its digest stored in another file. A
+    block's record names its run, so that blocks of two runs are never mixed. Rank 0 writes, and decides which blocks
+    are read; every process must have access to the folder. A finished block is written in the background while the
+    next block is pruned; leaving the journal's context waits for the last write.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
         """Open or start a journal.
 
         Args:
-            folder: where it lies.
-            identity: what makes this run the same run: plan, model, data, and how it is carried out.
-            resume: go on from what is there; else it is dropped.
+            folder: folder of the journal.
+            identity: identity of the run, as plain data: plan, model, data and circumstances. A run resumes only from a
+                journal with an equal identity.
+            resume: resume from the blocks in the folder; False discards them.
 
         Raises:
-            InputError: if the journal belongs to another plan, model, data or versions; it names what differs.
+            InputError: if the journal belongs to another plan, model, data or versions; the message names the
+                differences.
         """
         self._folder = folder
         self._run = ""
@@ -88,7 +90,7 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Wait until everything is written; raise what went wrong there, unless something else did."""
+        """Wait until everything is written; re-raise a write error, unless another error is already propagating."""
         self._writer.shutdown()
         if error is None:
             collectives.on_first_rank(self._written)
@@ -115,17 +117,17 @@ class Journal:
             )
 
     def allocation(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        """Return the allocation and the allocator's metrics, by layer name; None if they are not (rightly) there."""
+        """Return the allocation and the allocator's metrics, by layer name; None if missing or damaged."""
         found = collectives.on_first_rank(lambda: self._intact(self._folder / "allocation.record", _ALLOCATION))
         return None if found is None else (found["allocation"], found["metrics"])
 
     def save_allocation(self, allocation: Mapping[str, float], metrics: Mapping[str, float]) -> None:
-        """Write the allocation down."""
+        """Write the allocation and the allocator's metrics to the journal."""
         content = {"allocation": dict(allocation), "metrics": dict(metrics)}
         collectives.on_first_rank(lambda: _write_record(self._folder / "allocation.record", content))
 
     def finished(self, block: int) -> FinishedBlock | None:
-        """Return a block that is complete and undamaged on disk, else None."""
+        """Return a finished block; None if it is not on disk, incomplete or damaged."""
         records = collectives.on_first_rank(lambda: self._undamaged(block))
         return None if records is None else FinishedBlock(records, load_tensors(self._tensors(block)))
 
@@ -150,16 +152,16 @@ class Journal:
         reconstructions: Sequence[ReconstructionReport],
         wait: bool,
     ) -> None:
-        """Begin to write a finished block: its parameters and masks, then the file that says they are complete.
+        """Start writing a finished block: its parameters and masks, then the record that marks them as complete.
 
-        The parameters may not change any more. What goes wrong is raised by the next call, or on leaving the context.
+        The parameters must not change afterwards. A write error is raised by the next call, or on leaving the context.
 
         Args:
-            block: its index.
-            model: the model, with the block in memory.
-            layers: what was done to the block's layers.
-            reconstructions: what was done to the block after that.
-            wait: until it is written, so that nothing holds the block's parameters.
+            block: index of the block.
+            model: model with the block resident in memory.
+            layers: reports of the block's layers.
+            reconstructions: reports of the block's reconstruction.
+            wait: return only after the block is written, when nothing references its parameters any more.
         """
 
         def begin() -> None:
@@ -184,7 +186,7 @@ class Journal:
 
     @staticmethod
     def remove(folder: Path) -> None:
-        """Delete a journal's own files, and the folder if nothing else is in it."""
+        """Delete a journal's own files, and the folder if that leaves it empty."""
         for file in folder.iterdir() if folder.is_dir() else ():
             if _OWN.fullmatch(file.name):
                 file.unlink(missing_ok=True)
@@ -193,12 +195,12 @@ class Journal:
 
     @staticmethod
     def beside(output: Path) -> Path:
-        """Return the folder of the journal of a run that writes ``output``."""
+        """Return the journal folder of a run that writes ``output``."""
         return output.with_name(f".{output.name}.journal")
 
     @staticmethod
     def check_unfinished(folder: Path, resume: str | None) -> None:
-        """Raise ``InputError`` if a folder cannot be a journal, or has finished blocks and ``resume`` is None."""
+        """Raise ``InputError`` if a folder cannot be a journal, or if it has finished blocks and ``resume`` is None."""
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise InputError(f"{str(folder)!r} is a file or a link: the journal of this run needs a folder there")
         if resume is None and (blocks := len(list(folder.glob("block_*.record")))):
@@ -215,7 +217,7 @@ class Journal:
 
     @staticmethod
     def _intact(path: Path, fields: Mapping[str, Any]) -> Any:
-        """Return the content of a record that has these fields; None if there is none, or a damaged one."""
+        """Return the content of a record with these fields; None if it is missing or damaged."""
         if not path.is_file():
             return None
         try:
@@ -226,7 +228,7 @@ class Journal:
 
 
 def identity_of(plan: Mapping[str, Any], model: str, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Return what makes a run the same run: the plan and the digests of model and data."""
+    """Return the identity of a run: the plan and the digests of model and data."""
     return {"plan": dict(plan), "model": model, "data": data_fingerprint(batches)}
 
 
@@ -259,7 +261,7 @@ def _warn_damaged(path: Path) -> None:
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Yield in words what differs between two pieces of plain data."""
+    """Yield a description of each difference between two pieces of plain data."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             yield from differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)

@@ -1,4 +1,4 @@
-"""What to prune, how far and how: one validated value."""
+"""The pruning plan: pattern, scorer, allocator and solver as one validated value."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lit_prune.solvers.base import Solution
 HiddenDtype = Literal["bfloat16", "float16", "float32"]
 Propagate = Literal["pruned", "dense"]
 _MAX_SCALED = 0.99
-"""No layer gets more if an allocation is scaled."""
+"""Highest sparsity of a layer after an allocation is scaled."""
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Any scorer, any solver, any allocator, any pattern.
+    """A sparsity pattern with any combination of scorer, allocator and solver.
 
     .. code-block:: yaml
 
@@ -43,39 +43,43 @@ class PruningPlan:
     """
 
     pattern: Pattern
-    """The sparsity and its structure."""
+    """Target sparsity and its structure: Unstructured or NM."""
     scorer: Scorer | None = None
-    """Importance of each weight; may be left out if the solver selects a mask itself (SparseGPT)."""
-    # None stands for the default, which as an object could not be written to a saved configuration.
+    """Importance of each weight; may be null if the solver selects the mask itself (SparseGPT)."""
+    # None represents the default, because a default object could not be serialized to a saved configuration.
     allocator: Allocator = None  # type: ignore[assignment]
     """Sparsity of each layer; null = Uniform."""
     solver: Solver = None  # type: ignore[assignment]
     """Mask selection and repair of the kept weights; null = Zero, which repairs nothing."""
     correction: float = 0.0
-    """Strength of the input-drift correction, in [0, 1]; 0 = none, as in the papers. Costs one more forward pass and a
-    product per Gram matrix."""
+    """Strength of the drift correction, in [0, 1]; 0 = none, as in the papers. Costs one more forward pass of the
+    calibration set, and one more matrix product per Gram matrix."""
     reconstruction: Reconstruction | None = None
-    """Training of each pruned block against the outputs of the dense block; null = none."""
+    """Training of each pruned block to match the outputs of the dense block; null = none."""
     include: Patterns = ("*",)
-    """Shell patterns over module names: layers to prune, of the linear layers in the decoder blocks."""
+    """Shell patterns over module names: which linear layers of the decoder blocks to prune."""
     exclude: Patterns = ()
-    """Shell patterns over module names: layers to leave alone."""
+    """Shell patterns over module names: layers to leave dense, even if ``include`` matches them."""
     cache: str | None = None
-    """Folder that keeps gradient norms and spectral metrics for other runs with the same model; null = nowhere."""
+    """Folder that caches gradient norms and spectral metrics across runs with the same model; null = no cache."""
     output_error: bool = True
-    """Measure each layer's relative output error (needs its Gram matrix; off makes Magnitude and Wanda faster)."""
+    """Measure each layer's relative output error, which needs its Gram matrix; false makes Magnitude and Wanda
+    faster."""
     device: str | None = None
-    """Device that calibrates and solves, one block at a time, such as cuda for a model in CPU memory."""
+    """Device for calibration and solves, one block at a time, such as cuda for a model in CPU memory; null = the device
+    of the model."""
     hidden_device: str | None = None
-    """Device of the calibration set's hidden states between blocks, such as cpu to save GPU memory."""
+    """Device that stores the calibration set's hidden states between blocks, such as cpu to save GPU memory; null = the
+    device that runs the blocks."""
     hidden_dtype: HiddenDtype | None = None
-    """Their dtype, such as bfloat16 to halve those of a float32 model; null = that of the blocks' outputs."""
+    """Storage dtype of the calibration set's hidden states between blocks, such as bfloat16 to halve the memory for a
+    float32 model; null = the dtype of the blocks' outputs."""
     propagate: Propagate = "pruned"
-    """Inputs of a block in calibration: outputs of the ``pruned`` blocks before it, or of the ``dense`` ones, which
-    saves one of two forward passes and costs accuracy."""
+    """Source of a block's calibration inputs: the ``pruned`` blocks before it, or the ``dense`` blocks, which saves one
+    of two forward passes and costs accuracy."""
 
     def __post_init__(self) -> None:
-        """Fill in the defaults, and raise ``InputError`` if the parts do not fit together."""
+        """Fill in the defaults, and raise ``InputError`` if the parts are incompatible."""
         object.__setattr__(self, "allocator", self.allocator or Uniform())
         object.__setattr__(self, "solver", self.solver or Zero())
         object.__setattr__(self, "include", as_patterns(self.include))
@@ -96,7 +100,7 @@ class PruningPlan:
             raise InputError(f"plan.hidden_dtype is {self.hidden_dtype!r}: it must be one of {get_args(HiddenDtype)}")
 
     def _check_parts(self) -> None:
-        """Raise ``InputError`` if a part is of another kind, as a name or a number in its place."""
+        """Raise ``InputError`` if a part has the wrong type, such as a name or a number."""
         for name, kind, example in (
             ("pattern", Pattern, "Unstructured(0.5)"),
             ("scorer", Scorer, "Wanda()"),
@@ -113,41 +117,41 @@ class PruningPlan:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What calibration must collect; empty = no data is needed."""
+        """Statistics that calibration must collect; empty = no data is needed."""
         needs = self.method_needs | ({"gram"} if self.output_error else set())
         return needs | {"gram", "drift"} if self.correction else needs
 
     @property
     def method_needs(self) -> frozenset[str]:
-        """What scorer and solver must know of a layer's inputs."""
+        """Statistics of a layer's inputs that scorer and solver require."""
         return self.solver.needs | (self.scorer.needs if self.scorer else frozenset())
 
     @property
     def grouped_pattern(self) -> Pattern:
-        """The pattern with the comparison group that the method is used to, if it names none."""
+        """The pattern, with the method's default comparison group if the pattern names none."""
         return self.pattern.grouped(self.scorer.group if self.scorer else self.solver.group)
 
     @property
     def needs_data(self) -> bool:
-        """Whether a calibration set is read at all."""
+        """Whether the plan needs a calibration set."""
         return self.needs_replay or bool(self.allocator.needs)
 
     @property
     def needs_replay(self) -> bool:
-        """Whether the calibration set goes through the blocks while they are pruned."""
+        """Whether the calibration set is propagated through the blocks while they are pruned."""
         return bool(self.needs) or self.needs_reference
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the dense model's hidden states go along."""
+        """Whether the dense model's hidden states are propagated as well."""
         return bool(self.correction) or self.reconstruction is not None
 
     def at(self, sparsity: float) -> PruningPlan:
-        """Return the same plan at another sparsity."""
+        """Return a copy of the plan at another sparsity."""
         return replace(self, pattern=self.pattern.at(sparsity))
 
     def find_targets(self, model: nn.Module) -> tuple[list[Block], list[Target]]:
-        """Return the model's decoder blocks and the layers to prune; raise if the plan cannot be carried out here."""
+        """Return the decoder blocks and the layers to prune; raise ``InputError`` if the plan cannot be applied."""
         for name in ("device", "hidden_device"):
             _check_device(f"plan.{name}", getattr(self, name))
         if self.cache:
@@ -164,12 +168,12 @@ class PruningPlan:
         evidence: Mapping[int, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """Return the sparsity of every layer, by name.
+        """Return the sparsity of every layer, by layer name.
 
         Args:
-            targets: the layers.
-            evidence: what the allocator observed, by block.
-            metrics: what it measured of the weights, by layer name.
+            targets: layers to prune.
+            evidence: the allocator's observations, by block index.
+            metrics: the allocator's metrics of the weights, by layer name.
         """
         layers = [as_layer(t, (evidence or {}).get(t.block), (metrics or {}).get(t.name)) for t in targets]
         return self.allocator.allocate(layers, self.pattern.sparsity)
@@ -181,13 +185,13 @@ class PruningPlan:
         sparsity: float | None = None,
         allowed: Mapping[str, PackedMask] | None = None,
     ) -> dict[str, Pattern]:
-        """Return the pattern of every layer, by name.
+        """Return the pattern of every layer, by layer name.
 
         Args:
-            targets: the layers.
-            allocation: their sparsities, as ``allocate`` returns them.
-            sparsity: what the proportions of ``allocation`` are scaled to; None = the plan's own.
-            allowed: keep masks by parameter name; no layer gets less than they prune.
+            targets: layers to prune.
+            allocation: sparsities by layer name, as returned by ``allocate``.
+            sparsity: overall sparsity to scale ``allocation`` to; None = the plan's own.
+            allowed: keep masks by parameter name; no layer becomes less sparse than its mask.
         """
         pattern, layers = self.grouped_pattern, [as_layer(target) for target in targets]
         if sparsity is not None:
@@ -203,7 +207,7 @@ class PruningPlan:
         return {name: pattern.at(value) for name, value in allocation.items()}
 
     def with_gradients(self, stats: dict[str, LayerStats], gradients: Mapping[str, Tensor]) -> dict[str, LayerStats]:
-        """Return statistics by layer name with the layers' gradient norms ``[o, i]``, if the scorer needs them."""
+        """Return the statistics by layer name, with gradient norms ``[o, i]`` added if the scorer needs them."""
         if self.scorer is None or not gradients:
             return stats
         return {n: s.with_gradient({self.scorer.gradient_norm: gradients[n]}) for n, s in stats.items()}
@@ -211,7 +215,7 @@ class PruningPlan:
     def solve(
         self, name: str, weight: Tensor, stats: LayerStats, pattern: Pattern, allowed: Tensor | None = None
     ) -> Solution:
-        """Score and solve one layer; raise ``NumericalError`` that names it if that fails."""
+        """Score and solve one layer; raise a ``NumericalError`` that names the layer on failure."""
         try:
             score = self.scorer.score(weight, stats) if self.scorer else None
             return self.solver.solve(weight, stats, pattern, score, allowed)
@@ -227,7 +231,7 @@ class PruningPlan:
 
 
 def _described(method: Any) -> dict[str, Any]:
-    """Return the class path and the arguments of a method; the bare class name for a class of this package."""
+    """Return the class path and arguments of a method; the bare class name for a class of this package."""
     cls = type(method)
     values = {name: getattr(method, name) for name in inspect.signature(cls).parameters}
     return {
@@ -239,7 +243,7 @@ def _described(method: Any) -> dict[str, Any]:
 
 
 def _check_device(option: str, value: str | None) -> None:
-    """Raise ``InputError`` if tensors cannot be put on a device."""
+    """Raise ``InputError`` if tensors cannot be allocated on a device."""
     if value is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""What a run will cost: floating-point operations, seconds and memory, worked out before it starts."""
+"""Cost estimate of a run before it starts: floating-point operations, seconds and memory."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from lit_prune.pruning.plan import PruningPlan
 from lit_prune.sharding.block_store import InMemory, unsharded
 
 _TRIALS = 3
-"""Sparsities at which Measured tries a block."""
+"""Number of sparsities at which Measured tries a block."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The floating-point operations of a run, of all processes together; a product and a sum are two."""
+    """Floating-point operations of a run, summed over all processes; a multiply-add counts as two."""
 
     forward: float
-    """Of a single pass of the calibration set through all blocks."""
+    """Operations of one forward pass of the calibration set through all blocks."""
     passes: float
-    """How many such passes there are; a backward pass counts as two."""
+    """Number of such passes; a backward pass counts as two."""
     gram: float
-    """Of all Gram matrices, from the diagonal up."""
+    """Operations of all Gram matrices, of which only the upper triangle is computed."""
     solve: float
-    """Of all factorisations and solves."""
+    """Operations of all factorisations and solves."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Total operations of the run."""
         return self.forward * self.passes + self.gram + self.solve
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What is expected of a run."""
+    """Cost estimate of a run."""
 
     work: Work
-    """What is to be computed."""
+    """Floating-point operations to perform."""
     seconds: float
-    """How long that takes, from how long one block takes here."""
+    """Estimated duration in seconds, extrapolated from the timing of one block on this machine."""
     memory: int
-    """Peak beyond the model, in bytes, where the blocks are worked on."""
+    """Peak memory in addition to the model, in bytes, on the device that processes the blocks."""
     free: int | None
-    """Memory that is free there, in bytes; None if unknown."""
+    """Free memory of that device, in bytes; None if unknown."""
 
     @property
     def fits(self) -> bool:
-        """Whether there is enough memory, as far as is known."""
+        """Whether the estimated peak fits in the free memory; True if that is unknown."""
         return self.free is None or self.memory <= self.free
 
     def __str__(self) -> str:
-        """Return it as a sentence."""
+        """Return the estimate as a sentence."""
         text = f"about {_duration(self.seconds)} and {self.memory / 1e9:.2g} GB beyond the model"
         if self.fits or self.free is None:
             return text
@@ -79,14 +79,14 @@ class Preflight:
 def preflight(
     model: nn.Module, batches: Sequence[Batch], plan: PruningPlan, forward_context: ForwardContext = nullcontext
 ) -> Preflight | None:
-    """Return what ``prune`` with these arguments will cost; None if the plan needs no data and so hardly any time.
+    """Estimate the cost of ``prune`` with these arguments; None if the plan needs no data and so hardly any time.
 
-    It runs a few sequences through the first block that is pruned, and times that.
+    The duration is extrapolated from timing a few sequences in the first block to be pruned.
 
     Args:
-        model: as for ``prune``; it is not changed.
+        model: as for ``prune``; not modified.
         batches: all calibration batches.
-        plan: what to prune and how.
+        plan: pruning plan.
         forward_context: as for ``prune``.
     """
     if not plan.needs_replay or not batches:
@@ -105,7 +105,7 @@ def preflight(
         tokens = sum(map(count_tokens, batches))
         forward = seconds * tokens / sum(map(count_tokens, sample)) * len(blocks) * work.passes
         memory = count_memory(whole, mine, groups, batches, plan)
-        if plan.device or not isinstance(store, InMemory):  # what is at work, and what comes next or is written
+        if plan.device or not isinstance(store, InMemory):  # the current block, and the one being prefetched or written
             memory += 2 * max(sum(p.nbytes for p in part.module.parameters()) for part in store.parts(whole))
         device = torch.device(plan.device or next(whole.parameters()).device)
         if device.type == "cpu":
@@ -125,22 +125,22 @@ def count_work(
     """Count the floating-point operations of a run.
 
     Args:
-        model: the model.
-        blocks: its blocks.
-        targets: the layers to prune.
-        groups: the names of those of one block that share an input.
+        model: model to prune.
+        blocks: decoder blocks of the model.
+        targets: layers to prune.
+        groups: names of the layers of one block, grouped by shared input.
         batches: all calibration batches.
-        plan: what to prune and how.
+        plan: pruning plan.
     """
     tokens, observed = (sum(map(count_tokens, part)) for part in (batches, _observed(batches, plan)))
     linear = sum(prod(p.shape) for block in blocks for p in block.module.parameters() if p.dim() == 2)
     length = count_tokens(batches[0]) // count_sequences(batches[0])
     width = getattr(model.config, "hidden_size", 0)
-    attention = len(blocks) * 4 * length * width  # q kᵀ and p v over all positions, as torch's flop counter has it
+    attention = len(blocks) * 4 * length * width  # q kᵀ and p v over all positions, as torch's flop counter counts
     tried = isinstance(plan.allocator, Measured)
     passes = (2.0 if plan.propagate == "pruned" else 1.0) + plan.needs_reference
     passes += (2 + _TRIALS) * observed / tokens if tried else 2 * observed / tokens if plan.allocator.needs else 0
-    passes += 4 if plan.scorer and "gradient" in plan.scorer.needs else 0  # two forward, and one backward
+    passes += 4 if plan.scorer and "gradient" in plan.scorer.needs else 0  # two forward passes and one backward pass
     if plan.reconstruction:
         sequences = sum(map(count_sequences, batches))
         passes += 2 + 3 * plan.reconstruction.steps * plan.reconstruction.sequences / sequences
@@ -159,7 +159,7 @@ def count_work(
 
 
 def _observed(batches: Sequence[Batch], plan: PruningPlan) -> Sequence[Batch]:
-    """Return the batches that the allocator observes."""
+    """Return the batches on which the allocator observes the blocks."""
     return first_sequences(batches, plan.allocator.observed_sequences) if plan.allocator.needs else []
 
 
@@ -170,7 +170,7 @@ def count_memory(
     batches: Sequence[Batch],
     plan: PruningPlan,
 ) -> int:
-    """Return the peak of memory beyond the model: hidden states, statistics, one solve and one batch's activations."""
+    """Return the peak memory in bytes beyond the model: hidden states, statistics, a solve, one batch's activations."""
     sizes = {target.name: target.shape for target in targets}
     weight = next(model.parameters())
     stored = getattr(torch, plan.hidden_dtype).itemsize if plan.hidden_dtype else weight.element_size()
@@ -190,14 +190,14 @@ def count_memory(
 
 
 def count_gradient_memory(targets: Sequence[Target], plan: PruningPlan) -> int:
-    """Return the bytes of CPU memory that the gradient norms of all targets take; 0 if the scorer needs none."""
+    """Return the CPU memory in bytes of the gradient norms of all targets; 0 if the scorer needs none."""
     if plan.scorer is None or "gradient" not in plan.scorer.needs:
         return 0
     return 4 * sum(prod(target.shape) for target in targets)
 
 
 def _fastest(work: Callable[[], object], times: int = 2) -> float:
-    """Return the seconds of the fastest of several runs, after one to warm up."""
+    """Return the duration in seconds of the fastest of several runs, after one warm-up run."""
     work()
     found = []
     for _ in range(times):
@@ -210,13 +210,13 @@ def _fastest(work: Callable[[], object], times: int = 2) -> float:
 
 
 def _product_rate(like: Tensor, size: int = 1024) -> float:
-    """Return the floating-point operations per second of float32 matrix products where a tensor is."""
+    """Return the floating-point operations per second of float32 matrix products on the device of a tensor."""
     matrix = torch.ones(size, size, device=like.device)
     return 2 * size**3 / _fastest(lambda: matrix @ matrix)
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a device's memory; None if it is neither a CPU nor a CUDA GPU."""
+    """Return the free memory of a device in bytes; None if it is neither a CPU nor a CUDA GPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available if device.type == "cpu" else None

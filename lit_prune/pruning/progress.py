@@ -1,4 +1,4 @@
-"""Where a run is and how long it has taken: stages, seconds, memory, and the bar or the lines that show them."""
+"""Progress of a run: stages, seconds and memory, and the bar or lines that show them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 @dataclass(frozen=True)
 class Position:
-    """Where a pruning run is."""
+    """Current position of a pruning run."""
 
     block: int
-    """Index of the block at work."""
+    """Index of the current block."""
     blocks: int
-    """How many there are."""
+    """Number of blocks."""
     stage: str
-    """``record``, ``measure``, ``observe``, ``gradients``, ``calibrate``, ``solve``, ``reconstruct`` or
+    """Current stage: ``record``, ``measure``, ``observe``, ``gradients``, ``calibrate``, ``solve``, ``reconstruct`` or
     ``propagate``."""
     seconds_left: float | None
-    """Estimate from the blocks finished so far; None before the first."""
+    """Estimated seconds remaining, from the blocks finished so far; None before the first is finished."""
 
 
 OnProgress = Callable[[Position], None]
 
 
 class Stages:
-    """Measures the stages of a run and tells where it is."""
+    """Times the stages of a run and reports its position to listeners."""
 
     def __init__(self, blocks: int, listeners: Sequence[OnProgress] = ()) -> None:
-        """Start the clock of a run over ``blocks`` blocks."""
+        """Start timing a run over ``blocks`` blocks."""
         self.seconds: dict[str, float] = {}
-        """Seconds spent in each stage."""
+        """Seconds spent in each stage, by stage name."""
         self._blocks = blocks
         self._listeners = listeners
         self._first_block: float | None = None
 
     @contextmanager
     def stage(self, name: str, block: int = 0) -> Iterator[None]:
-        """Announce a stage of a block, and add its duration."""
+        """Announce a stage of a block to the listeners, and add its duration to ``seconds``."""
         start = time.perf_counter()
         if name not in ("record", "measure", "observe", "gradients") and self._first_block is None:
             self._first_block = start
@@ -59,34 +59,34 @@ class Stages:
 
 
 def progress(shown: bool = True) -> AbstractContextManager[OnProgress]:
-    """Show where a run is: on a terminal as a bar, in a file as lines.
+    """Show the progress of a run: as a bar on a terminal, as lines elsewhere.
 
     >>> with progress() as show:  # doctest: +SKIP
     ...     prune(model, batches, plan, on_progress=show)
 
     Args:
-        shown: whether there is anything to see at all.
+        shown: whether to show anything.
     """
     return ProgressBar(shown) if Console().is_terminal or not shown else ProgressLines()
 
 
 class ProgressLines:
-    """A plain line for every block that is finished: the seconds of its stages, the rate and the time left."""
+    """Prints a line for every finished block: the seconds of its stages, the rate and the time left."""
 
     def __init__(self) -> None:
-        """Prepare; the clock starts with the first stage."""
+        """Initialize; timing starts with the first stage."""
         self._last: Position | None = None
         self._since = 0.0
         self._spent: dict[str, float] = {}
 
     def __enter__(self) -> OnProgress:
-        """Return the function that is told of every stage."""
+        """Return the listener to call at every stage."""
         return self._show
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Write the last line."""
+        """Print the last line."""
         self._end_stage()
         if error is None:
             self._end_block()
@@ -115,10 +115,10 @@ class ProgressLines:
 
 
 class ProgressBar:
-    """A bar for a terminal: block i of n, the stage and the time left."""
+    """A terminal progress bar: block i of n, the stage and the time left."""
 
     def __init__(self, shown: bool = True) -> None:
-        """Prepare the bar; it appears on entering, unless it is not to be ``shown``."""
+        """Create the bar; entering the context displays it if ``shown``."""
         columns = (
             TextColumn("pruning"),
             BarColumn(bar_width=24),
@@ -131,18 +131,18 @@ class ProgressBar:
         self._task: TaskID | None = None
 
     def __enter__(self) -> OnProgress:
-        """Show the bar and return the function that moves it."""
+        """Show the bar and return the listener that advances it."""
         self._progress.start()
         return self._show
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the bar as it stands; full if the run came to its end."""
+        """Stop the bar at its current position, or at 100 % if the run finished."""
         if self._task is not None and error is None:
             total = self._progress.tasks[0].total
             self._progress.update(self._task, completed=total, stage="done", left="")
-        if self._shown:  # some versions of rich end a bar that is not shown with an empty line
+        if self._shown:  # some versions of rich print an empty line on stopping a hidden bar
             self._progress.stop()
 
     def _show(self, position: Position) -> None:
@@ -158,12 +158,12 @@ def _clock(seconds: float) -> str:
 
 
 def peak_memory() -> int | None:
-    """Return this process's peak of GPU memory if it uses one, else of main memory, in bytes (None: unknown)."""
+    """Return this process's peak GPU memory if it uses a GPU, else its peak main memory, in bytes; None if unknown."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
         return None
-    status = Path("/proc/self/status")  # what getrusage says begins with the peak of the process that started this one
+    status = Path("/proc/self/status")  # getrusage's peak starts from the parent process's
     if status.is_file():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     import resource

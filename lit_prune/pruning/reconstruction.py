@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: what pruning leaves of a block learns to give the dense block's outputs."""
+"""Block-wise reconstruction: train the kept weights of a pruned block to match the dense block's outputs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ class Reconstruction:
     """Trains the kept weights of each block after it has been pruned, before the next block is calibrated.
 
     The loss is ``mean_t ||f(x_t) - d_t||² / ||d_t||²``: ``f(x)`` is the pruned block's output on the hidden states of
-    the model as pruned so far, ``d`` the dense block's output on those of the dense model, so that a block also makes
-    up for what earlier ones have done. Relative by token, because a few tokens carry activations so large that nothing
-    else would count. Adam in float32 with a one-cycle rate; pruned weights have no gradient and stay exactly zero. A
-    block whose error on the whole calibration set has not fallen in the end stays as the solver left it.
+    the model as pruned so far, and ``d`` the dense block's output on the hidden states of the dense model, so that a
+    block also compensates for the input drift from earlier blocks. The error is relative per token, because a few
+    tokens have activations so large that they would dominate an absolute loss. The optimizer is Adam in float32 with a
+    one-cycle learning rate; pruned weights have no gradient and stay exactly zero. If training does not reduce a
+    block's error on the whole calibration set, the block keeps the weights from the solver.
 
-    Costs ``steps`` forward and backward passes over ``sequences`` sequences per block, and one pass of the dense model.
+    Costs ``steps`` forward and backward passes over ``sequences`` sequences per block, and one forward pass of the
+    dense model.
 
     .. code-block:: yaml
 
@@ -41,15 +43,16 @@ class Reconstruction:
     """
 
     steps: int = 80
-    """Adam steps per block."""
+    """Number of Adam steps per block."""
     rate: float = 0.08
-    """Highest learning rate, reached after three tenths of the steps, as a fraction of the root mean square of the
-    block's kept weights, which differs tenfold from model to model, times the block's relative error (the root of the
-    loss) before: it avoids overfitting blocks that lost little."""
+    """Peak learning rate, reached after three tenths of the steps, as a fraction of the root mean square of the block's
+    kept weights (which differs tenfold between models) times the block's relative error before training (the root of
+    the
+    loss), which avoids overfitting blocks that lost little."""
     sequences: int = 2
-    """Calibration sequences per step, and in every other pass through a block, at most."""
+    """Maximum number of calibration sequences per training step, and per batch of every other pass through a block."""
     norms_and_biases: bool = True
-    """Train the block's norms and its layers' biases too."""
+    """Also train the block's norms and its layers' biases."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -72,19 +75,19 @@ class Reconstruction:
         replay: BlockReplay,
         outputs: Sequence[Tensor],
     ) -> ReconstructionReport:
-        """Train a block that has been pruned, and write the result to it if its error has fallen.
+        """Train a pruned block, and keep the result if it reduces the block's error.
 
         Args:
-            model: holds the block.
-            block: the block.
-            targets: its layers that were pruned.
-            layers: what was reported of them; the masks are read.
-            replay: stands before the block, with the pruned model's hidden states.
-            outputs: what the dense block puts out in the dense model, ``[sequences, t, hidden]`` for every batch.
+            model: model that contains the block.
+            block: pruned block to train.
+            targets: pruned layers of the block.
+            layers: reports of those layers, with their keep masks.
+            replay: replay positioned before the block, with the hidden states of the pruned model.
+            outputs: outputs of the dense block in the dense model, ``[sequences, t, hidden]`` for every batch.
         """
         start = time.perf_counter()
         vectors = find_vectors(model, block, targets) if self.norms_and_biases else {}
-        local = len(block.name) + 1  # parameters have shorter names in the block
+        local = len(block.name) + 1  # parameter names are relative to the block
         parameters = {t.parameter[local:]: t.module.get_parameter("weight") for t in targets}
         parameters |= {name[local:]: parameter for name, parameter in vectors.items()}
         device = next(block.module.parameters()).device
@@ -92,7 +95,7 @@ class Reconstruction:
         before = after = replay.output_error(block.index, outputs)
         trained = self._train(block.index, parameters, keep, replay, outputs, self.rate * before**0.5)
         for value in trained.values():
-            collectives.broadcast(value, 0)  # sums of processes may differ in the last bit
+            collectives.broadcast(value, 0)  # reductions may differ between processes in the last bit
         error = replay.output_error(block.index, outputs, trained)
         if error < before:  # also false if training has diverged to NaN
             after = error
@@ -109,10 +112,10 @@ class Reconstruction:
         outputs: Sequence[Tensor],
         relative_rate: float,
     ) -> dict[str, Tensor]:
-        """Return trained values of a block's parameters, by name in it and in their dtypes; the block is left alone."""
-        # Rounded to half precision, steps this small would be lost: what is trained is a copy.
+        """Return the trained parameters by name within the block, in the original dtypes; the block is not modified."""
+        # Half precision would round steps this small away, so a float32 copy is trained.
         masters = {name: working(parameter).clone().requires_grad_() for name, parameter in parameters.items()}
-        # The errors are small and so are their gradients, which Adam's own eps would outweigh.
+        # Errors and their gradients are so small that Adam's default eps would dominate them.
         optimizer = Adam(masters.values(), eps=1e-12)
         rate = relative_rate * _root_mean_square([masters[name][mask] for name, mask in keep.items()])
         schedule = OneCycleLR(optimizer, rate, total_steps=self.steps + 1, cycle_momentum=False)
@@ -126,7 +129,7 @@ class Reconstruction:
             _add_up_gradients(list(masters.values()))
             for name, mask in keep.items():
                 gradient = masters[name].grad
-                if gradient is not None:  # an expert that no token of this batch was sent to has none
+                if gradient is not None:  # an expert to which no token of this batch is routed has none
                     gradient.mul_(mask)
             optimizer.step()
             optimizer.zero_grad()
@@ -135,7 +138,7 @@ class Reconstruction:
 
 
 def _add_up_gradients(masters: Sequence[Tensor]) -> None:
-    """Give every process the sum of all processes' gradients; None if none of them has one."""
+    """All-reduce the gradients by summation; a gradient stays None if it is None on every process."""
     if collectives.world_size() == 1:
         return
     somewhere = [any(found) for found in zip(*collectives.gather([m.grad is not None for m in masters]), strict=True)]
@@ -145,18 +148,18 @@ def _add_up_gradients(masters: Sequence[Tensor]) -> None:
 
 
 def _like(parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the masters in the dtypes of the parameters."""
+    """Return the master weights cast to the dtypes of the parameters."""
     return {name: master.to(parameters[name].dtype) for name, master in masters.items()}
 
 
 def _root_mean_square(parts: Sequence[Tensor]) -> float:
-    """Return that of all values of all parts."""
+    """Return the root mean square over all values of all parts."""
     total = sum(part.square().sum(dtype=torch.float64).item() for part in parts)
     return (total / max(1, sum(part.numel() for part in parts))) ** 0.5
 
 
 def _shuffled(count: int, steps: int, seed: int) -> Iterator[int]:
-    """Yield ``steps`` of the indices below ``count``, each once before any comes again."""
+    """Yield ``steps`` indices below ``count`` in random order, each once before any repeats."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, steps, count):
         yield from torch.randperm(count, generator=generator).tolist()[: steps - start]

@@ -1,4 +1,4 @@
-"""The engine: allocate; then, block by block, calibrate, score, solve, write, reconstruct and propagate."""
+"""The pruning engine: allocate; then, block by block, calibrate, score, solve, write, reconstruct and propagate."""
 
 from __future__ import annotations
 
@@ -57,26 +57,28 @@ def prune(
     >>> report = prune(model, [tokenizer(text, return_tensors="pt").input_ids], plan)  # doctest: +SKIP
 
     Args:
-        model: any causal language model of transformers; its linear layers in the decoder blocks are replaced. One that
-            a strategy has sharded (FSDP2, DeepSpeed ZeRO) is gathered one block at a time.
+        model: any causal language model of transformers; the linear layers in its decoder blocks are pruned in place.
+            A model sharded by a strategy (FSDP2, DeepSpeed ZeRO) is gathered one block at a time.
         batches: calibration batches: token ids ``[sequences, t]`` (int64) or the model's keyword arguments; not read
-            if the plan needs no data. Where torch.distributed is set up, every process gives the same batches, and
-            they share the work out.
-        plan: what to prune, how far and how.
+            if the plan needs no data. If torch.distributed is initialized, every process must pass the same batches,
+            and the processes divide the work.
+        plan: pruning plan: pattern, scorer, allocator and solver.
         progress: show a bar on a terminal, or a line per block elsewhere, as in a notebook.
-        on_progress: called at each stage of each block.
-        journal_folder: where finished blocks are written, so that the run can be resumed; None = nowhere.
-        resume: go on from the finished blocks in ``journal_folder``; one whose files are damaged is pruned again.
-        forward_context: entered around the model's own computations, such as autocast; never around the solves.
-        sparsity: how far to go on the way to the plan's own sparsity, for which the allocation is made; None = all.
-        allocation: the sparsity of every layer by name, from an earlier report, in place of a new one.
-        allowed: keep masks by parameter name that may not be exceeded; None = any weight may be kept.
+        on_progress: callback invoked at each stage of each block.
+        journal_folder: folder to which finished blocks are written, so that the run can be resumed; None = no journal.
+        resume: resume from the finished blocks in ``journal_folder``; a block whose files are damaged is pruned again.
+        forward_context: context manager entered around the model's own computations, such as autocast; never around
+            the solves.
+        sparsity: intermediate sparsity on the way to the plan's own, for which the allocation is made; None = the
+            plan's own.
+        allocation: sparsity of every layer by name, from an earlier report, instead of a new allocation.
+        allowed: keep masks by parameter name; only weights that they keep may be kept. None = any weight may be kept.
 
     Returns:
-        What happened to every layer, and the masks.
+        Report of every layer, with the keep masks.
 
     Raises:
-        InputError: before any weight has changed, where plan, model and data do not fit.
+        InputError: if plan, model and data are incompatible; raised before any weight is changed.
         NumericalError: if a Gram matrix is singular or an activation is not finite; finished blocks stay pruned.
     """
     with unsharded(model) as (whole, store), apart(whole), evaluation_mode(whole), ExitStack() as stack:
@@ -109,20 +111,20 @@ def prune(
 
 @dataclass
 class PruningRun:
-    """The state of a run between two blocks."""
+    """State of a run between two blocks."""
 
     dense: DenseModel
     solver: LayerSolver
     gradients: dict[str, Tensor]
-    """Gradient norms of the layers to come, by name; empty if the scorer needs none."""
+    """Gradient norms of the remaining layers, by layer name; empty if the scorer needs none."""
     replay: BlockReplay | None
-    """The calibration set at the next block; None if the plan needs no data."""
+    """Calibration set's hidden states before the next block; None if the plan needs no data."""
     reference: BlockReplay | None
-    """The calibration set in the dense model; None if nothing is compared with it."""
+    """Calibration set's hidden states in the dense model; None if the plan does not use them."""
     journal: Journal | None
     report: PruningReport
     latest: Sequence[LayerReport] = ()
-    """The layers of the previous block."""
+    """Reports of the previous block's layers."""
 
     def prune(self, block: Block) -> None:
         """Calibrate, score, solve, write, reconstruct and propagate one block, or restore it from the journal."""
@@ -169,7 +171,7 @@ class PruningRun:
             return [how.run(self.dense.model, block, targets, layers, self.replay, self.reference.hidden)]
 
     def _advance_dense(self, block: Block) -> None:
-        """Propagate through a block that is still dense, if the plan compares with it or calibrates on it."""
+        """Propagate through a block that is still dense, if the plan needs the dense model's hidden states."""
         for reader in (self.reference, self.replay if self.dense.plan.propagate == "dense" else None):
             if reader:
                 with self.dense.stages.stage("propagate", block.index):
@@ -187,7 +189,7 @@ def _circumstances(
     allocation: Mapping[str, float] | None,
     allowed: Mapping[str, PackedMask] | None,
 ) -> dict[str, Any]:
-    """Return what else a run's bits depend on, beside plan, model, data and versions."""
+    """Return the other circumstances that affect a run's exact result, besides plan, model, data and versions."""
     device = torch.device(plan.device or next(model.parameters()).device).type
     return {
         "sparsity": sparsity,
@@ -202,7 +204,7 @@ def _circumstances(
 def _allocate(
     dense: DenseModel, gradients: Mapping[str, Tensor], known: Mapping[str, float] | None, journal: Journal | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the sparsity of every layer and what the allocator measured of its weight, both by name."""
+    """Return the sparsity of every layer and the allocator's metric of its weight, both by layer name."""
     if known is not None:
         return dict(known), {}
     if journal and (kept := journal.allocation()) is not None:

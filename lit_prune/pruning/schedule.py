@@ -1,4 +1,4 @@
-"""When to prune, and how far: optimizer step to sparsity."""
+"""Pruning schedules: the sparsity at each optimizer step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Schedule(ABC):
 
     @abstractmethod
     def due(self, step: int) -> bool:
-        """Tell whether the model is pruned after ``step`` optimizer steps (0 = before the first)."""
+        """Return whether the model is pruned after ``step`` optimizer steps (0 = before the first)."""
 
     @abstractmethod
     def sparsity(self, step: int, final: float) -> float:
-        """Return the sparsity at a step that is due; the last one is exactly ``final``, the plan's own."""
+        """Return the sparsity at a step that is due; at the last step, exactly ``final``, the plan's own."""
 
     @property
     @abstractmethod
     def last(self) -> int:
-        """The step after which nothing is pruned any more."""
+        """Step of the last pruning."""
 
 
 @final
@@ -38,14 +38,14 @@ class OneShot(Schedule):
     """
 
     step: int = 0
-    """Optimizer steps before the pruning; 0 = at the start."""
+    """Optimizer step after which to prune; 0 = before the first."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
         _check_step("step", self.step)
 
     def due(self, step: int) -> bool:
-        """Only at ``step``."""
+        """Return whether ``step`` is the step of the pruning."""
         return step == self.step
 
     def sparsity(self, step: int, final: float) -> float:
@@ -54,20 +54,20 @@ class OneShot(Schedule):
 
     @property
     def last(self) -> int:
-        """``step``."""
+        """Step of the pruning."""
         return self.step
 
 
 @dataclass(frozen=True)
 class _Ramp(Schedule):
-    """Prunes at ``start``, every ``every`` steps, and at ``end``, further each time."""
+    """Prunes at ``start``, every ``every`` steps, and at ``end``, to a higher sparsity each time."""
 
     start: int
     """Optimizer step of the first pruning."""
     end: int
     """Optimizer step of the last pruning, which reaches the plan's sparsity exactly."""
     every: int
-    """Optimizer steps between two prunings."""
+    """Number of optimizer steps between two prunings."""
     initial: float = 0.0
     """Sparsity at ``start``."""
 
@@ -82,7 +82,7 @@ class _Ramp(Schedule):
             raise InputError(f"schedule every is {self.every}: it must be at least 1 optimizer step")
 
     def due(self, step: int) -> bool:
-        """At ``start``, every ``every`` steps after it, and at ``end``."""
+        """Return True at ``start``, every ``every`` steps after it, and at ``end``."""
         return step == self.end or (self.start <= step < self.end and (step - self.start) % self.every == 0)
 
     def sparsity(self, step: int, final: float) -> float:
@@ -93,18 +93,18 @@ class _Ramp(Schedule):
 
     @abstractmethod
     def _left(self, time: float) -> float:
-        """Return the share of the way that is left when the share ``time`` of the steps is."""
+        """Return the remaining fraction of the sparsity increase, given the remaining fraction of the steps."""
 
     @property
     def last(self) -> int:
-        """``end``."""
+        """Step of the last pruning, ``end``."""
         return self.end
 
 
 @final
 @dataclass(frozen=True)
 class Cubic(_Ramp):
-    """Fast at first, slower towards the end: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))³``.
+    """Cubic ramp, fast at first and slow at the end: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))³``.
 
     Zhu & Gupta, "To prune, or not to prune", 2017. Prunes at ``start``, every ``every`` steps, and at ``end``.
 
@@ -120,7 +120,7 @@ class Cubic(_Ramp):
 @final
 @dataclass(frozen=True)
 class Linear(_Ramp):
-    """At an even pace: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))``.
+    """Linear ramp: ``s_f + (s_i - s_f) (1 - (t - start) / (end - start))``.
 
     Prunes at ``start``, every ``every`` steps, and at ``end``.
 
@@ -136,7 +136,7 @@ class Linear(_Ramp):
 @final
 @dataclass(frozen=True)
 class Step(Schedule):
-    """Equal jumps: ``times`` prunings, ``every`` steps apart, each adding the same share of the sparsity.
+    """Equal jumps: ``times`` prunings, ``every`` steps apart, each adding the same fraction of the final sparsity.
 
     .. code-block:: yaml
 
@@ -144,7 +144,7 @@ class Step(Schedule):
     """
 
     every: int
-    """Optimizer steps between two jumps."""
+    """Number of optimizer steps between two jumps."""
     times: int
     """Number of jumps; the last reaches the plan's sparsity exactly."""
     start: int = 0
@@ -158,7 +158,7 @@ class Step(Schedule):
                 raise InputError(f"schedule {name} is {value}: it must be at least 1")
 
     def due(self, step: int) -> bool:
-        """At ``start`` and ``times - 1`` times ``every`` steps after it."""
+        """Return True at ``start`` and at each of the ``times - 1`` jumps after it, ``every`` steps apart."""
         return self.start <= step <= self.last and (step - self.start) % self.every == 0
 
     def sparsity(self, step: int, final: float) -> float:
@@ -167,14 +167,14 @@ class Step(Schedule):
 
     @property
     def last(self) -> int:
-        """The step of the last jump."""
+        """Step of the last jump."""
         return self.start + (self.times - 1) * self.every
 
 
 @final
 @dataclass(frozen=True)
 class Table(Schedule):
-    """The sparsities that you give, at the steps that you give.
+    """Explicit sparsities at explicit steps.
 
     .. code-block:: yaml
 
@@ -182,7 +182,7 @@ class Table(Schedule):
     """
 
     sparsities: dict[int, float]
-    """Optimizer step to sparsity; the last must be the plan's own."""
+    """Sparsity at each optimizer step, as a mapping of step to sparsity; the last must equal the plan's own."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -193,11 +193,11 @@ class Table(Schedule):
         object.__setattr__(self, "sparsities", dict(sorted(self.sparsities.items())))
 
     def due(self, step: int) -> bool:
-        """At the steps of the table."""
+        """Return whether the table has an entry for ``step``."""
         return step in self.sparsities
 
     def sparsity(self, step: int, final: float) -> float:
-        """Return the table's value."""
+        """Return the table's sparsity for ``step``."""
         reached = self.sparsities[self.last]
         if reached != final:
             raise InputError(
@@ -207,7 +207,7 @@ class Table(Schedule):
 
     @property
     def last(self) -> int:
-        """The last step of the table."""
+        """Last step of the table."""
         return max(self.sparsities)
 
 

@@ -16,13 +16,13 @@ from lit_prune.sharding.parameters import read_weight, to_parameter_layout, writ
 
 @dataclass(frozen=True)
 class LayerSolver:
-    """Prunes layers as a plan says; several ranks share the layers of a block."""
+    """Prunes layers according to a plan; the ranks divide the layers of a block."""
 
     plan: PruningPlan
     patterns: Mapping[str, Pattern]
-    """The pattern of every layer, by name."""
+    """Pattern of every layer, by layer name."""
     allowed: Mapping[str, PackedMask]
-    """Keep masks by parameter name that may not be exceeded."""
+    """Keep masks by parameter name; only weights that they keep may be kept."""
 
     def prune(
         self,
@@ -31,13 +31,14 @@ class LayerSolver:
         before: Sequence[LayerReport] = (),
         read_again: bool = False,
     ) -> list[LayerReport]:
-        """Prune the layers of one block; every rank gets all results.
+        """Prune the layers of one block; every rank receives all results.
 
         Args:
-            targets: the layers, resident.
-            stats: of the layers' inputs, by name, equal on every rank; emptied on the way, to free memory.
-            before: the layers of the previous block.
-            read_again: whether the statistics are needed after this.
+            targets: layers to prune, resident in memory.
+            stats: statistics of the layers' inputs by layer name, equal on every rank; emptied during the call to free
+                memory.
+            before: reports of the previous block's layers.
+            read_again: whether the statistics are needed after this call.
         """
         owners = self._owners(targets, stats, before)
         found: dict[str, LayerReport] = {}
@@ -50,7 +51,7 @@ class LayerSolver:
             if owners[target.name] == collectives.rank() and failed is None:
                 try:
                     found[target.name] = self._prune_layer(target, mine)
-                except Exception as error:  # raised on every rank below
+                except Exception as error:  # re-raised on every rank below, so that none hangs
                     failed = error
         collectives.raise_first(collectives.gather(failed))
         everybody = {name: report for reports in collectives.gather(found) for name, report in reports.items()}
@@ -61,10 +62,10 @@ class LayerSolver:
     def _owners(
         self, targets: Sequence[Target], stats: Mapping[str, LayerStats], before: Sequence[LayerReport]
     ) -> dict[str, int]:
-        """Return the rank that solves each layer, by name; layers that share a factorisation stay together.
+        """Return the rank that solves each layer, by name; layers that share a factorisation get the same rank.
 
-        Costs are the seconds of the previous block if its shapes are the same: many small operations take longer than
-        their floating-point operations say.
+        The cost of a layer is its duration in the previous block if that has the same shapes, because many small
+        operations take longer than their floating-point operations suggest.
         """
         groups: dict[int, list[int]] = {}
         for index, target in enumerate(targets):
