@@ -1,4 +1,4 @@
-"""A Trainer with more stages: prune, analyze, evaluate, speed and export."""
+"""A Trainer with additional stages: prune, analyze, evaluate, speed and export."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class PruningTrainer(Trainer):
     """Lightning's Trainer that can also prune, analyze and export, and that runs no code out of a checkpoint."""
 
     recipe: Recipe | None = None
-    """How it was started, if the command line did."""
+    """Command and configuration that started the run; None if it was not started from the command line."""
     quiet: bool = False
-    """Whether it shows no progress and no tables."""
+    """Whether progress and tables are hidden."""
 
     prune = prune.prune
     analyze = analyze.analyze
@@ -30,7 +30,7 @@ class PruningTrainer(Trainer):
     export = export.export
 
     def __init__(self, **kwargs: Any) -> None:
-        """Refuse callbacks that cannot work together, and add a progress bar if there is none."""
+        """Initialize the parent class; raise ``InputError`` if callbacks are incompatible with each other."""
         callbacks = kwargs.get("callbacks") or []
         callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
         check_callbacks(callbacks)
@@ -52,10 +52,10 @@ class PruningTrainer(Trainer):
 
         Args:
             model: The language model.
-            train_dataloaders: What to train on, without a data module.
-            val_dataloaders: What to validate on, without a data module.
-            datamodule: Its text.
-            ckpt_path: Checkpoint to go on from: a file, or the folder of a sharded one.
+            train_dataloaders: Training data, if there is no data module.
+            val_dataloaders: Validation data, if there is no data module.
+            datamodule: Data module with the training and validation text.
+            ckpt_path: Checkpoint to resume from: a file, or the folder of a sharded checkpoint.
             trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
         check_settings(self)
@@ -76,10 +76,10 @@ class PruningTrainer(Trainer):
 
         Args:
             model: The language model.
-            dataloaders: What to evaluate on, without a data module.
-            ckpt_path: Checkpoint to take the weights from: a file, or the folder of a sharded one.
+            dataloaders: Evaluation data, if there is no data module.
+            ckpt_path: Checkpoint to load the weights from: a file, or the folder of a sharded checkpoint.
             verbose: Print the result.
-            datamodule: Its text.
+            datamodule: Data module with the evaluation text.
             trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
         weights_only = check_checkpoint(self, ckpt_path, trust)
@@ -98,10 +98,10 @@ class PruningTrainer(Trainer):
 
         Args:
             model: The language model.
-            dataloaders: What to evaluate on, without a data module.
-            ckpt_path: Checkpoint to take the weights from: a file, or the folder of a sharded one.
+            dataloaders: Evaluation data, if there is no data module.
+            ckpt_path: Checkpoint to load the weights from: a file, or the folder of a sharded checkpoint.
             verbose: Print the result.
-            datamodule: Its text.
+            datamodule: Data module with the evaluation text.
             trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
         weights_only = check_checkpoint(self, ckpt_path, trust)

@@ -1,4 +1,4 @@
-"""Layer 1: how much of each layer goes. One file per method; every file here is imported, and its class offered."""
+"""Layer 1: allocators, the sparsity of each layer. One file per method; every file in this package is discovered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_prune.allocators.base import Allocator
 from lit_prune.discovery import import_all
 
 METHODS: dict[str, type[Allocator]] = import_all(sys.modules[__name__], Allocator)
-"""Every method of this package, by class name."""
+"""Allocator classes of this package, by class name."""
 
 globals().update(METHODS)
 __all__ = ["METHODS", "Allocator", *METHODS]  # noqa: PLE0604

@@ -1,4 +1,4 @@
-"""AlphaPruning: the shape of each weight's spectrum decides how much of it goes."""
+"""AlphaPruning: sparsities from the shape of each weight's spectrum."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ MetricName = Literal[
 @final
 @dataclass(frozen=True)
 class AlphaPruning(Allocator):
-    """``r = η [(α - α_min) / (α_max - α_min) 2ε + 1 - ε]``: less goes if the spectrum's tail is heavy.
+    """``r = η [(α - α_min) / (α_max - α_min) 2ε + 1 - ε]``: lower sparsity for spectra with a heavy tail.
 
-    Lu et al., "AlphaPruning", 2024. The metric α of every matrix is worked out from its eigenvalues; by default the
-    mean of a block's matrices is mapped, and all of them get the block's sparsity. η meets the budget; what leaves the
-    bounds is clipped and the rest re-spread until the parameter-weighted mean is exact. Metrics that fall where the
-    tail gets lighter (``spectral_norm``, ``frobenius_norm``) are mapped the other way round. Equal metrics mean
-    uniform sparsity.
+    Lu et al., "AlphaPruning", 2024. The metric α of every matrix is computed from its eigenvalues; by default the
+    mean over a block's matrices is mapped, and all of them get the block's sparsity. η is chosen to meet the budget;
+    values outside the bounds are clipped and the rest redistributed until the parameter-weighted mean is exact. Metrics
+    that decrease as the tail gets lighter (``spectral_norm``, ``frobenius_norm``) are mapped in reverse. Equal metrics
+    result in uniform sparsity.
 
     .. code-block:: yaml
 
@@ -46,17 +46,18 @@ class AlphaPruning(Allocator):
     """
 
     metric: MetricName = "alpha_peak"
-    """Shape metric of the spectrum."""
+    """Shape metric of the spectrum, α in the formula."""
     epsilon: float = 0.2
-    """How far sparsities spread around the target, as a fraction of it, in [0, 1)."""
+    """Spread of the sparsities around the target, as a fraction of the target, in [0, 1)."""
     mapping: Literal["block", "matrix", "mixed"] = "block"
-    """Map the mean of each ``block``, each ``matrix`` by itself, or ``mixed``: blocks first, then the matrices of a
-    block around its sparsity."""
+    """Unit whose metric is mapped: the mean of each ``block``, each ``matrix``, or ``mixed``: blocks first, then the
+    matrices of a block around its sparsity."""
     windows: bool = False
-    """Read the metric off the pooled spectra of square windows (FARMS) and not of the whole matrix."""
+    """Compute the metric from the pooled spectra of square windows (FARMS) instead of the spectrum of the whole
+    matrix."""
     values: str | None = None
-    """``.npy`` file with the metric of every matrix in the order of the model, such as the files that are published
-    with the paper; null = computed from the weights."""
+    """``.npy`` file with the metric of every matrix in model order, such as the files published with the paper; null =
+    computed from the weights."""
     min_sparsity: float = 0.0
     """Lowest sparsity of a layer."""
     max_sparsity: float = 0.99
@@ -77,24 +78,24 @@ class AlphaPruning(Allocator):
 
     @property
     def metric_name(self) -> str | None:
-        """The metric, and what it is read off; None if ``values`` gives it."""
+        """Name of the metric and of the spectrum that it is computed from; None if ``values`` is given."""
         return None if self._read is not None else f"{self.metric}{'-windows' if self.windows else ''}"
 
     def measure(self, layers: Sequence[Layer]) -> dict[str, float]:
-        """Return the metric of every layer by name, worked out from its weight."""
+        """Return the metric of every layer by name, computed from its weight."""
         return {layer.name: value for layer, value in zip(layers, in_parallel(self._value, layers), strict=True)}
 
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
         """Return the sparsity of every layer by name; see ``Allocator.allocate``.
 
         Raises:
-            InputError: if ``values`` has another number of matrices than the model.
+            InputError: if the number of metrics in ``values`` differs from the number of matrices in the model.
             NumericalError: if a weight is zero, of rank one or has a flat spectrum, so that no power law fits it.
         """
         return self.spread(layers, self.metrics(layers), target)
 
     def spread(self, layers: Sequence[Layer], metrics: Tensor, target: float) -> dict[str, float]:
-        """Return the sparsity of every layer by name, from metrics ``[layers]`` that are known already."""
+        """Return the sparsity of every layer by name, from precomputed metrics ``[layers]``."""
         metrics = metrics * METRICS[self.metric].direction
         blocks = torch.tensor([layer.block for layer in layers])
         _, block_of = blocks.unique(return_inverse=True)
@@ -106,7 +107,7 @@ class AlphaPruning(Allocator):
         return meet_budget(layers, proposed, target, self.min_sparsity, self.max_sparsity)
 
     def metrics(self, layers: Sequence[Layer]) -> Tensor:
-        """Return the metric of every layer, ``[layers]`` float64; only what is not known yet is worked out."""
+        """Return the metric of every layer, ``[layers]`` float64; known metrics are not recomputed."""
         if self._read is not None:
             if len(self._read) != len(layers):
                 raise InputError(
@@ -119,7 +120,7 @@ class AlphaPruning(Allocator):
         return torch.tensor([known[layer.name] for layer in layers], dtype=torch.float64)
 
     def spectrum(self, weight: Tensor) -> Tensor:
-        """Return the eigenvalues that the metric is read off, ascending: of the whole matrix, or of its windows."""
+        """Return the ascending eigenvalues that the metric is computed from: of the whole matrix, or of its windows."""
         return windowed_eigenvalues(weight) if self.windows else eigenvalues(weight)
 
     def _value(self, layer: Layer) -> float:
@@ -130,7 +131,7 @@ class AlphaPruning(Allocator):
 
 
 def linear_mapping(metrics: Tensor, epsilon: float) -> Tensor:
-    """Map metrics linearly to ``[1 - ε, 1 + ε]``; all to 1 if they are equal."""
+    """Map metrics linearly to ``[1 - ε, 1 + ε]``; map all of them to 1 if they are equal."""
     low, high = metrics.min(), metrics.max()
     if high == low:
         return torch.ones_like(metrics)
@@ -138,7 +139,7 @@ def linear_mapping(metrics: Tensor, epsilon: float) -> Tensor:
 
 
 def _block_means(metrics: Tensor, block_of: Tensor) -> Tensor:
-    """Replace each layer's metric by the plain mean of its block's matrices."""
+    """Replace each layer's metric by the unweighted mean over its block's matrices."""
     sums = torch.zeros(int(block_of.max()) + 1, dtype=metrics.dtype).index_add(0, block_of, metrics)
     return (sums / block_of.bincount())[block_of]
 

@@ -1,4 +1,4 @@
-"""The contract of an allocator, and the projection onto the sparsity budget that all of them share."""
+"""Interface of an allocator, and the projection onto the sparsity budget shared by all allocators."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from lit_prune.ops.masks import check_sparsity
 
 @dataclass(frozen=True)
 class Layer:
-    """What an allocator may know of one layer."""
+    """Description of one layer for an allocator."""
 
     name: str
-    """Dotted module name in the model."""
+    """Dotted module name within the model."""
     block: int
-    """Index of the decoder block that holds it."""
+    """Index of the decoder block that contains the layer."""
     shape: tuple[int, int]
-    """``(o, i)``."""
+    """Shape of the weight, ``(o, i)``."""
     read: Callable[[], Tensor]
-    """Returns the dense weight ``[o, i]``."""
+    """Function that returns the dense weight ``[o, i]``."""
     evidence: Any = None
-    """What the allocator's ``observe`` returned for the layer's block."""
+    """Observation of the layer's block, as returned by the allocator's ``observe``."""
     metric: float | None = None
-    """What the allocator's ``measure`` returned for the layer, where somebody has asked it before."""
+    """Metric of the layer, as returned by the allocator's ``measure``; None if it has not been measured yet."""
 
     @property
     def numel(self) -> int:
-        """Number of weights."""
+        """Number of weights in the layer."""
         return self.shape[0] * self.shape[1]
 
 
 class Allocator(ABC):
-    """How much of each layer goes?"""
+    """Base class of allocators, which assign a sparsity to every layer."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics of the dense model to collect first, of ``input_sq_norm``, ``gram``, ``output_error``."""
+        """Statistics of the dense model to collect first: any of ``input_sq_norm``, ``gram`` and ``output_error``."""
         return frozenset()
 
     @property
     def observed_sequences(self) -> int | None:
-        """How many calibration sequences, the first ones, ``observe`` is told about; None = all."""
+        """Number of calibration sequences, counted from the first, on which ``observe`` is called; None = all."""
         return None
 
     def observe(
@@ -58,38 +58,39 @@ class Allocator(ABC):
         pattern: Pattern,
         output_error: Callable[[Pattern], float],
     ) -> Any:
-        """Return what ``allocate`` must know of a dense block; called block by block where ``needs`` names anything.
+        """Return the observations of a dense block for ``allocate``; called block by block if ``needs`` is not empty.
 
         Args:
-            layers: the block's layers.
-            stats: of their inputs, in the same order.
-            pattern: what all layers together are to get; its sparsity is the target.
-            output_error: prunes the block's layers to a pattern for a moment and returns the relative error of its
-                output; for allocators whose ``needs`` names it.
+            layers: layers of the block.
+            stats: statistics of the layers' inputs, in the same order.
+            pattern: pattern of the plan; its sparsity is the overall target.
+            output_error: function that temporarily prunes the block's layers to a pattern and returns the relative
+                error of the block's output; available to allocators whose ``needs`` contains ``output_error``.
         """
         return None
 
     @property
     def metric_name(self) -> str | None:
-        """Name of the number that ``measure`` reads off a weight, with all that determines it; None = it reads nothing.
+        """Name of the metric that ``measure`` returns, with every parameter that determines it; None = no metric.
 
-        Numbers of one name are interchangeable: the engine keeps them under it for other runs with the same weights.
+        Metrics of the same name are interchangeable: the engine caches them by name for other runs with the same
+        weights.
         """
         return None
 
     def measure(self, layers: Sequence[Layer]) -> dict[str, float]:
-        """Return what ``allocate`` must know of each layer's weight alone, by name; see ``Layer.metric``."""
+        """Return the metric of each layer's weight for ``allocate``, by layer name; see ``Layer.metric``."""
         return {}
 
     @abstractmethod
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
         """Return the sparsity of every layer, by name.
 
-        The mean, weighted by the number of weights, is exactly ``target``, and every value lies within the allocator's
+        The mean, weighted by the number of weights, is exactly ``target``, and every value is within the allocator's
         bounds.
 
         Args:
-            layers: what is to be pruned.
+            layers: layers to prune.
             target: fraction of all their weights to remove, in [0, 1).
 
         Raises:
@@ -98,7 +99,7 @@ class Allocator(ABC):
 
 
 def check_bounds(min_sparsity: float, max_sparsity: float) -> None:
-    """Raise ``InputError`` if the bounds of an allocator are not a range within [0, 1)."""
+    """Raise ``InputError`` if the bounds of an allocator are not a valid range within [0, 1)."""
     check_sparsity(min_sparsity, "min_sparsity")
     check_sparsity(max_sparsity, "max_sparsity")
     if min_sparsity > max_sparsity:
@@ -122,19 +123,19 @@ def meet_budget(
 
 
 def project_onto_budget(ratios: Tensor, sizes: Tensor, target: float, low: float, high: float) -> Tensor:
-    """Scale ``ratios`` to the budget; clip what leaves ``[low, high]`` and re-spread the rest until the mean is exact.
+    """Scale ``ratios`` to the budget; clip to ``[low, high]`` and redistribute the rest until the mean is exact.
 
-    The result is ``clip(eta * ratios, low, high)`` with the one ``eta`` that meets the budget. Its weighted mean never
-    falls as ``eta`` grows, and is linear between the points where a layer meets a bound, so the exact ``eta`` lies on
-    the piece that straddles the target. Worked: ratios (1, 2), equal sizes, target 0.6, high 0.7: unclipped that is
-    (0.4, 0.8); 0.8 is clipped to 0.7 and the other takes what is left, 0.5.
+    The result is ``clip(eta * ratios, low, high)`` with the unique ``eta`` that meets the budget. Its weighted mean is
+    non-decreasing in ``eta``, and linear between the points at which a layer reaches a bound, so the exact ``eta`` is
+    on the segment that straddles the target. Example: ratios (1, 2), equal sizes, target 0.6, high 0.7: unclipped, the
+    sparsities are (0.4, 0.8); 0.8 is clipped to 0.7 and the other layer takes the remainder, 0.5.
 
     Args:
-        ratios: ``[layers]`` >= 0, the proposed sparsities, up to a common factor.
+        ratios: ``[layers]`` >= 0, proposed sparsities, up to a common factor.
         sizes: ``[layers]``, numbers of weights.
-        target: the weighted mean to reach.
-        low: no value is below it.
-        high: no value is above it.
+        target: weighted mean to reach.
+        low: lower bound of every sparsity.
+        high: upper bound of every sparsity.
 
     Raises:
         InputError: if the target is outside ``[low, high]``, or a ratio is negative or not finite.
@@ -144,7 +145,7 @@ def project_onto_budget(ratios: Tensor, sizes: Tensor, target: float, low: float
         raise InputError(f"sparsities must be finite and >= 0, got {ratios.min().item():g} to {ratios.max().item():g}")
     shares = sizes / sizes.sum()
     positive = ratios > 0
-    # Layers at ratio 0 stay at `low`, so the others may be unable to carry the budget on their own.
+    # Layers with ratio 0 stay at `low`, so the others alone may be unable to meet the budget.
     if shares[positive].sum() * high + shares[~positive].sum() * low < target - 1e-12:
         raise InputError(f"the layers with a sparsity above 0 cannot carry the budget of {target:g} below {high:g}")
     if not positive.any():
@@ -170,19 +171,19 @@ def in_whole_levels(
     levels: int,
     least: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Round sparsities to multiples of ``1 / levels``, as N:M needs, meeting the budget as nearly as that allows.
+    """Round sparsities to multiples of ``1 / levels``, as N:M requires, as close to the budget as possible.
 
-    Every layer is rounded down, and those that lost most are rounded up while that brings the total nearer the target.
-    None gets to 1. Worked: 0.3 and 0.45 at equal sizes in fourths are 0.25 and 0.25, and the second, which lost more,
-    goes up to 0.5: a mean of 0.375 like that of the two.
+    Every layer is rounded down; then the layers with the largest rounding loss are rounded up while that brings the
+    mean closer to the target. No layer reaches 1. Example: 0.3 and 0.45 at equal sizes in fourths are rounded down to
+    0.25 and 0.25, and the second, with the larger loss, is rounded up to 0.5: the mean of 0.375 is unchanged.
 
     Args:
-        layers: the layers.
-        sparsity: what is rounded, by layer name.
-        target: the weighted mean to meet.
+        layers: layers to prune.
+        sparsity: sparsities to round, by layer name.
+        target: weighted mean to meet.
         levels: M of N:M.
-        least: sparsities that no layer may fall below, such as those that an earlier pruning has reached; where that
-            takes more than the target, other layers get less. None = no bounds.
+        least: lower bound of each layer's sparsity, by layer name, such as the sparsities that an earlier pruning
+            reached; if a bound exceeds a layer's own value, other layers get less. None = no bounds.
     """
     lowest = {layer.name: round((least or {}).get(layer.name, 0.0) * levels) for layer in layers}
     found = {

@@ -16,11 +16,11 @@ from lit_prune.errors import InputError
 @final
 @dataclass(frozen=True)
 class FromFile(Allocator):
-    """Sparsities by layer from a JSON file, scaled to the target.
+    """Sparsity of each layer from a JSON file, scaled to the target.
 
-    The file holds ``{"model.layers.0.self_attn.q_proj": 0.4, "model.layers.1.*": 0.6, ...}`` (names or shell patterns,
-    the first match counts), or is the ``pruning.json`` of an earlier run. Only the proportions count: values are scaled
-    to the run's target, clipped to the bounds, and re-spread until the mean is exact.
+    The file contains ``{"model.layers.0.self_attn.q_proj": 0.4, "model.layers.1.*": 0.6, ...}`` (names or shell
+    patterns; the first match applies), or is the ``pruning.json`` of an earlier run. Only the proportions matter:
+    values are scaled to the run's target, clipped to the bounds, and redistributed until the mean is exact.
 
     .. code-block:: yaml
 
@@ -28,7 +28,7 @@ class FromFile(Allocator):
     """
 
     path: str
-    """JSON file: an object of name or shell pattern to sparsity, or a ``pruning.json``."""
+    """JSON file: an object that maps layer names or shell patterns to sparsities, or a ``pruning.json``."""
     min_sparsity: float = 0.0
     """Lowest sparsity of a layer."""
     max_sparsity: float = 0.99
@@ -41,7 +41,7 @@ class FromFile(Allocator):
         object.__setattr__(self, "_sparsities", _read(Path(self.path).expanduser()))
 
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
-        """Return the file's proportions at the target; every entry must match a layer, and every layer an entry."""
+        """Return the file's sparsities scaled to the target; entries and layers must match each other completely."""
         for pattern in self._sparsities:
             if not any(fnmatchcase(layer.name, pattern) for layer in layers):
                 raise InputError(f"allocator.path is {self.path!r}: its {pattern!r} matches no layer of this model")

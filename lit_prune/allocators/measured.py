@@ -1,4 +1,4 @@
-"""Measured: every block is tried at a few sparsities, and the cheapest allocation wins."""
+"""Measured: the allocation that minimises the blocks' output errors, measured at a few sparsities."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from lit_prune.errors import InputError
 from lit_prune.ops import NM, LayerStats, Pattern
 
 _GRID = 1001
-"""Sparsities between the lowest and the highest trial that a block may get."""
+"""Number of candidate sparsities per block, from the lowest trial to the highest."""
 _NO_ERROR = 1e-12
-"""Stands for an error of zero, which has no logarithm."""
+"""Lower bound of an error, because zero has no logarithm."""
 
 
 @final
 @dataclass(frozen=True)
 class Measured(Allocator):
-    """``min Σ_b e_b(s_b)`` at the budget: every block loses as much as it can lose more cheaply than the others.
+    """``min Σ_b e_b(s_b)`` at the budget: higher sparsity for the blocks in which it costs the least output error.
 
     ``e_b(s)`` is the output error of a dense block whose layers are pruned to the sparsity ``s`` with the plan's own
     scorer and solver: ``mean_t ||B'(h)_t - B(h)_t||² / ||B(h)_t||²`` over the calibration tokens. It is measured at the
-    target and ``spread`` below and above it (at most half of the way to 0 and to 1; with N:M at whole N, one at the
-    least), and interpolated in between: its logarithm by a parabola that never falls. No block leaves the range that
-    was tried, and all layers of a block get the same. Costs three solves of every block, by the solver's draft, and
-    five forward passes over some of the sequences.
+    target and ``spread`` below and above it (at most half of the way to 0 and to 1; for N:M at integer N, at least one
+    apart), and interpolated in between: its logarithm by a non-decreasing parabola. The sparsity of a block stays
+    within the measured range, and all layers of a block get the same sparsity. Costs three solves of every block with
+    the solver's draft, and five forward passes over some of the sequences.
 
-    Errors of dense blocks do not know what happens to an error on its way through the blocks behind. Another allocator
-    can have a say: each sparsity is then ``trust * measured + (1 - trust) * prior``. The method is this project's own.
+    The output errors of dense blocks do not include how later blocks amplify an error. They can be combined with
+    another allocator, the prior: each sparsity is then ``trust * measured + (1 - trust) * prior``. The method is this
+    project's own.
 
     .. code-block:: yaml
 
@@ -41,13 +42,13 @@ class Measured(Allocator):
     """
 
     spread: float = 0.1
-    """How far below and above the target blocks are tried."""
+    """Distance of the lowest and highest measured sparsity from the target."""
     prior: Allocator | None = None
-    """Another allocator that has a say; null = none."""
+    """Another allocator to combine with; null = none."""
     trust: float = 0.5
-    """Shard of the measured allocation beside a prior, in [0, 1]."""
+    """Weight of the measured allocation relative to the prior, in [0, 1]; ignored without a prior."""
     sequences: int | None = 8
-    """Calibration sequences that blocks, and a prior that observes, are tried on; null = all."""
+    """Number of calibration sequences on which blocks are measured, also for the prior's observations; null = all."""
     min_sparsity: float = 0.0
     """Lowest sparsity of a layer."""
     max_sparsity: float = 0.99
@@ -65,21 +66,21 @@ class Measured(Allocator):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The output errors of the dense blocks, and the prior's needs."""
+        """Output errors of the dense blocks, and the prior's needs."""
         return frozenset({"output_error"}) | (self.prior.needs if self.prior else frozenset())
 
     @property
     def observed_sequences(self) -> int | None:
-        """``sequences``."""
+        """Number of calibration sequences on which ``observe`` is called, ``sequences``."""
         return self.sequences
 
     @property
     def metric_name(self) -> str | None:
-        """The prior's."""
+        """Name of the prior's metric; None without a prior."""
         return self.prior.metric_name if self.prior else None
 
     def measure(self, layers: Sequence[Layer]) -> dict[str, float]:
-        """Return what the prior measures."""
+        """Return the prior's metrics by layer name."""
         return self.prior.measure(layers) if self.prior else {}
 
     def observe(
@@ -89,7 +90,7 @@ class Measured(Allocator):
         pattern: Pattern,
         output_error: Callable[[Pattern], float],
     ) -> dict[str, Any]:
-        """Return ``errors``, the block's output error by sparsity, and what the ``prior`` observes."""
+        """Return ``errors``, the block's output error by sparsity, and ``prior``, the prior's observations."""
         check_budget(pattern.sparsity, self.min_sparsity, self.max_sparsity)
         trials = {trial.sparsity: trial for trial in self._trials(pattern)}
         prior = self.prior.observe(layers, stats, pattern, output_error) if self.prior and self.prior.needs else None
@@ -123,14 +124,14 @@ class Measured(Allocator):
 
 
 def error_curve(errors: Mapping[float, float], grid: Tensor) -> Tensor:
-    """Interpolate the logarithms of errors by sparsity: the polynomial through all of them, held from falling.
+    """Interpolate the logarithms of errors over sparsity by a polynomial through all of them, made non-decreasing.
 
     Args:
-        errors: by sparsity, for one to three sparsities.
-        grid: ``[g]`` float64, ascending, within the range of those sparsities.
+        errors: error at each of one to three sparsities.
+        grid: ``[g]`` float64, ascending sparsities within the range of ``errors``.
 
     Returns:
-        ``[g]`` float64, the errors, ascending.
+        ``[g]`` float64, the interpolated errors, ascending.
     """
     tried = sorted(errors)
     logs = torch.tensor([errors[s] for s in tried], dtype=grid.dtype).clamp_min(_NO_ERROR).log().cummax(0).values
@@ -141,16 +142,17 @@ def error_curve(errors: Mapping[float, float], grid: Tensor) -> Tensor:
 
 
 def minimise(curves: Tensor, grid: Tensor, shares: Tensor, target: float) -> Tensor:
-    """Return the sparsities ``s_b`` with the least ``Σ_b curves_b(s_b)`` of those with ``Σ_b shares_b s_b = target``.
+    """Return the sparsities ``s_b`` that minimise ``Σ_b curves_b(s_b)`` subject to ``Σ_b shares_b s_b = target``.
 
-    Each block takes the point where its error less a price times what it removes is least; the price is found by
-    bisection. Where one price makes blocks jump over the target, they meet it on the way, all alike.
+    Each block takes the grid point that minimises its error minus a multiplier times the weights removed; the Lagrange
+    multiplier is found by bisection. If blocks jump over the target at one multiplier, they are interpolated by the
+    same fraction to meet it.
 
     Args:
         curves: ``[blocks, g]``, ascending errors.
-        grid: ``[g]``, the sparsities they stand for.
-        shares: ``[blocks]``, shares of the weights.
-        target: within the grid.
+        grid: ``[g]``, sparsities of the errors.
+        shares: ``[blocks]``, fraction of all weights in each block.
+        target: weighted mean to meet, within the grid.
     """
     below, above = torch.full_like(shares, grid[0].item()), torch.full_like(shares, grid[-1].item())
     removed = shares[:, None] * grid

@@ -1,4 +1,4 @@
-"""OWL: blocks with more outlying activations keep more."""
+"""OWL: lower sparsity for blocks with more outlying activations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from lit_prune.ops.precision import working
 @final
 @dataclass(frozen=True)
 class OWL(Allocator):
-    """``s = target - (2λ (D - D_min) / (D_max - D_min) - mean)``: the more outliers a block has, the less of it goes.
+    """``s = target - (2λ (D - D_min) / (D_max - D_min) - mean)``: lower sparsity for blocks with more outliers.
 
     Yin et al., "Outlier Weighed Layerwise Sparsity", 2023. ``D`` is the fraction of a dense block's Wanda scores
-    ``|W| * ||X||`` that exceed ``threshold`` times their mean over the block. The mean is made exact afterwards.
+    ``|W| * ||X||`` that exceed ``threshold`` times their mean over the block. The mean sparsity is made exact
+    afterwards.
 
     .. code-block:: yaml
 
@@ -32,7 +33,7 @@ class OWL(Allocator):
     spread: float = 0.08
     """λ of the paper: sparsities span ``2λ`` around the target."""
     threshold: float = 5.0
-    """M of the paper: how many times the mean makes an outlier."""
+    """M of the paper: scores above this multiple of the mean are outliers."""
     min_sparsity: float = 0.0
     """Lowest sparsity of a layer."""
     max_sparsity: float = 0.99
@@ -53,7 +54,7 @@ class OWL(Allocator):
         pattern: Pattern,
         output_error: Callable[[Pattern], float],
     ) -> float:
-        """Return the block's fraction of outliers; ``stats`` must hold ``input_sq_norm`` ``[i]``."""
+        """Return the block's fraction of outliers; ``stats`` must contain ``input_sq_norm`` ``[i]``."""
         scores = torch.cat(
             [
                 (working(layer.read()).abs() * layer_stats.input_sq_norm.sqrt()).flatten()

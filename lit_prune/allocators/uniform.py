@@ -1,4 +1,4 @@
-"""The same sparsity everywhere."""
+"""The same sparsity for every layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer 1: how much each weight matters. One file per method; every file here is imported, and its class offered."""
+"""Layer 1: scorers, the importance of each weight. One file per method; every file in this package is discovered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_prune.discovery import import_all
 from lit_prune.scorers.base import Scorer
 
 METHODS: dict[str, type[Scorer]] = import_all(sys.modules[__name__], Scorer)
-"""Every method of this package, by class name."""
+"""Scorer classes of this package, by class name."""
 
 globals().update(METHODS)
 __all__ = ["METHODS", "Scorer", *METHODS]  # noqa: PLE0604

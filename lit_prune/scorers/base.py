@@ -13,17 +13,17 @@ from lit_prune.ops.stats import GradientNorm
 
 
 class Scorer(ABC):
-    """How much does each weight matter?"""
+    """Base class of scorers, which assign an importance to every weight of a layer."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What calibration must collect, of ``input_sq_norm``, ``gram`` and ``gradient``."""
+    """Statistics that calibration must collect: any of ``input_sq_norm``, ``gram`` and ``gradient``."""
 
     group: ClassVar[Group] = "matrix"
-    """Which weights the method is used to compare; a pattern's own ``group`` wins."""
+    """Default comparison group of the method; a pattern's own ``group`` takes precedence."""
 
     @property
     def gradient_norm(self) -> GradientNorm:
-        """Which norm the gradient pass adds up, if ``needs`` names ``gradient``."""
+        """Norm over samples that the gradient pass accumulates; only read if ``needs`` contains ``gradient``."""
         return "l2"
 
     @abstractmethod
@@ -31,9 +31,9 @@ class Scorer(ABC):
         """Return the importance of every weight.
 
         Args:
-            weight: ``[o, i]``, any floating dtype; never changed.
-            stats: statistics of the layer's inputs, with at least what ``needs`` names.
+            weight: ``[o, i]``, any floating dtype; not modified.
+            stats: statistics of the layer's inputs, including at least those named in ``needs``.
 
         Returns:
-            ``[o, i]`` float32 (float64 for a float64 weight), larger = keep. Only the order within a group counts.
+            ``[o, i]`` float32 (float64 for a float64 weight), larger = keep. Only the order within a group matters.
         """

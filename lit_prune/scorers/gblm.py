@@ -34,9 +34,9 @@ class GBLM(Scorer):
     norm: GradientNorm = "l2"
     """Norm over samples of the gradients: ``l1`` or ``l2``."""
     alpha: float = 100.0
-    """Factor of the gradients, which balances them with the activations."""
+    """Factor of the gradient term, which balances it against the activation term."""
     gradient_only: bool = False
-    """Leave the activations out: ``|W| * G``."""
+    """Omit the activation term: ``|W| * G``."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -47,7 +47,7 @@ class GBLM(Scorer):
 
     @property
     def gradient_norm(self) -> GradientNorm:
-        """``norm``."""
+        """Norm over samples of the gradients, ``norm``."""
         return self.norm
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
@@ -55,7 +55,7 @@ class GBLM(Scorer):
 
         Args:
             weight: ``[o, i]``.
-            stats: with ``input_sq_norm`` ``[i]`` (averaged over sequences) and the gradients' norm ``[o, i]``.
+            stats: statistics with ``input_sq_norm`` ``[i]`` (averaged over sequences) and the gradient norm ``[o, i]``.
 
         Returns:
             ``[o, i]``.

@@ -15,7 +15,7 @@ from lit_prune.scorers.base import Scorer
 @final
 @dataclass(frozen=True)
 class Magnitude(Scorer):
-    """``|W|``: the smallest weights go. Needs no data (Han et al., "Learning both Weights and Connections", 2015).
+    """Magnitude ``|W|``. Needs no data (Han et al., "Learning both Weights and Connections", 2015).
 
     .. code-block:: yaml
 

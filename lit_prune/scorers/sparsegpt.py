@@ -18,8 +18,8 @@ from lit_prune.scorers.base import Scorer
 class SparseGPTSaliency(Scorer):
     """``(W_rj / U_jj)²``, with ``UᵀU`` the inverse of the damped Gram matrix (Frantar & Alistarh, "SparseGPT", 2023).
 
-    This scores the dense weights, all at once; the solver ``SparseGPT`` uses the same saliency column by column, on
-    weights that it has updated by then.
+    Scores all dense weights at once; the solver ``SparseGPT`` applies the same saliency column by column, to weights
+    that it has already updated.
 
     .. code-block:: yaml
 
@@ -29,13 +29,13 @@ class SparseGPTSaliency(Scorer):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     damping: float = 0.01
-    """Added to the diagonal of the Gram matrix, as a fraction of its mean."""
+    """Damping added to the diagonal of the Gram matrix, as a fraction of the diagonal's mean."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
         check_damping(self.damping)
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
-        """Return the saliency ``[o, i]``; ``stats`` must hold the Gram matrix ``[i, i]``."""
+        """Return the saliency ``[o, i]``; ``stats`` must contain the Gram matrix ``[i, i]``."""
         scale = stats.inverse_cholesky(self.damping).diagonal()
         return (working(weight) / scale.to(weight.device)).square()

@@ -31,7 +31,7 @@ class Wanda(Scorer):
 
         Args:
             weight: ``[o, i]``.
-            stats: with ``input_sq_norm`` ``[i]``, the squared input norms averaged over sequences.
+            stats: statistics with ``input_sq_norm`` ``[i]``, the squared input norms averaged over sequences.
 
         Returns:
             ``[o, i]``, in units of the layer's output.

@@ -1,4 +1,4 @@
-"""Layer 1: choose the mask, repair the rest. One file per method; every file here is imported, its class offered."""
+"""Layer 1: solvers, mask selection and weight repair. One file per method; every file in this package is discovered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_prune.discovery import import_all
 from lit_prune.solvers.base import Solver
 
 METHODS: dict[str, type[Solver]] = import_all(sys.modules[__name__], Solver)
-"""Every method of this package, by class name."""
+"""Solver classes of this package, by class name."""
 
 globals().update(METHODS)
 __all__ = ["METHODS", "Solver", *METHODS]  # noqa: PLE0604

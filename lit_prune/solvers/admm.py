@@ -1,4 +1,4 @@
-"""ADMM: update the weights that stay while the mask is being chosen."""
+"""ADMM: update the kept weights while the mask is being chosen."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
 _RHO = (0.05, 1.0)
-"""Penalty of the first and the last iteration of the continuation."""
+"""Penalty ρ of the first and the last iteration of the continuation."""
 
 
 _DRAFT_ITERATIONS, _DRAFT_POLISH = 6, 2
-"""Effort of a draft, at most."""
+"""Maximum number of iterations and of polish steps of a draft."""
 
 
 @final
 @dataclass(frozen=True)
 class ADMM(Solver):
-    """Alternating directions on the layer-wise problem: the least ``||X (W' - W)ᵀ||²`` over all W' with the pattern.
+    """Alternating directions on the layer-wise problem: minimise ``||X (W' - W)ᵀ||²`` over all W' with the pattern.
 
     Boža, "Fast and Effective Weight Update for Pruned Large Language Models", 2024. With ``n = sqrt(diag XᵀX)``,
     ``H = XᵀX / (n nᵀ)`` (damped) and ``Ŵ = W n``, an iteration is ``Z = (W + U) M``, ``U += W - Z``,
-    ``W = (H + ρI)⁻¹ (H Ŵ + ρ (Z - U))``, and the mask M is chosen anew from ``|W + U|``.
+    ``W = (H + ρI)⁻¹ (H Ŵ + ρ (Z - U))``, and the mask M is reselected from ``|W + U|``.
 
-    By default ρ starts small and grows geometrically (``schedule: continuation``): while it is small the weights move
-    freely and the mask follows them; as it grows they settle. The last ``polish`` iterations are steps of conjugate
-    gradients on the weights that stay, which is the least-squares solution for the final mask. One eigendecomposition
-    of H serves every ρ, and every layer with the same input.
+    By default ρ starts small and grows geometrically (``schedule: continuation``): while it is small, the weights move
+    freely and the mask follows them; as it grows, they converge. The last ``polish`` iterations are conjugate-gradient
+    steps on the kept weights, towards the least-squares solution for the final mask. One eigendecomposition of H serves
+    every ρ, and every layer with the same input.
 
     ``schedule: cubic`` is the paper's gradual mask selection at ρ = 1: in the first three quarters of the iterations
     the sparsity rises as ``s (1 - (1 - k / n)³)``. ``as_released`` is the published code, which ignores that schedule
-    for whole matrices. Both keep the paper's damping of 0.1 and have no polish unless told so.
+    for whole matrices. Both default to the paper's damping of 0.1 and to no polish.
 
     .. code-block:: yaml
 
         solver: {class_path: ADMM, init_args: {iterations: 20}}
 
-    To repair a mask that a scorer gives, in place of choosing one:
+    To repair the mask of a scorer instead of choosing one:
 
     .. code-block:: yaml
 
@@ -58,22 +58,22 @@ class ADMM(Solver):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     iterations: int = 20
-    """Weight updates in all, the polish included; each costs one or two products with H."""
+    """Total number of weight updates, including the polish; each costs one or two matrix products with H."""
     schedule: Literal["continuation", "cubic"] = "continuation"
-    """How the mask is found: ``continuation`` of ρ, or the paper's ``cubic`` rise of the sparsity."""
+    """Schedule of the mask selection: ``continuation`` in ρ, or the paper's ``cubic`` rise of the sparsity."""
     mask: Literal["gradual", "fixed"] = "gradual"
-    """Choose the mask anew in every iteration (``gradual``), or keep that of the score, or of ``|Ŵ|`` without a score,
-    from the start (``fixed``)."""
+    """Mask selection: anew in every iteration (``gradual``), or once at the start (``fixed``), from the score, or from
+    ``|Ŵ|`` without a scorer."""
     polish: int | None = None
-    """Conjugate-gradient steps at the end; null = 4 for the continuation and none for the others."""
+    """Number of conjugate-gradient steps at the end; null = 4 for the continuation and none for the others."""
     damping: float | None = None
-    """Added to the diagonal of H, as a fraction of its mean; null = 0.003 for the continuation and 0.1, the paper's,
-    for the others."""
+    """Damping added to the diagonal of H, as a fraction of the diagonal's mean; null = 0.003 for the continuation and
+    0.1, as in the paper, for the others."""
     as_released: bool = False
-    """Reproduce the published code."""
+    """Reproduce the published code, which ignores the cubic schedule for whole matrices."""
     rows_at_once: int | None = None
-    """Rows of W that are solved together, to save memory, if the mask is chosen by row, as N:M, or fixed; null =
-    all."""
+    """Number of rows of W to solve at once, to save memory; applies if the mask is chosen by row, as N:M, or fixed.
+    null = all rows."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -91,13 +91,13 @@ class ADMM(Solver):
         check_damping(self._damping)
 
     def flops(self, outputs: int, inputs: int) -> float:
-        """Return those of the products: ``4 o i²`` per update or ``2 o i² + 2 i³``, and ``2 o i²`` per polish step."""
+        """Return the operations of the products: ``4 o i²`` or ``2 o i² + 2 i³`` per update, ``2 o i²`` per polish."""
         update = 4 * outputs * inputs**2 if outputs <= inputs else 2 * (outputs + inputs) * inputs**2
         polish = 2 * outputs * inputs**2 * (self._polish + 1) if self._polish else 0
         return (self.iterations - self._polish) * update + polish
 
     def shared_flops(self, inputs: int) -> float:
-        """Return those of an eigendecomposition: ``9 i³``."""
+        """Return the operations of an eigendecomposition: ``9 i³``."""
         return 9 * inputs**3
 
     def solve(
@@ -108,7 +108,7 @@ class ADMM(Solver):
         score: Tensor | None = None,
         allowed: Tensor | None = None,
     ) -> Solution:
-        """Choose the mask of ``weight`` ``[o, i]`` and update what stays; the result is in the dtype of ``weight``."""
+        """Choose the mask of ``weight`` ``[o, i]`` and update the kept weights; the dtype is preserved."""
         pattern.check(weight.shape)
         dense = working(weight)
         norm, problem = stats.normalised(self._damping)
@@ -120,7 +120,7 @@ class ADMM(Solver):
             start = select(dense.abs(), pattern, allowed)
         counts = None
         if isinstance(pattern, Unstructured) and pattern.group == "row":
-            # Which rows lose one weight more is settled here, so that rows can be solved apart.
+            # Fix here which rows lose one more weight, so that rows can be solved independently.
             counts = (~pattern.mask(only(allowed, dense.abs()))).sum(1)
         size = self.rows_at_once if self.rows_at_once and self._splits(pattern) else len(dense)
         parts = [
@@ -140,12 +140,12 @@ class ADMM(Solver):
         return Solution(keep_only(solved.to(weight.dtype), keep), keep)
 
     def draft(self) -> ADMM:
-        """Return one with fewer iterations: which block bears how much pruning shows long before the end."""
+        """Return a solver with fewer iterations: the ranking of blocks by error stabilises long before the last one."""
         iterations = min(self.iterations, _DRAFT_ITERATIONS)
         return replace(self, iterations=iterations, polish=min(self._polish, _DRAFT_POLISH, iterations - 1))
 
     def _splits(self, pattern: Pattern) -> bool:
-        """Tell whether rows can be solved apart from each other."""
+        """Return whether rows can be solved independently of each other."""
         if self.mask == "fixed" or getattr(pattern, "group", None) == "row":
             return True
         return isinstance(pattern, NM) and not self._published
@@ -199,10 +199,10 @@ class ADMM(Solver):
 
         Args:
             pattern: its counts.
-            counts: how many weights go from each row, if the pattern is by row.
+            counts: number of weights to remove from each row, if the pattern is by row; else None.
             magnitude: ``|W + U|``, ``[rows, i]``.
-            keep: the mask of the iteration before.
-            progress: 1 when the paper's schedule reaches the full sparsity.
+            keep: keep mask of the previous iteration.
+            progress: progress of the paper's schedule in [0, 1]; 1 = full sparsity.
         """
         reached = pattern.mask if counts is None else partial(drop_smallest_each, counts=counts)
         if not self._published:
@@ -213,7 +213,7 @@ class ADMM(Solver):
         if progress == 1 or (self.as_released and by_matrix):
             return reached(magnitude)
         sparsity = pattern.sparsity * (1 - (1 - progress) ** 3)
-        if isinstance(pattern, NM):  # what N:M keeps in the end is out of the question from the start
+        if isinstance(pattern, NM):  # weights that N:M keeps in the end are excluded from the start
             magnitude = magnitude.masked_fill(pattern.mask(magnitude), float("inf"))
         groups = magnitude.reshape(1, -1) if counts is None else magnitude
         return drop_smallest(groups, int(sparsity * groups.shape[1])).reshape(magnitude.shape)

@@ -16,7 +16,7 @@ from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
 _COLUMNS_AT_ONCE = 16
-"""Columns that are updated one by one; those to their right by one matrix product per block, which is faster."""
+"""Number of columns updated one by one; one matrix product then updates the columns to their right, which is faster."""
 
 
 @final
@@ -25,12 +25,13 @@ class SparseGPT(Solver):
     """One optimal-brain-surgeon sweep over the columns (Frantar & Alistarh, "SparseGPT", 2023).
 
     ``U`` is the upper Cholesky factor of the inverse damped Gram matrix. Column ``j`` loses the weights with the least
-    saliency ``(W_rj / U_jj)²``, and the error ``e = (W_j - W'_j) / U_jj`` is made good to its right:
-    ``W[:, j:] -= e U[j, j:]``, at once within a block of columns and lazily beyond it.
+    saliency ``(W_rj / U_jj)²``, and the columns to its right compensate for the error ``e = (W_j - W'_j) / U_jj``:
+    ``W[:, j:] -= e U[j, j:]``, immediately within a block of columns and lazily beyond it.
 
-    Unstructured masks are chosen when a block is reached, from all rows of the block (from each row's own weights with
-    ``group: row``); N:M masks when the loop reaches each run of M columns. With a score, the mask is the one that the
-    score gives, and the sweep repairs it. The prunings of the blocks add up to exactly the count asked.
+    Unstructured masks are chosen when the sweep reaches a block, over all rows of the block (per row with
+    ``group: row``); N:M masks when it reaches each run of M columns. With a scorer, the mask is taken from the score,
+    and the sweep only updates the kept weights. The numbers of weights pruned in the blocks sum exactly to the
+    pattern's count.
 
     .. code-block:: yaml
 
@@ -41,9 +42,9 @@ class SparseGPT(Solver):
     takes_gram: ClassVar[bool] = True
 
     block_size: int = 128
-    """Columns per lazy update, and per choice of an unstructured mask."""
+    """Number of columns per lazy update, and per selection of an unstructured mask."""
     damping: float = 0.01
-    """Added to the diagonal of the Gram matrix, as a fraction of its mean."""
+    """Damping added to the diagonal of the Gram matrix, as a fraction of the diagonal's mean."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -52,11 +53,11 @@ class SparseGPT(Solver):
         check_damping(self.damping)
 
     def flops(self, outputs: int, inputs: int) -> float:
-        """Return those of the updates to the right: ``o i²``."""
+        """Return the operations of the column updates: ``o i²``."""
         return outputs * inputs**2
 
     def shared_flops(self, inputs: int) -> float:
-        """Return those of a Cholesky factorisation and a triangular inverse: ``2 i³ / 3``."""
+        """Return the operations of a Cholesky factorisation and a triangular inverse: ``2 i³ / 3``."""
         return 2 * inputs**3 / 3
 
     def solve(
@@ -70,7 +71,7 @@ class SparseGPT(Solver):
         """Sweep once over the columns of ``weight`` ``[o, i]``; the result is in the dtype of ``weight``."""
         pattern.check(weight.shape)
         check_allowed(allowed, pattern, weight.shape)
-        work = working(weight.T.clone(memory_format=torch.contiguous_format))  # [i, o]: the sweep goes by whole rows
+        work = working(weight.T.clone(memory_format=torch.contiguous_format))  # [i, o]: contiguous rows to sweep
         factor = stats.inverse_cholesky(self.damping, take_gram=True).to(work)
         work[(stats.input_sq_norm == 0).to(work.device)] = 0.0
         keep = torch.ones_like(work, dtype=torch.bool)
@@ -78,7 +79,7 @@ class SparseGPT(Solver):
             keep = select(score, pattern, allowed).T.contiguous()
         allowed = None if allowed is None else allowed.T
         run = pattern.of if isinstance(pattern, NM) else 1
-        width = -(-self.block_size // run) * run  # whole runs of N:M
+        width = -(-self.block_size // run) * run  # a multiple of M for N:M
         total = torch.tensor([round(pattern.sparsity * weight.numel())])
         if score is None and isinstance(pattern, Unstructured) and pattern.group == "row":
             saliency = only(allowed, (work / factor.diagonal()[:, None]).square())
@@ -92,7 +93,7 @@ class SparseGPT(Solver):
             errors = _sweep_block(work, factor, keep, columns, pattern if score is None else None, allowed)
             work[columns.stop :].addmm_(factor[columns, columns.stop :].T, errors, alpha=-1)
         solved = torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(work.T)
-        del work  # a wide layer's is large
+        del work  # large for a wide layer
         keep = keep.T.contiguous()
         return Solution(keep_only(solved, keep), keep)
 
@@ -106,19 +107,19 @@ def _unstructured_mask(
     pruned: Tensor,
     allowed: Tensor | None,
 ) -> Tensor:
-    """Choose a block's mask so that of all weights so far the same share has gone as goes in the end.
+    """Return a block's keep mask ``[i, o]`` that brings the pruned fraction of all weights so far to the final one.
 
-    If weights that are not allowed are spread unevenly, a block gives up at least its own, and leaves as much of the
-    count as the later blocks' are.
+    If weights that are not allowed are distributed unevenly, a block prunes at least its own, and leaves enough of the
+    count for those of the later blocks.
 
     Args:
-        work: ``[i, o]``, like ``allowed`` and what is returned.
-        factor: ``[i, i]``.
-        columns: of the weight; rows here.
-        pattern: its group.
-        total: how many weights go in the end: of each row, or one number.
-        pruned: how many have gone in the blocks before this one.
-        allowed: what may be kept; None = any.
+        work: weights ``[i, o]``.
+        factor: Cholesky factor ``[i, i]``.
+        columns: columns of the weight, which are rows of ``work``.
+        pattern: pattern with the comparison group.
+        total: number of weights to prune in all blocks: per row of the weight, or one number.
+        pruned: number of weights pruned in the previous blocks.
+        allowed: weights ``[i, o]`` that may be kept; None = any.
     """
     counts = (total.double() * columns.stop / len(work)).round().long() - pruned
     saliency = (work[columns] / factor.diagonal()[columns, None]).square()
@@ -133,7 +134,7 @@ def _unstructured_mask(
 
 
 def _missing(mask: Tensor, pattern: Unstructured) -> Tensor:
-    """Return how many weights a mask ``[i, o]`` removes: of each row of the weight, or one number; in CPU memory."""
+    """Return the number of weights that a mask ``[i, o]`` prunes, per row of the weight or in total, in CPU memory."""
     removed = mask.shape[0] - mask.sum(0) if pattern.group == "row" else (mask.numel() - mask.sum()).reshape(1)
     return removed.cpu()
 
@@ -141,10 +142,10 @@ def _missing(mask: Tensor, pattern: Unstructured) -> Tensor:
 def _sweep_block(
     work: Tensor, factor: Tensor, keep: Tensor, columns: slice, choose: Pattern | None, allowed: Tensor | None
 ) -> Tensor:
-    """Prune the columns of one block in place, all ``[i, o]``; return the errors, for the columns beyond it."""
+    """Prune the columns of one block in place, all tensors ``[i, o]``; return the errors to propagate beyond it."""
     block, pruned, local = work[columns], ~keep[columns], factor[columns, columns]
     scales = local.diagonal()[:, None]
-    lost = pruned / scales  # times a weight it is that weight's error: 0 if the weight is kept
+    lost = pruned / scales  # times a weight, this is that weight's error: 0 if the weight is kept
     errors = torch.empty_like(block)
     run = choose.of if isinstance(choose, NM) else 1
     step = -(-_COLUMNS_AT_ONCE // run) * run

@@ -1,4 +1,4 @@
-"""Zero: mask, and repair nothing."""
+"""Zero: apply the mask without updating the kept weights."""
 
 from __future__ import annotations
 
