@@ -1,4 +1,4 @@
-"""Layer 4: Lightning callbacks. Hooks and state, no maths."""
+"""Layer 4: Lightning callbacks, with hooks and state but no maths."""
 
 from lit_prune.callbacks.export import Export
 from lit_prune.callbacks.find_learning_rate import FindLearningRate

@@ -1,4 +1,4 @@
-"""Callbacks that cannot work together, or under a strategy; known before anything is loaded."""
+"""Checks for incompatible callbacks and strategies, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_prune.errors import InputError
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Raise ``InputError`` if two callbacks of this project are of one kind: each has one state in a checkpoint."""
+    """Raise ``InputError`` if two callbacks of this package have the same class, and so the same checkpoint key."""
     kinds = Counter(type(callback) for callback in callbacks if type(callback).__module__.startswith(__package__ or ""))
     for kind, count in kinds.items():
         if count > 1:
@@ -21,7 +21,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
 
 
 def check_averages(trainer: Trainer) -> None:
-    """Raise ``InputError`` if a strategy shards the weights to be averaged: Lightning averages whole ones alone."""
+    """Raise ``InputError`` if weights are averaged under a sharding strategy, which Lightning does not support."""
     averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
     if averages and isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
         raise InputError(

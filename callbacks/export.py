@@ -29,18 +29,18 @@ from lit_prune.sharding.parameters import full_model
 
 
 class Export(Callback):
-    """Writes the folder that ``AutoModelForCausalLM.from_pretrained`` opens when training ends.
+    """Writes a folder for ``AutoModelForCausalLM.from_pretrained`` when training ends.
 
-    The masks are those of ``Prune``, or of ``KeepMasks`` where the model was pruned before; with a pruned folder's
-    masks its report is written again. They are verified first: a pruned weight that came back is an error, and nothing
-    is written. Masked adapters are merged into the weights; plain ones (``LoRA`` with ``masked: false``) are written to
-    the folder ``adapter`` beside the model.
+    The keep masks are taken from ``Prune``, or from ``KeepMasks`` if the model was pruned before; if ``KeepMasks`` read
+    them from a pruned folder, that folder's report is updated and written again. The masks are verified first: if a
+    pruned weight is not zero, an error is raised and nothing is written. Masked adapters are merged into the weights;
+    plain adapters (``LoRA`` with ``masked: false``) are written to the subfolder ``adapter``.
 
     .. code-block:: yaml
 
         trainer: {callbacks: [{class_path: Export, init_args: {output: sparse-model}}]}
 
-    The best model instead of the last one, also where the training diverges in the end:
+    To export the best model instead of the last, even if training diverges later:
 
     .. code-block:: yaml
 
@@ -51,22 +51,22 @@ class Export(Callback):
     """
 
     def __init__(self, output: str, overwrite: bool = False, best: bool = False) -> None:
-        """Keep the arguments.
+        """Store the arguments.
 
         Args:
             output: Folder to write.
             overwrite: Replace the folder if it exists.
-            best: Write the best checkpoint of the ``ModelCheckpoint`` since the last pruning, not the last weights;
-                where it has written none since, the last weights, with a warning.
+            best: Export the best checkpoint that ``ModelCheckpoint`` wrote since the last pruning instead of the last
+                weights; if there is none, export the last weights with a warning.
         """
         self.output = output
         self.overwrite = overwrite
         self.best = best
         self.validation: dict[str, list[tuple[int, float]]] = {}
-        """The course of the training, for the report: (optimizer step, perplexity) of each validation text."""
+        """Validation history for the report: (optimizer step, perplexity) pairs for each validation text."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be written before any training is done."""
+        """Raise ``InputError`` before training if the model cannot be exported."""
         if stage != "fit":
             return
         run_last(trainer, self)  # an average of weights, written to the model at the end, would replace the best one
@@ -84,7 +84,7 @@ class Export(Callback):
             )
 
     def on_pruned(self, trainer: Trainer, pl_module: LightningModule, report: PruningReport) -> None:
-        """Forget the checkpoints of the model with fewer pruned weights: they are not what is to be exported."""
+        """Discard the checkpoints of the previous, less sparse model as candidates for the export."""
         if self.best:
             checkpoint = _monitoring(trainer)
             checkpoint.best_k_models = {}
@@ -92,7 +92,7 @@ class Export(Callback):
             checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the perplexities for the report."""
+        """Record the perplexities for the report."""
         if trainer.sanity_checking:
             return
         for name, value in trainer.callback_metrics.items():
@@ -101,25 +101,25 @@ class Export(Callback):
                 self.validation.setdefault(text, []).append((trainer.global_step, value.item()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the course of the training so far."""
+        """Return the validation history so far."""
         return {"validation": self.validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore the state returned by ``state_dict``."""
         with restoring(self):
             self.validation = state_dict["validation"]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to the best checkpoint, where that is asked for, while the strategy can still load it."""
+        """Load the best checkpoint if ``best`` is set, while the strategy can still load it."""
         if self.best:
             self._load_best(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
+        """Save the model."""
         self._save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the best model of a training that diverged."""
+        """Save the best model if training diverged."""
         if self.best and isinstance(exception, DivergedError) and _monitoring(trainer).best_model_path:
             self._load_best(trainer)
             self._save(trainer, pl_module)
@@ -133,7 +133,7 @@ class Export(Callback):
             )
             return
         strategy = trainer.strategy
-        with plain_data_only(path):  # a checkpoint that was resumed may have said which is the best
+        with plain_data_only(path):  # the path may come from a resumed, untrusted checkpoint
             strategy.load_model_state_dict(strategy.load_checkpoint(path, weights_only=True))
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,7 +144,7 @@ class Export(Callback):
         model = pl_module.get_submodule("model")
         with full_model(model) as whole, without_adapters(whole) as adapters:
             if str(trainer.precision).endswith("-true"):
-                for name, parameter in whole.named_parameters():  # each as it trains, and not as its float32 master
+                for name, parameter in whole.named_parameters():  # the training dtype, not that of the float32 masters
                     parameter.data = parameter.data.to(model.get_parameter(name).dtype)
             if trainer.is_global_zero:
                 title = Path(str(pl_module.pretrained)).name
@@ -175,12 +175,12 @@ def _masks_and_report(trainer: Trainer) -> tuple[Mapping[str, PackedMask], Pruni
         return report.masks, report
     report = read_report(keep_masks.source or "", keep_masks.masks)
     if report is not None:
-        report.evaluation, report.samples = {}, []  # of the weights before this training
+        report.evaluation, report.samples = {}, []  # these describe the weights before this training
     return keep_masks.masks, report
 
 
 def _monitoring(trainer: Trainer) -> ModelCheckpoint:
-    """Return the one ``ModelCheckpoint`` that knows which checkpoint is best, or raise ``InputError``."""
+    """Return the only ``ModelCheckpoint`` with a monitor; raise ``InputError`` if there is not exactly one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     found = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
     if len(found) != 1:

@@ -1,4 +1,4 @@
-"""A short range test finds the learning rate."""
+"""Find the learning rate by a short range test."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lit_prune.errors import InputError, NumericalError
 
 
 class FindLearningRate(LearningRateFinder):
-    """Tries growing learning rates on the pruned model, then trains at the one where the loss fell fastest.
+    """Tries increasing learning rates on the pruned model, then trains at the rate where the loss fell fastest.
 
-    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, as Lightning does it; but once the masks are in
-    force. Weights, moments and data begin afresh after the test. The optimizer's own learning rates, and those of its
-    schedule, are scaled so that the first becomes the rate found.
+    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, in Lightning's implementation, but run after
+    the masks are applied. Weights, moments and data are reset after the test. The learning rates of the optimizer and
+    of its schedule are scaled so that the first parameter group trains at the rate found.
 
     .. code-block:: yaml
 
@@ -24,12 +24,12 @@ class FindLearningRate(LearningRateFinder):
     """
 
     def __init__(self, lowest: float = 1e-6, highest: float = 1e-2, steps: int = 50) -> None:
-        """Validate and keep the arguments.
+        """Validate and store the arguments.
 
         Args:
-            lowest: The first learning rate that is tried.
-            highest: The last, unless the loss explodes before.
-            steps: Optimizer steps, evenly spaced on a logarithmic scale.
+            lowest: First learning rate of the test.
+            highest: Last learning rate of the test, which stops earlier if the loss explodes.
+            steps: Number of optimizer steps in the test, at least 20, with learning rates spaced logarithmically.
         """
         if not 0 < lowest < highest:
             raise InputError(f"FindLearningRate tries from {lowest} to {highest}: it must be 0 < lowest < highest")
@@ -37,10 +37,10 @@ class FindLearningRate(LearningRateFinder):
             raise InputError(f"FindLearningRate.steps is {steps}: fewer than 20 say nothing")
         super().__init__(min_lr=lowest, max_lr=highest, num_training_steps=steps, update_attr=False)
         self.found: float | None = None
-        """The learning rate; None before the test."""
+        """Learning rate found; None before the test."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy whose checkpoints cannot be restored in the middle of a run."""
+        """Raise ``InputError`` if the strategy cannot restore a checkpoint in the middle of a run."""
         strategy = trainer.strategy
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
             raise InputError(
@@ -49,7 +49,7 @@ class FindLearningRate(LearningRateFinder):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a schedule whose rates cannot be scaled. The test comes later: the masks are not in force yet."""
+        """Raise ``InputError`` if the schedule cannot be scaled; the test runs later, after the masks are applied."""
         for config in trainer.lr_scheduler_configs:
             cyclic = hasattr(config.scheduler, "max_lrs") or "max_lr" in trainer.optimizers[0].param_groups[0]
             if cyclic or not hasattr(config.scheduler, "base_lrs"):
@@ -59,10 +59,10 @@ class FindLearningRate(LearningRateFinder):
                 )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the rate before the first step."""
+        """Run the test before the first training step."""
         if self.found is not None or trainer.global_step > 0:
             return
-        self.found = 0.0  # the test itself begins an epoch
+        self.found = 0.0  # the test itself starts an epoch and calls this hook again
         self.lr_find(trainer, pl_module)
         rate = self.optimal_lr.suggestion() if self.optimal_lr else None
         if not rate:

@@ -1,4 +1,4 @@
-"""Keep pruned weights at exactly zero while the others train."""
+"""Keep pruned weights at exactly zero while the kept weights train."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from lit_prune.pruning import PruningReport
 from lit_prune.sharding.parameters import count_revived, full_shape, mask_gradient, sets_sharded_gradients, zero_pruned
 
 ZEROS = "zeros"
-"""The ``masks`` that takes what is exactly zero for pruned."""
+"""Value of ``masks`` that treats every weight that is exactly zero as pruned."""
 _HOLDS = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 class KeepMasks(Callback):
-    """Masks gradients; zeroes what is newly pruned in weights, float32 masters and optimizer moments; audits.
+    """Keeps pruned weights at zero during training, by masking gradients, and audits them.
 
-    A weight whose gradient and moments are zero stays where it is under any optimizer that works element by element,
-    weight decay included; one that mixes elements fails the audit. The audit runs at each validation and at the end,
-    on everything that each process holds, but for optimizer state that only scales steps; it names the first parameter
-    in which a pruned weight came back, and stops the run. Works on one device and with DDP, FSDP2 and DeepSpeed ZeRO-1,
-    -2 and -3.
+    After a pruning, newly pruned entries are zeroed in weights, float32 masters and optimizer moments. A weight that is
+    zero, with zero gradient and moments, stays zero under any element-wise optimizer, including weight decay; an
+    optimizer that mixes elements fails the audit. The audit runs at each validation and at the end, on all tensors that
+    each process holds, except optimizer state that only scales steps; it names the first parameter with a nonzero
+    pruned weight, and stops the run. Works on one device and with DDP, FSDP2 and DeepSpeed ZeRO-1, -2 and -3.
 
     .. code-block:: yaml
 
         trainer: {callbacks: [{class_path: Prune, init_args: {plan: ...}}, {class_path: KeepMasks}]}
 
-    To fine-tune a model that was pruned before:
+    To fine-tune a model that is already pruned:
 
     .. code-block:: yaml
 
@@ -59,20 +59,20 @@ class KeepMasks(Callback):
     """
 
     def __init__(self, masks: str | None = None) -> None:
-        """Keep the arguments.
+        """Store the arguments.
 
         Args:
-            masks: Where the masks come from: null = the ``Prune`` callback; a pruned folder or its
-                ``masks.safetensors``; or ``zeros`` = whatever is exactly zero when training starts.
+            masks: Source of the keep masks: null = the ``Prune`` callback; a pruned folder or its
+                ``masks.safetensors``; or ``zeros`` = every weight that is exactly zero when training starts is pruned.
         """
         self.source = masks
         self.masks: dict[str, PackedMask] = {}
-        """The keep masks in force, by parameter name, one bit per weight."""
+        """Current keep masks by parameter name, one bit per weight."""
         self._hooks: dict[str, RemovableHandle] = {}
         self._restored: dict[str, PackedMask] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy that cannot hold masks, and masks that nobody gives."""
+        """Raise ``InputError`` if the strategy does not support masks, or if there is no source of masks."""
         if stage != "fit":
             return
         check_strategy(trainer.strategy)
@@ -88,7 +88,7 @@ class KeepMasks(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the masks that are known before the first step."""
+        """Apply the masks that are known before the first step."""
         if self._restored:
             masks = self._restored
             self._refuse_change(masks)
@@ -103,11 +103,11 @@ class KeepMasks(Callback):
         self.take(trainer, pl_module, masks)
 
     def on_pruned(self, trainer: Trainer, pl_module: LightningModule, report: PruningReport) -> None:
-        """Take the masks of a pruning that has just been done."""
+        """Apply the masks of a pruning that has just finished."""
         self.take(trainer, pl_module, report.masks)
 
     def take(self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, PackedMask]) -> None:
-        """Keep these masks from now on: zero what they prune wherever it is held, and mask its gradients."""
+        """Replace the masks: zero pruned entries of weights, masters and moments, and mask gradients from now on."""
         model = pl_module.get_submodule("model")
         parameters = _parameters_of(model, masks)
         self._remove_hooks()
@@ -123,7 +123,7 @@ class KeepMasks(Callback):
                 self._hooks[name] = parameter.register_hook(self._masked(mask))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Mask the gradients that no hook on the parameter sees."""
+        """Mask the gradients of parameters without a gradient hook."""
         for name, parameter, mask in self._kept(pl_module):
             if name not in self._hooks:
                 mask_gradient(parameter, mask.unpack())
@@ -131,37 +131,37 @@ class KeepMasks(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put the masks of averaged adapters right: they are buffers, and averaged like numbers."""
+        """Restore the masks of averaged adapters, because weight averaging also averages buffers."""
         for model in averaged_models(trainer):
             mask_adapters(model, self.masks)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the masks of averaged adapters right, for averages can be updated here too."""
+        """Restore the masks of averaged adapters, because averages can also be updated in this hook."""
         for model in averaged_models(trainer):
             mask_adapters(model, self.masks)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Audit."""
+        """Audit the pruned weights."""
         self.audit(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Audit."""
+        """Audit the pruned weights."""
         self.audit(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Audit again, for other callbacks may have changed weights at the end; let go of the parameters."""
+        """Audit again, because other callbacks may have changed weights at the end; remove the gradient hooks."""
         self.audit(trainer, pl_module)
         self._remove_hooks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the parameters."""
+        """Remove the gradient hooks."""
         self._remove_hooks()
 
     def audit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero.
+        """Raise a ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero.
 
-        Weights, float32 masters and optimizer moments are looked at, each process at its share; all of them must call
-        it, and all of them raise. An adapter must have the same mask, with which it cannot change a pruned weight.
+        Checks weights, float32 masters and optimizer moments, each process its own shard; all processes must call this
+        method, and all of them raise. Adapters must have the same masks, so that they cannot change a pruned weight.
         """
         adapter = unmasked_adapter(pl_module.get_submodule("model"), self.masks)
         found = [f"{adapter}: its adapter has another mask"] if adapter else []
@@ -182,7 +182,7 @@ class KeepMasks(Callback):
             raise RuntimeError(f"{first}: the masks no longer hold")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the packed masks, unless they are the ``Prune`` callback's, which keeps them itself."""
+        """Return the packed masks, unless they come from the ``Prune`` callback, which saves them itself."""
         masks = self.masks if self.source is not None else {}
         return {
             "masks": {name: mask.bits.cpu() for name, mask in masks.items()},
@@ -190,12 +190,12 @@ class KeepMasks(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore the state returned by ``state_dict``."""
         with restoring(self):
             self._restored = restored_masks(state_dict["masks"], state_dict["mask_shapes"])
 
     def _refuse_others(self, trainer: Trainer, pl_module: LightningModule, masks: Mapping[str, PackedMask]) -> None:
-        """Raise ``InputError`` if the model is not the one that was pruned, such as the dense one."""
+        """Raise ``InputError`` if the masks belong to another model, for example if the model is dense."""
         found = [
             f"{count} values that they prune are not zero in {name}"
             for name, parameter in _parameters_of(pl_module.get_submodule("model"), masks).items()
@@ -209,11 +209,11 @@ class KeepMasks(Callback):
             )
 
     def _refuse_change(self, restored: Mapping[str, PackedMask]) -> None:
-        """Raise ``InputError`` if a checkpoint was written with other masks than those that are given now."""
+        """Raise ``InputError`` if the masks in the checkpoint differ from the masks given now."""
         if self.source in (None, ZEROS):
             return
         path = Path(str(self.source)).expanduser()
-        if not (path / MASKS_FILE if path.is_dir() else path).is_file():  # the checkpoint has them all
+        if not (path / MASKS_FILE if path.is_dir() else path).is_file():  # the checkpoint has all masks
             return
         given = load_masks(str(self.source))
         for name in sorted(given.keys() | restored.keys()):
@@ -243,7 +243,7 @@ class KeepMasks(Callback):
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Raise ``InputError`` if masks cannot be kept under a strategy."""
+    """Raise ``InputError`` if a strategy does not support keep masks."""
     if not isinstance(strategy, _HOLDS):
         raise InputError(
             f"trainer.strategy is {type(strategy).__name__}: it cannot hold masks; use ddp, "
@@ -252,19 +252,19 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def find_keep_masks(trainer: Trainer) -> KeepMasks | None:
-    """Return the trainer's ``KeepMasks`` callback, if it has one."""
+    """Return the trainer's ``KeepMasks`` callback; None if it has none."""
     return next((callback for callback in _callbacks(trainer) if isinstance(callback, KeepMasks)), None)
 
 
 def averaged_models(trainer: Trainer) -> Iterator[nn.Module]:
-    """Yield the language models of callbacks that average weights, which become the model's in the end."""
+    """Yield the averaged language models of weight-averaging callbacks, which replace the model's at the end."""
     for callback in _callbacks(trainer):
         if isinstance(callback, WeightAveraging) and (average := average_model(callback)) is not None:
             yield average.module.get_submodule("model")
 
 
 def _parameters_of(model: nn.Module, masks: Mapping[str, PackedMask]) -> dict[str, nn.Parameter]:
-    """Return the parameters that have masks, or raise ``InputError``."""
+    """Return the parameters with masks, by name; raise ``InputError`` if one is missing or has another shape."""
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         if name not in parameters or full_shape(parameters[name]) != tuple(mask.shape):

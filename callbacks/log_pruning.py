@@ -1,4 +1,4 @@
-"""What a pruning did, for TensorBoard and other loggers."""
+"""Logging of pruning results to TensorBoard and other loggers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def log_pruning(logger: Logger, report: PruningReport, before: PruningReport | N
     """Log the sparsity reached, overall and by block, the change of the masks since the last pruning, and figures.
 
     Args:
-        logger: any; figures are for TensorBoard alone.
-        report: of this pruning.
-        before: of the last one; None = there was none.
-        step: the optimizer step.
+        logger: any Lightning logger; figures are logged to TensorBoard only.
+        report: report of this pruning.
+        before: report of the previous pruning; None = there was none.
+        step: optimizer step.
     """
     numbers = {"prune/sparsity": report.sparsity}
     numbers |= {f"prune_block/sparsity_{block:02d}": value for block, value in report.sparsity_by_block().items()}
@@ -31,10 +31,10 @@ def log_pruning(logger: Logger, report: PruningReport, before: PruningReport | N
 
 
 def log_outcome(logger: Logger, report: PruningReport, metrics: Mapping[str, float]) -> None:
-    """Log the plan as hyper-parameters, beside the final metrics."""
+    """Log the plan as hyper-parameters, together with the final metrics."""
     parameters = dict(_flat(report.identity["plan"]))
     if isinstance(logger, TensorBoardLogger):
-        # Under the name of a curve it would be one more point of that curve.
+        # Under the name of a curve, the final value would be added to that curve as another point.
         final = {f"final/{name}": value for name, value in metrics.items()}
         logger.log_hyperparams(parameters, {"final/sparsity": report.sparsity, **final})
     else:
@@ -42,7 +42,7 @@ def log_outcome(logger: Logger, report: PruningReport, metrics: Mapping[str, flo
 
 
 def _flat(values: Any, path: str = "plan") -> list[tuple[str, Any]]:
-    """Return the leaves of nested mappings by their dotted paths."""
+    """Return the leaves of nested mappings, with their dotted paths."""
     if not isinstance(values, Mapping):
         return [(path, values if isinstance(values, (int, float, str, bool)) else str(values))]
     return [leaf for key, value in values.items() for leaf in _flat(value, f"{path}.{key}")]

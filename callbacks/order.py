@@ -1,4 +1,4 @@
-"""Where a callback stands among the others: Lightning calls them in the order of its list."""
+"""Order of callbacks: Lightning calls them in the order of its list."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import Checkpoint
 
 
 def run_last(trainer: Trainer, callback: Callback) -> None:
-    """Move a callback behind all others but those that save checkpoints, so that it sees what they have changed.
+    """Move a callback behind all others except checkpoint callbacks, so that it runs after their changes.
 
-    Lightning loops over the list that it had when a hook began, so this may be called in ``setup``.
+    Assigns a new list. A running hook continues over the old one, so it is safe to call this in ``setup``.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     others = [other for other in callbacks if other is not callback]

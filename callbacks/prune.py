@@ -28,7 +28,7 @@ from lit_prune.pruning.progress import progress
 
 @dataclass(frozen=True)
 class _Request:
-    """What a pruning is asked to do: arguments of ``prune``."""
+    """Arguments of one call of ``prune``."""
 
     plan: PruningPlan
     journal_folder: Path | None = None
@@ -40,18 +40,19 @@ class _Request:
 
 @runtime_checkable
 class PruningListener(Protocol):
-    """A callback that is told when a model in training has been pruned."""
+    """A callback that is notified when a model in training has been pruned."""
 
     def on_pruned(self, trainer: Trainer, pl_module: LightningModule, report: PruningReport) -> None:
-        """Act on it; weights and masks are the same in every process by now."""
+        """React to a pruning; weights and masks are already equal in every process."""
 
 
 class Prune(Callback):
-    """Prunes at the steps of a schedule while a model is trained, or once for ``lit-prune prune``.
+    """Prunes a model at the steps of a schedule during training, or once for ``lit-prune prune``.
 
-    The calibration set is the data module's. ``KeepMasks`` keeps pruned weights at zero between and after prunings.
+    The calibration set comes from the data module. ``KeepMasks`` keeps pruned weights at zero between and after
+    prunings.
 
-    On the command line ``plan`` and ``schedule`` are options of their own, of which this callback is made. Written out:
+    On the command line, this callback is created from the options ``plan`` and ``schedule``. In full:
 
     .. code-block:: yaml
 
@@ -73,15 +74,15 @@ class Prune(Callback):
         allocation: Literal["frozen", "recomputed"] = "frozen",
         regrowth: bool = True,
     ) -> None:
-        """Validate and keep the arguments.
+        """Validate and store the arguments.
 
         Args:
-            plan: What to prune, how far and how.
-            schedule: When, in optimizer steps; null = ``OneShot`` at the start.
-            allocation: Where the schedule prunes more than once: share the sparsity out as the dense model's
-                allocation says, in proportion (``frozen``), or allocate anew from the weights of the day
-                (``recomputed``).
-            regrowth: Let a pruning keep weights that an earlier one removed; off needs a ``frozen`` allocation.
+            plan: Pruning plan: pattern, scorer, allocator and solver.
+            schedule: Optimizer steps at which to prune; null = ``OneShot``, once at the start.
+            allocation: Allocation if the schedule prunes more than once: scale the dense model's allocation in
+                proportion (``frozen``), or allocate again from the current weights (``recomputed``).
+            regrowth: Allow a pruning to keep weights that an earlier one removed; false requires a ``frozen``
+                allocation.
         """
         if allocation not in ("frozen", "recomputed"):
             raise InputError(f"allocation is {allocation!r}: it must be 'frozen' or 'recomputed'")
@@ -95,12 +96,12 @@ class Prune(Callback):
         self.regrowth = regrowth
         self.schedule = schedule or OneShot()
         self.report: PruningReport | None = None
-        """What the latest pruning did, its masks included."""
+        """Report of the latest pruning, including its masks; None before the first."""
         self.pruned_at: int | None = None
-        """The optimizer step of the latest pruning."""
+        """Optimizer step of the latest pruning; None before the first."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a schedule that outlasts the training; prune if step 0 is due."""
+        """Raise ``InputError`` if the schedule outlasts the training; prune if a pruning is due at step 0."""
         steps = trainer.estimated_stepping_batches
         if self.schedule.last > steps:
             raise InputError(
@@ -123,7 +124,7 @@ class Prune(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Prune if the step just taken is due."""
+        """Prune if a pruning is due after this optimizer step."""
         self._prune_if_due(trainer, pl_module)
 
     def prune(
@@ -134,7 +135,7 @@ class Prune(Callback):
         journal_folder: Path | None = None,
         resume: bool = False,
     ) -> PruningReport:
-        """Prune now, as far as the plan says, outside of any schedule; return the report."""
+        """Prune immediately to the plan's sparsity, independently of the schedule, and return the report."""
         return self._prune(trainer, pl_module, batches, _Request(self.plan, journal_folder, resume))
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,14 +171,14 @@ class Prune(Callback):
         with progress(shown) as show:
             self.report = prune(model, batches, on_progress=show, forward_context=context, **vars(request))
         if before and not self.report.metrics:
-            self.report.metrics = before.metrics  # of the allocation that this pruning took over
+            self.report.metrics = before.metrics  # metrics of the allocation that this pruning reused
         if self.report.calibration:
             self.report.calibration.text = getattr(getattr(trainer, "datamodule", None), "calibration_text", None)
         if trainer.state.fn == TrainerFn.FITTING:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PruningListener):
                     callback.on_pruned(trainer, pl_module, self.report)
-                elif isinstance(callback, EarlyStopping):  # its score is that of the model with fewer pruned weights
+                elif isinstance(callback, EarlyStopping):  # its best score is from the previous, less sparse model
                     callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
                     callback.wait_count = 0
         if trainer.is_global_zero:
@@ -186,7 +187,7 @@ class Prune(Callback):
         return self.report
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if training stopped before the schedule ended."""
+        """Warn if training stopped before the end of the schedule."""
         if self.pruned_at is None or self.pruned_at < self.schedule.last:
             rank_zero_warn(
                 f"training stopped at step {trainer.global_step}, before the schedule prunes for the last time (step "
@@ -195,11 +196,11 @@ class Prune(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the plan beside the figures that the training ended with."""
+        """Log the plan together with the final metrics of the training."""
         self.log_outcome(trainer)
 
     def log_outcome(self, trainer: Trainer) -> None:
-        """Log the plan beside the perplexities that the trainer measured last."""
+        """Log the plan together with the perplexities that the trainer measured last."""
         if self.report is None or not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "perplexity" in name}
@@ -207,7 +208,7 @@ class Prune(Callback):
             log_outcome(logger, self.report, metrics)
 
     def _asked(self) -> dict[str, Any]:
-        """Return what decides on the masks, as plain data."""
+        """Return the settings that determine the masks, as plain data."""
         return {
             "plan": self.plan.describe(),
             "schedule": repr(self.schedule),
@@ -216,7 +217,7 @@ class Prune(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step of the latest pruning, what it did, and the packed masks."""
+        """Return the step of the latest pruning, its report and the packed masks."""
         report = self.report
         return {
             "pruned_at": self.pruned_at,
@@ -227,7 +228,7 @@ class Prune(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; refuse what another plan or schedule has done."""
+        """Restore the state returned by ``state_dict``; raise ``InputError`` if plan or schedule differ."""
         with restoring(self):
             if found := list(differences(state_dict.get("asked", self._asked()), self._asked())):
                 raise InputError(
@@ -251,7 +252,7 @@ def _calibration(trainer: Trainer) -> list[Tensor]:
 
 
 def find_prune(trainer: Trainer) -> Prune:
-    """Return the trainer's one ``Prune`` callback, or raise ``InputError``."""
+    """Return the trainer's only ``Prune`` callback; raise ``InputError`` if there is not exactly one."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, Prune)]  # type: ignore[attr-defined]
     if len(found) != 1:
         raise InputError(

@@ -1,4 +1,4 @@
-"""States of callbacks in checkpoints, which anyone may have written."""
+"""Callback states from untrusted checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_prune.errors import InputError, damage
 
 @contextmanager
 def restoring(callback: Callback) -> Iterator[None]:
-    """Turn what is raised while a damaged state is restored into an ``InputError`` that names the callback."""
+    """Convert errors from restoring a damaged state into an ``InputError`` that names the callback."""
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""End a training that has gone wrong, in words."""
+"""Stop a diverging training run with an explanatory error."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lit_prune.pruning import PruningReport
 
 
 class DivergedError(NumericalError):
-    """The loss is not finite, or far above what it was."""
+    """The loss is not finite, or far above its lowest mean."""
 
 
 class StopOnDivergence(Callback):
-    """Stops at a loss that is NaN or infinite, or whose mean over some batches has grown to a multiple of its lowest.
+    """Stops training if the loss is NaN or infinite, or if its running mean exceeds a multiple of its lowest value.
 
-    It stops before the backward pass, so no such loss reaches the weights. Checkpoints stay where they are, and
-    ``Export`` with ``best`` writes the best one. A pruning begins the comparison anew.
+    The run stops before the backward pass, so that the loss does not affect the weights. Checkpoints are not deleted,
+    and ``Export`` with ``best`` writes the best one. The comparison is reset at each pruning.
 
     .. code-block:: yaml
 
@@ -30,11 +30,11 @@ class StopOnDivergence(Callback):
     """
 
     def __init__(self, factor: float = 3.0, window: int = 20) -> None:
-        """Validate and keep the arguments.
+        """Validate and store the arguments.
 
         Args:
-            factor: How many times its lowest mean the loss may reach.
-            window: Batches in a mean.
+            factor: Maximum ratio of the mean loss to its lowest value so far; above 1.
+            window: Number of batches in the running mean.
         """
         if factor <= 1:
             raise InputError(f"StopOnDivergence.factor is {factor}: it must be above 1, such as 3")
@@ -45,23 +45,23 @@ class StopOnDivergence(Callback):
         self._lowest = math.inf
 
     def on_pruned(self, trainer: Trainer, pl_module: LightningModule, report: PruningReport) -> None:
-        """Forget the losses of the model with fewer pruned weights."""
+        """Discard the losses of the previous, less sparse model."""
         self._losses.clear()
         self._lowest = math.inf
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses so far, so that a resumed training stops where one at a stretch does."""
+        """Return the losses so far, so that a resumed run stops at the same step as an uninterrupted one."""
         return {"losses": list(self._losses), "lowest": self._lowest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore the state returned by ``state_dict``."""
         with restoring(self):
             self._losses.extend(state_dict["losses"])
             self._lowest = state_dict["lowest"]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Raise ``DivergedError`` in all processes where the loss of one of them has."""
-        value = loss.item() * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        """Raise ``DivergedError`` on every process if the loss has diverged on any of them."""
+        value = loss.item() * trainer.accumulate_grad_batches  # undo Lightning's division
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         value /= scaler.get_scale() if scaler else 1.0  # 16-mixed scales the loss before this hook
         self._losses.append(value)

@@ -11,11 +11,11 @@ from lit_prune.internals.lightning import save_if_best
 
 
 class ValidateAtStart(Callback):
-    """Validates the model as training begins with it, once a pruning at step 0 is done.
+    """Validates the model before the first training step, after a pruning at step 0.
 
-    Without it the first validation comes after ``trainer.val_check_interval`` steps, and nothing tells what the
-    training has gained. ``EarlyStopping`` compares with it from then on, and a ``ModelCheckpoint`` with a monitor saves
-    it: if training only does harm, ``Export`` with ``best`` writes the model that it began with.
+    Without this callback the first validation is after ``trainer.val_check_interval`` steps, and the gain from
+    training cannot be measured. ``EarlyStopping`` compares with the initial result, and a ``ModelCheckpoint`` with a
+    monitor saves the initial model: if training does not improve it, ``Export`` with ``best`` writes that model.
 
     .. code-block:: yaml
 
@@ -23,14 +23,14 @@ class ValidateAtStart(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a run that never validates."""
+        """Raise ``InputError`` if validation is disabled."""
         if stage == "fit" and not trainer.limit_val_batches:
             raise InputError(
                 "trainer.limit_val_batches is 0, so ValidateAtStart has nothing to do: leave one of them out"
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the validation loop as training does between two steps."""
+        """Run the validation loop in the same way as between two training steps."""
         if trainer.global_step > 0:
             return
         trainer.validating = True
@@ -40,12 +40,12 @@ class ValidateAtStart(Callback):
 
     @staticmethod
     def _save(trainer: Trainer) -> None:
-        """Offer the start to every ``ModelCheckpoint`` with a figure of it, which at step 0 saves nothing by itself."""
+        """Save the initial model with every ``ModelCheckpoint`` that has a monitor; by default they skip step 0."""
         fresh = [optimizer for optimizer in trainer.optimizers if not optimizer.state]
         for checkpoint in trainer.checkpoint_callbacks:
             if not isinstance(checkpoint, ModelCheckpoint) or trainer.fast_dev_run:  # type: ignore[attr-defined]
                 continue
             save_if_best(checkpoint, trainer)
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            for optimizer in fresh:  # to save it, torch has let it take a step of length 0, which it would count
+            for optimizer in fresh:  # to save its state, torch took a step of length 0, which would be counted
                 optimizer.state.clear()

@@ -1,4 +1,4 @@
-"""Layer 4: the LightningModule around a language model, and its data."""
+"""Layer 4: the LightningModule of a causal language model, and its data module."""
 
 from lit_prune.training.data import TextDataModule
 from lit_prune.training.losses import Distillation, LanguageModelLoss, Loss

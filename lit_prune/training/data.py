@@ -1,4 +1,4 @@
-"""Text as windows of tokens: train, validation, test and calibration sets."""
+"""Text data as windows of tokens: training, validation, test and calibration sets."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from lit_prune.training.text_sources import hub_name, local_path, name_of, read_
 _MOST = 2**31 - 1
 _MOST_WORKERS = 512
 _MOST_TOKENS = 10**9
-"""Of a calibration set, 8 GB of token ids; its hidden states take a thousand times that."""
+"""Maximum size of a calibration set in tokens: 8 GB of token ids; its hidden states take a thousand times that."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Equal windows of tokens, as the model's keyword arguments."""
+    """Dataset of token windows of equal length, as keyword arguments of the model."""
 
     def __init__(self, tokens: Tensor) -> None:
-        """Hold ``tokens`` ``[windows, seqlen]`` (int64)."""
+        """Store ``tokens`` ``[windows, seqlen]`` (int64)."""
         self.tokens = tokens
 
     def __len__(self) -> int:
@@ -47,13 +47,13 @@ class Windows(Dataset[dict[str, Tensor]]):
 class TextDataModule(LightningDataModule):
     """Text for training, evaluation and calibration.
 
-    Documents are joined by blank lines, tokenised whole and cut into windows of ``seqlen`` tokens that do not overlap;
-    the rest is dropped. That is how the papers measure perplexity.
+    Documents are joined by blank lines, tokenised as a whole and cut into non-overlapping windows of ``seqlen`` tokens;
+    the remainder is dropped. This is how the papers measure perplexity.
 
-    A source is ``embedded`` (English prose that comes with Python), ``wikitext2``, ``c4``, any hub set as ``name`` or
-    ``name:config``, or a local .txt, .jsonl or .parquet file. A file that is named for one purpose is read whole; one
-    that serves for several is divided: its first eight tenths are for training and calibration, the ninth for
-    validation and the last for the test, all cut between documents, paragraphs, lines or words.
+    A source is ``embedded`` (English prose that comes with Python), ``wikitext2``, ``c4``, any hub data set as ``name``
+    or ``name:config``, or a local .txt, .jsonl or .parquet file. A file used for one purpose is read whole; a file used
+    for several is split: the first eight tenths are for training and calibration, the ninth for validation and the last
+    for the test, all cut between documents, paragraphs, lines or words.
 
     .. code-block:: yaml
 
@@ -81,30 +81,30 @@ class TextDataModule(LightningDataModule):
         other_val: Sequence[str] | str = (),
         trust_remote_code: bool | None = None,
     ) -> None:
-        """Validate and keep the arguments; text is read when it is first needed.
+        """Validate and store the arguments; text is read when it is first needed.
 
         Args:
-            tokenizer: Hub name, folder or GGUF file; null = the model's own.
-            dataset: Source of every set that has no source of its own.
-            train: Source of the training set.
-            val: Source of the validation set.
-            test: Source of the test set.
-            calibration: Source of the calibration set; its training split is used.
+            tokenizer: Hub name, folder or GGUF file of the tokenizer; null = the model's own.
+            dataset: Default source of the training, validation, test and calibration sets.
+            train: Source of the training set; null = ``dataset``.
+            val: Source of the validation set; null = ``dataset``.
+            test: Source of the test set; null = ``dataset``.
+            calibration: Source of the calibration set, of which the training split is used; null = ``dataset``.
             sequences: Number of calibration sequences.
             seqlen: Tokens per window, for training, evaluation and calibration.
             batch_size: Windows per training or evaluation batch.
-            calibration_batch_size: Sequences that go through a block together while pruning.
-            documents: Where calibration sequences are cut from: the ``joined`` text, or ``long`` documents, each
-                longer than one sequence, as the papers do with C4.
-            search_limit: Documents that are looked at, at most, in a streamed set or to find long ones.
-            text_column: Column of a table that holds the text.
-            seed: Of the calibration sample and of the order of training windows.
-            num_workers: Processes that load batches.
-            max_windows: Evaluate and train on the first windows only; null = all of them.
-            other_val: Further texts that validation measures, to notice over-fitting to the training text; logged as
-                ``val/perplexity/NAME``, and drawn in the report.
-            trust_remote_code: Let code that comes with the tokenizer run; null = as for the model on the command line,
-                else not.
+            calibration_batch_size: Sequences per forward pass through a block while pruning.
+            documents: Origin of calibration sequences: cut from the ``joined`` text, or one from each of the ``long``
+                documents, those longer than one sequence, as the papers do with C4.
+            search_limit: Maximum number of documents to read from a streamed data set, or to search for long ones.
+            text_column: Name of the text column in a data set, .jsonl or .parquet file.
+            seed: Seed of the calibration sample and of the order of training windows.
+            num_workers: Number of worker processes that load batches.
+            max_windows: Number of windows to train and evaluate on, counted from the first; null = all.
+            other_val: Additional validation texts, to detect over-fitting to the training text; logged as
+                ``val/perplexity/NAME``, and plotted in the report.
+            trust_remote_code: Run code that comes with the tokenizer; null = as set for the model on the command line,
+                else false.
         """
         super().__init__()
         counts = {
@@ -163,12 +163,12 @@ class TextDataModule(LightningDataModule):
 
     @property
     def test_text(self) -> str:
-        """Name of the test text, for reports."""
+        """Description of the test text, for reports."""
         return self._name_of(self.sources["test"], "test")
 
     @property
     def calibration_text(self) -> str:
-        """Name of the text that the calibration set is a sample of, for reports."""
+        """Description of the text from which the calibration set is sampled, for reports."""
         return self._name_of(self.calibration, "train")
 
     def _name_of(self, source: str, split: Split) -> str:
@@ -177,7 +177,7 @@ class TextDataModule(LightningDataModule):
         return f"{NAMES[split] if self._divided(source) else 'all'} of {source}"
 
     def _divided(self, source: str) -> bool:
-        """Tell whether a source is a file that serves for several purposes, under whatever names."""
+        """Return whether a source is a file used for several purposes, even under different paths."""
         validation = [self.sources["val"], *self.other_val]
         uses: dict[Split, list[str]] = {
             "train": [self.sources["train"], self.calibration],
@@ -187,7 +187,7 @@ class TextDataModule(LightningDataModule):
         return sum(any(_same_file(source, other) for other in others) for others in uses.values()) > 1
 
     def setup(self, stage: str) -> None:
-        """Read the texts of a stage, so that one that cannot be read is found out before a model is loaded."""
+        """Read the texts of a stage, so that an unreadable text raises an error before a model is loaded."""
         trainer: Any = self.trainer
         if stage == "fit" and trainer is not None and trainer.limit_train_batches:
             self._windows(self.sources["train"], "train")
@@ -198,14 +198,14 @@ class TextDataModule(LightningDataModule):
             self._windows(self.sources["test"], "test")
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return shuffled training windows, each process its share; it can be resumed in the middle of an epoch."""
+        """Return a loader of shuffled training windows, sharded over processes and resumable within an epoch."""
         windows = Windows(self._windows(self.sources["train"], "train"))
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         order = self._order(windows)
         return ResumableLoader(windows, self.batch_size, sampler=order, num_workers=self.num_workers, limit=limit)
 
     def _order(self, windows: Windows) -> DistributedSampler[Any] | None:
-        """Return the order of training windows; None = as they come, if the same few are to be learned by heart."""
+        """Return the sampler of training windows; None = sequential, if ``overfit_batches`` is set."""
         share = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None:
             if self.trainer.overfit_batches:  # type: ignore[attr-defined]
@@ -214,28 +214,28 @@ class TextDataModule(LightningDataModule):
         return DistributedSampler(windows, share["num_replicas"], share["rank"], shuffle=True, seed=self.seed)
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
-        """Return the validation windows in order, then those of each of the other validation texts."""
+        """Return loaders of the validation windows in order, then of each additional validation text."""
         sources = [self.sources["val"], *self.other_val]
         return [self._loader(self._windows(source, "validation")) for source in sources]
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the test windows in order."""
+        """Return a loader of the test windows in order."""
         return self._loader(self._windows(self.sources["test"], "test"))
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Refuse tokens that the model in training cannot read, while they are in CPU memory."""
+        """Raise ``InputError`` for token ids that the model cannot process, while they are still in CPU memory."""
         model = getattr(self.trainer and self.trainer.lightning_module, "model", None)
         if model is not None:
             check_tokens(model, batch["input_ids"])
         return batch
 
     def hub_names(self, training: bool) -> list[str]:
-        """Return the names on the hub of the sets that calibrate and, if there is a ``training``, train."""
+        """Return the hub names of the calibration set and, if ``training``, of the training set."""
         sources = {self.calibration, self.sources["train"]} if training else {self.calibration}
         return sorted(name for name in map(hub_name, sources) if name)
 
     def calibration_batches(self) -> list[Tensor]:
-        """Return the calibration set: batches of token ids ``[sequences, seqlen]`` (int64), a seeded sample.
+        """Return the calibration set, a seeded sample: batches of token ids ``[sequences, seqlen]`` (int64).
 
         Raises:
             InputError: if the text is shorter than one sequence, or too few documents are long enough.
@@ -250,7 +250,7 @@ class TextDataModule(LightningDataModule):
         return _random_windows(self._tokens(self.calibration, "train"), self.seqlen, generator, self.sequences)
 
     def _sample_long(self, documents: Sequence[str], generator: torch.Generator) -> Tensor:
-        """Take one window out of each long document, in random order, looking at ``search_limit`` documents at most."""
+        """Return one window from each long document, in random order, searching at most ``search_limit`` documents."""
         found: list[Tensor] = []
         order = torch.randperm(len(documents), generator=generator)[: self.search_limit].tolist()
         for index in order:
@@ -271,7 +271,7 @@ class TextDataModule(LightningDataModule):
         return windows[: self.max_windows]
 
     def _tokens(self, source: str, split: Split) -> Tensor:
-        """Return the tokens of a text, ``[tokens]``; it is read and tokenised once."""
+        """Return the tokens of a text, ``[tokens]``; the text is read and tokenised only once."""
         if (source, split) not in self._tokenized:
             tokens = self._encode("\n\n".join(self._read(source, split)))
             if len(tokens) < self.seqlen:
@@ -298,9 +298,9 @@ class TextDataModule(LightningDataModule):
 
 
 def validation_names(other_val: Sequence[str]) -> list[str]:
-    """Return the names under which further validation texts are logged: their sources without folder and ending.
+    """Return the names under which additional validation texts are logged: their sources without folder and suffix.
 
-    Loggers make paths and tags of them, so that anything but letters, digits, ``.``, ``-`` and ``_`` becomes ``_``.
+    Loggers use the names as paths and tags, so any characters but letters, digits, ``.``, ``-`` and ``_`` become ``_``.
     """
     return [re.sub(r"[^\w.-]+", "_", Path(source).stem) for source in other_val]
 
@@ -311,6 +311,6 @@ def _same_file(source: str, other: str) -> bool:
 
 
 def _random_windows(tokens: Tensor, seqlen: int, generator: torch.Generator, count: int) -> Tensor:
-    """Return ``count`` windows ``[count, seqlen]`` at random places of a text of at least ``seqlen`` tokens."""
+    """Return ``count`` windows ``[count, seqlen]`` at random positions of a text of at least ``seqlen`` tokens."""
     starts = torch.randint(len(tokens) - seqlen + 1, (count, 1), generator=generator)
     return tokens[starts + torch.arange(seqlen)]

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, on a model in memory."""
+"""Evaluation of a model in memory on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lit_prune.reporting.report import Scores
 
 @dataclass(frozen=True)
 class Harness:
-    """How tasks are run."""
+    """Settings of lm-evaluation-harness."""
 
     include_path: str | None = None
-    """Folder with task files (YAML) of your own."""
+    """Folder with custom task files (YAML); null = none."""
     num_fewshot: int | None = None
-    """Examples before each question; null = what the task says."""
+    """Number of few-shot examples before each question; null = the task's default."""
     limit: int | None = None
-    """Questions of each task; null = all."""
+    """Number of questions per task; null = all."""
     batch_size: int = 8
-    """Sequences at once."""
+    """Number of sequences per batch."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
+        """Validate the arguments."""
         if self.include_path is not None and not os.path.isdir(os.path.expanduser(self.include_path)):
             raise InputError(f"harness.include_path is {self.include_path!r}: there is no such folder")
         for name, value, least in (("num_fewshot", self.num_fewshot, 0), ("limit", self.limit, 1)):
@@ -43,19 +43,19 @@ class Harness:
             raise InputError(f"harness.batch_size is {self.batch_size}: it must be 1 or more")
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Raise ``InputError`` if a task is not known; finding out takes no model."""
+        """Raise ``InputError`` if a task is unknown; needs no model."""
         self._manager(tasks)
 
     def evaluate(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str]) -> Scores:
-        """Return the scores of a model, which stays as it is.
+        """Return the scores of a model, by task; the model is not modified.
 
         Args:
             model: a causal language model of transformers, in memory.
-            tokenizer: its tokenizer.
+            tokenizer: tokenizer of the model.
             tasks: names of tasks or groups of tasks.
 
         Raises:
-            InputError: if lm-eval is not installed, a task is unknown, or its data cannot be had.
+            InputError: if lm-eval is not installed, a task is unknown, or its data cannot be loaded.
         """
         manager = self._manager(tasks)
         from lm_eval import simple_evaluate
@@ -78,11 +78,11 @@ class Harness:
                     f"tasks are {', '.join(tasks)}: their data cannot be had ({first_line(error)}); run this once with "
                     "a network, which fills the cache, or give tasks of your own with harness.include_path"
                 ) from error
-        assert found is not None  # only other ranks get none, and there are none
+        assert found is not None  # only nonzero ranks get None, and this is a single process
         return {task: _scores(values) for task, values in found["results"].items()}
 
     def _manager(self, tasks: Sequence[str]) -> Any:
-        """Return the task manager that knows all tasks; the harness's own thousands are read only where needed."""
+        """Return a task manager that knows all ``tasks``; the harness's own thousands are indexed only if needed."""
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -107,7 +107,7 @@ def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return what is a score of a task's values, by name.
+    """Return the scores among a task's values, by name.
 
     >>> _scores({"acc,none": 0.5, "acc_stderr,none": 0.1, "em_stderr,strict": 0.2, "alias": "x"})
     {'acc': 0.5, 'acc_stderr': 0.1, 'em,strict_stderr': 0.2}
@@ -124,7 +124,7 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's remarks to itself; errors still come."""
+    """Suppress the harness's log messages, except errors."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a model is trained to: the text, or what another model makes of it."""
+"""Training losses: cross-entropy of the text, or distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from lit_prune.training.strategies import Sharding
 from lit_prune.training.teacher import Teacher, TeacherDtype, Truth
 
 IGNORED = -100
-"""Target of a position that does not count."""
+"""Target of a position that the loss ignores."""
 _LEAST_REST = 1e-6
-"""Probabilities sum to one no better than this in float32."""
+"""Minimum probability of the outcomes outside ``top_k``, the accuracy of a sum of probabilities in float32."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """The model in training, as a loss gets to know it before the first step."""
+    """Description of the model in training, passed to a loss before the first step."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     sharding: Sharding | None = None
-    """Shards another model like this one, if it is sharded."""
+    """Function that shards another model in the same way as the student; None if the student is not sharded."""
 
 
 class Loss(ABC):
-    """What training minimises."""
+    """Base class of training losses."""
 
     def prepare(self, student: Student) -> None:
-        """Get ready before the first step; raise ``InputError`` if the student does not fit."""
+        """Prepare for training before the first step; raise ``InputError`` if the student is incompatible."""
         return
 
     @abstractmethod
     def __call__(self, model: Any, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the ``loss`` of ``input_ids`` ``[sequences, t]`` and its parts, by name; scalars in float32."""
+        """Return the ``loss`` of ``input_ids`` ``[sequences, t]`` and its terms, by name, as float32 scalars."""
 
 
 @final
 class LanguageModelLoss(Loss):
-    """Mean cross-entropy of the next token, in nats.
+    """Mean next-token cross-entropy, in nats.
 
     .. code-block:: yaml
 
@@ -54,24 +54,24 @@ class LanguageModelLoss(Loss):
     """
 
     def __call__(self, model: Any, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the ``loss``."""
+        """Return the ``loss`` of ``input_ids`` ``[sequences, t]``."""
         return {"loss": next_token_loss(model(input_ids=input_ids, use_cache=False).logits, input_ids)}
 
 
 @final
 class Distillation(Loss):
-    """Learns from the dense model: ``language_model · CE + logits · T² KL + hidden · SquareHead``.
+    """Distillation from the dense model: ``language_model · CE + logits · T² KL + hidden · SquareHead``.
 
-    KL (Hinton et al., 2015) is that of the student's next-token distribution from the teacher's, both at temperature T,
-    in nats, the mean over all positions. SquareHead (Kurtic et al., "Sparse Fine-Tuning for Inference Acceleration of
-    Large Language Models", 2023) is ``MSE(student, teacher) / MSE(teacher, 0)`` of the hidden states after each block,
-    the mean over blocks (the last one after the final norm, as transformers gives it).
+    KL (Hinton et al., 2015) is KL(teacher || student) of the next-token distributions, both at temperature T, in nats,
+    averaged over all positions. SquareHead (Kurtic et al., "Sparse Fine-Tuning for Inference Acceleration of Large
+    Language Models", 2023) is ``MSE(student, teacher) / MSE(teacher, 0)`` of the hidden states after each block,
+    averaged over blocks (the last one after the final norm, as transformers returns it).
 
-    With ``top_k``, KL is taken over the teacher's k likeliest tokens and one more outcome, all the others: never above
-    the whole KL, and zero if the student agrees on all of them.
+    With ``top_k``, KL is computed over the teacher's k likeliest tokens and one outcome for all other tokens: it is
+    never above the full KL, and zero if the student agrees on all of these outcomes.
 
-    The teacher is frozen, in evaluation mode, part of no checkpoint, and in its own precision. FSDP2 and ZeRO-3 shard
-    it like the student; under the other strategies each process holds it whole.
+    The teacher is frozen, in evaluation mode, in its own precision, and not saved in checkpoints. FSDP2 and ZeRO-3
+    shard it like the student; under the other strategies each process holds all of its weights.
 
     .. code-block:: yaml
 
@@ -93,18 +93,19 @@ class Distillation(Loss):
         cache: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Validate and keep the arguments; the teacher is loaded when training starts.
+        """Validate and store the arguments; the teacher is loaded when training starts.
 
         Args:
             teacher: Hub name, local Hugging Face folder or GGUF file of the dense model.
             language_model: Weight of the cross-entropy of the text.
             logits: Weight of the KL divergence.
             hidden: Weight of the hidden-state loss.
-            temperature: Both distributions are softened by it.
-            top_k: Tokens of the teacher's distribution that are told apart; null = all of them.
-            dtype: Of the teacher's weights.
-            cache: Folder that keeps the teacher's top_k for later epochs and runs, about ``6 top_k`` bytes per token.
-            trust_remote_code: Let code that comes with the teacher run.
+            temperature: Temperature of both distributions; higher is softer.
+            top_k: Number of likeliest tokens of the teacher to compare individually; null = the whole vocabulary.
+            dtype: Dtype of the teacher's weights.
+            cache: Folder that caches the teacher's ``top_k`` outputs for later epochs and runs, at about ``6 top_k``
+                bytes per token; null = no cache.
+            trust_remote_code: Run code that comes with the teacher.
         """
         for name, weight in (("language_model", language_model), ("logits", logits), ("hidden", hidden)):
             if weight < 0:
@@ -119,15 +120,15 @@ class Distillation(Loss):
             raise InputError("Distillation.cache keeps the teacher's top_k alone: set top_k, and hidden to 0")
         self.weights = {"language_model": language_model, "logits": logits, "hidden": hidden}
         self.temperature = temperature
-        # The teacher is no nn.Module of ours, so that no optimizer, checkpoint or strategy comes across it.
+        # Teacher is not an nn.Module, so that no optimizer, checkpoint or strategy includes its weights.
         self.teacher = Teacher(teacher, dtype, temperature, top_k, bool(hidden), cache, trust_remote_code)
 
     def prepare(self, student: Student) -> None:
-        """Load the teacher; refuse one with another vocabulary."""
+        """Load the teacher; raise ``InputError`` if its vocabulary differs from the student's."""
         self.teacher.load_for(student.model, student.tokenizer, student.sharding)
 
     def __call__(self, model: Any, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the ``loss`` and those of ``language_model``, ``logits`` and ``hidden`` that have a weight."""
+        """Return the ``loss`` and its terms ``language_model``, ``logits`` and ``hidden``, if their weight is not 0."""
         truth = self.teacher(input_ids)
         output = model(input_ids=input_ids, use_cache=False, output_hidden_states=bool(self.weights["hidden"]))
         parts = {}
@@ -142,19 +143,19 @@ class Distillation(Loss):
 
 
 def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Return the mean cross-entropy (float32, nats) of every token but the first, given those before it."""
-    # The last position has no next token; ignoring it there spares a copy of the logits without it.
+    """Return the mean cross-entropy (float32, nats) of every token except the first, given the tokens before it."""
+    # The last position has no next token; ignoring its target avoids copying the logits without it.
     targets = pad(input_ids[:, 1:], (0, 1), value=IGNORED)
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
 
 def kl_divergence(logits: Tensor, truth: Truth, temperature: float) -> Tensor:
-    """Return the mean, over positions, of KL(teacher || student) in nats.
+    """Return KL(teacher || student) in nats, averaged over positions.
 
     Args:
-        logits: the student's, ``[sequences, t, vocabulary]``.
-        truth: the teacher's log-probabilities at the same temperature.
-        temperature: of the student's distribution.
+        logits: logits of the student, ``[sequences, t, vocabulary]``.
+        truth: outputs of the teacher, with log-probabilities at the same temperature.
+        temperature: temperature of the student's distribution.
     """
     student = (logits.float() / temperature).log_softmax(-1)
     teacher = truth.log_probabilities.float()
@@ -169,7 +170,7 @@ def kl_divergence(logits: Tensor, truth: Truth, temperature: float) -> Tensor:
 
 
 def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Return the mean, over blocks, of ``MSE(student, teacher) / MSE(teacher, 0)``; hidden states ``[n, t, d]``."""
+    """Return ``MSE(student, teacher) / MSE(teacher, 0)``, averaged over blocks, of hidden states ``[n, t, d]``."""
     ratios = [
         (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean()
         for ours, theirs in zip(student, teacher, strict=True)

@@ -1,4 +1,4 @@
-"""The LightningModule around any causal language model."""
+"""LightningModule of a causal language model."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ class LitCausalLM(LightningModule):
         trust_remote_code: bool = False,
         lazy: str | None = None,
     ) -> None:
-        """Keep the arguments; the model is loaded by ``configure_model``.
+        """Store the arguments; the model is loaded by ``configure_model``.
 
         Args:
             pretrained: Hub name, local Hugging Face folder, GGUF file, or ``random`` for random weights.
-            dtype: Of the weights; ``auto`` = as stored.
+            dtype: Dtype of the weights; ``auto`` = as stored.
             gradient_checkpointing: Recompute activations in the backward pass, to save memory.
-            trainable: What of the model trains; null = Everything.
-            loss: What training minimises; null = LanguageModelLoss.
+            trainable: Parameters to train; null = Everything.
+            loss: Training loss; null = LanguageModelLoss.
             optimizer: Any torch optimizer.
-            lr_scheduler: Any torch learning-rate scheduler; it moves on with every optimizer step.
-            config: For ``random``: the ``model_type`` and any value of that model's config.
-            trust_remote_code: Let code that comes with the model run.
-            lazy: Folder for blocks that have changed: the model stays on disk, and each block is read when it is worked
-                on, to prune what does not fit into memory; null = the model is loaded whole.
+            lr_scheduler: Any torch learning-rate scheduler, stepped after every optimizer step; null = constant rates.
+            config: Configuration of a ``random`` model: its ``model_type`` and any value of that model's config.
+            trust_remote_code: Run code that comes with the model.
+            lazy: Folder for changed blocks. The model stays on disk and each block is loaded while it is pruned, for
+                models that do not fit into memory; null = the whole model is loaded.
         """
         super().__init__()
         self.pretrained = pretrained
@@ -94,11 +94,11 @@ class LitCausalLM(LightningModule):
         self._resumed: dict[str, str | None] = {}
 
     def configure_model(self) -> None:
-        """Load the model, once."""
+        """Load the model on the first call."""
         if self.model is not None:
             return
         dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
-        # Lightning trains modules in the mode in which it finds them.
+        # Lightning keeps the mode (train or eval) of a module.
         self.model = load_model(self.pretrained, dtype, self.config, self.trust_remote_code, self.lazy).train()
         if has_adapters(self.pretrained):
             rank_zero_warn(
@@ -106,10 +106,10 @@ class LitCausalLM(LightningModule):
                 "them here, and with them after peft.PeftModel.from_pretrained"
             )
         take_apart(self.model)
-        if self.lazy is not None:  # DDP would write to placeholders to make them the same in all processes
+        if self.lazy is not None:  # DDP would broadcast into the placeholders to synchronize them
             self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in names_on_disk(self.model)]
         if self.gradient_checkpointing:
-            # transformers is renaming it
+            # transformers is renaming this method.
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable()
         self.trainable.prepare(self.model)
@@ -117,7 +117,7 @@ class LitCausalLM(LightningModule):
             shard(self.model, self.device_mesh)
 
     def load_tokenizer(self) -> Any:
-        """Return the tokenizer that belongs to the model."""
+        """Return the model's tokenizer."""
         return load_tokenizer(self.pretrained, self.trust_remote_code)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class LitCausalLM(LightningModule):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def on_fit_start(self) -> None:
-        """Let the loss get ready; refuse a model that stays on disk."""
+        """Prepare the loss; raise ``InputError`` if the model stays on disk."""
         if self.lazy is not None:
             raise InputError(f"model.lazy is {self.lazy!r}: a model that stays on disk cannot be trained; leave it out")
         self._warn_of_rounding()
@@ -134,8 +134,8 @@ class LitCausalLM(LightningModule):
         )
 
     def _warn_of_rounding(self) -> None:
-        """Say so where what trains is in half precision, without masters in float32."""
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which keeps masters
+        """Warn if parameters train in half precision without float32 masters."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # DeepSpeed keeps float32 masters
             return
         halves = {p.dtype for p in self.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
         for dtype in halves:
@@ -145,37 +145,31 @@ class LitCausalLM(LightningModule):
             )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss; log it and its parts."""
+        """Return the loss; log the loss and its terms."""
         losses = self.loss(self.model, batch["input_ids"])
         for name, value in losses.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss")
         return losses["loss"]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the clock of the batch."""
-        self._batch_start = self._clock()
-
-    def _clock(self) -> float:
-        """Return the seconds of a clock once the device has done all that it was given."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+        """Start timing the batch."""
+        self._batch_start = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log the tokens per second of all processes together."""
+        """Log the tokens per second, summed over all processes."""
         tokens = batch["input_ids"].numel() * self.trainer.world_size
         self.log("train/tokens_per_second", tokens / (self._clock() - self._batch_start), prog_bar=True)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin the loss of each validation text."""
+        """Reset the loss of each validation text."""
         self._begin_losses(len(self.trainer.num_val_batches))
 
     def on_test_epoch_start(self) -> None:
-        """Begin the test loss."""
+        """Reset the test loss."""
         self._begin_losses(len(self.trainer.num_test_batches))
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add the batch to the loss of its text."""
+        """Add the batch to the loss of its validation text."""
         self._add_loss(batch, dataloader_idx)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -183,7 +177,7 @@ class LitCausalLM(LightningModule):
         self._add_loss(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss`` and ``val/perplexity``; those of other texts with their names behind."""
+        """Log ``val/loss`` and ``val/perplexity``; for additional texts, with ``/NAME`` appended."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         self._log_losses("val", getattr(datamodule, "other_val", ()))
 
@@ -192,30 +186,30 @@ class LitCausalLM(LightningModule):
         self._log_losses("test", ())
 
     def _begin_losses(self, texts: int) -> None:
-        # Else torchmetrics leaves a batch out whose loss is NaN, and the mean is that of the others.
+        # By default torchmetrics skips a batch whose loss is NaN, and averages the others.
         self._mean_losses = [MeanMetric(nan_strategy=math.nan).to(self.device) for _ in range(texts)]
 
     def _add_loss(self, batch: Mapping[str, Tensor], text: int) -> None:
-        # torchmetrics' own Perplexity takes the log of a softmax, which is -inf for a token that a badly pruned model
-        # finds very unlikely; the mean of the cross-entropy is the same figure without that.
+        # torchmetrics' own Perplexity takes the log of a softmax, which is -inf for a token to which a badly pruned
+        # model assigns a very low probability; the mean cross-entropy is the same quantity without the underflow.
         input_ids = batch["input_ids"]
         self._mean_losses[text].update(next_token_loss(self(input_ids), input_ids), weight=input_ids[:, 1:].numel())
 
     def _log_losses(self, stage: str, others: Sequence[str]) -> None:
         suffixes = ["", *(f"/{name}" for name in validation_names(others))]
         for index, metric in enumerate(self._mean_losses):
-            suffix = suffixes[index] if index < len(suffixes) else f"/{index}"  # whose name nobody has told
+            suffix = suffixes[index] if index < len(suffixes) else f"/{index}"  # the text has no known name
             loss = metric.compute()
             values = {f"{stage}/loss{suffix}": loss, f"{stage}/perplexity{suffix}": loss.double().exp()}
             self.log_dict(values, prog_bar=not index, sync_dist=True)
         self._mean_losses = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name what trains, the optimizer and the schedule whose state is saved."""
+        """Save the names of the trainable parameters, the optimizer and the scheduler along with their state."""
         checkpoint["steppers"] = self._steppers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the state of another optimizer or schedule, and paths that lead elsewhere."""
+        """Raise ``InputError`` if the state is of another optimizer or scheduler, or contains paths elsewhere."""
         check_kept_paths(checkpoint.get("callbacks", {}))
         for name, value in checkpoint.get("state_dict", {}).items():
             if isinstance(value, Tensor):
@@ -231,7 +225,7 @@ class LitCausalLM(LightningModule):
                     )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the weights of a checkpoint; raise ``InputError`` if they are another model's."""
+        """Load the weights of a checkpoint; raise ``InputError`` if they belong to another model."""
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
@@ -252,7 +246,7 @@ class LitCausalLM(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer and the learning-rate scheduler, if there is one."""
+        """Return the optimizer and, if configured, the learning-rate scheduler."""
         trains = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             optimizer = self.optimizer(trains)
@@ -274,7 +268,7 @@ class LitCausalLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Return the learning-rate scheduler; None if there is none."""
+        """Return the learning-rate scheduler; None if none is configured."""
         if self.lr_scheduler is None:
             return None
         try:

@@ -1,4 +1,4 @@
-"""Parts of a text that serves for training, validation and test alike: eight tenths, one tenth and one tenth."""
+"""Split of one text into training, validation and test parts: eight tenths, one tenth and one tenth."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Literal
 Split = Literal["train", "validation", "test"]
 
 _MARKS = {"train": (0, 8), "validation": (8, 9), "test": (9, 10)}
-"""In tenths of the characters."""
+"""Start and end of each part, in tenths of the characters."""
 NAMES = {"train": "first eight tenths", "validation": "ninth tenth", "test": "last tenth"}
-"""Of the parts, for people."""
+"""Display names of the parts."""
 _SLACK = 50
-"""A part may begin this share of the text (1/50) before its mark, to begin with a document, paragraph, line or word."""
+"""Divisor of the text length for the maximum shift of a cut: a part may start up to 1/50 of the text before its mark,
+at the start of a document, paragraph, line or word."""
 
 
 def part_of(documents: Sequence[str], split: Split) -> list[str]:
-    """Return the part of a text that serves as a split: documents, the first and last of them cut if need be.
+    """Return the documents of one split of a text; the first and last document may be cut.
 
-    The parts follow one another, share no character, and together are the whole text. Worked: of ten documents of one
-    length the first eight are for training, the ninth for validation, and the last for the test.
+    The parts are consecutive, disjoint, and together are the whole text. Example: of ten documents of equal length, the
+    first eight are for training, the ninth for validation, and the last for the test.
 
     Args:
-        documents: the text.
-        split: the purpose.
+        documents: documents of the text.
+        split: split to return.
     """
     ends = list(accumulate(map(len, documents)))
     start, stop = (_cut(documents, ends, tenths) for tenths in _MARKS[split])
@@ -38,7 +39,7 @@ def part_of(documents: Sequence[str], split: Split) -> list[str]:
 
 
 def _cut(documents: Sequence[str], ends: Sequence[int], tenths: int) -> int:
-    """Return the character at which a part begins: the last good place a little before so many tenths of the text."""
+    """Return the index of the character at which a part starts: the last boundary shortly before ``tenths`` tenths."""
     total = ends[-1]
     mark = total * tenths // 10
     if tenths in (0, 10):

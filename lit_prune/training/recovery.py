@@ -1,4 +1,4 @@
-"""What trains when a pruned model recovers: everything, norms and biases, or masked low-rank adapters."""
+"""Trainable parameters for recovery: everything, norms and biases, or masked low-rank adapters."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lit_prune.ops import PackedMask
 
 
 class Trainable(ABC):
-    """What of a model trains. Pruned weights are ``KeepMasks``'s concern, whatever trains."""
+    """Base class for the choice of trainable parameters; ``KeepMasks`` keeps pruned weights at zero for all of them."""
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
-        """Freeze what does not train and add what else does, to a model that has just been loaded."""
+        """Freeze the other parameters of a newly loaded model, and add new trainable parameters if any."""
 
 
 @final
 class Everything(Trainable):
-    """Every parameter trains: masked fine-tuning, with ``KeepMasks``.
+    """Trains every parameter: masked fine-tuning, together with ``KeepMasks``.
 
     .. code-block:: yaml
 
@@ -34,15 +34,15 @@ class Everything(Trainable):
     """
 
     def prepare(self, model: nn.Module) -> None:
-        """Leave the model as it is."""
+        """Leave the model unchanged."""
 
 
 @final
 class NormsAndBiases(Trainable):
-    """Norms and biases train, the matrices are frozen: the strong and cheap baseline of PERP.
+    """Trains norms and biases with all matrices frozen: the strong and cheap baseline of PERP.
 
     Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023. Trains every parameter that
-    is a vector, well below a thousandth of the model; optimizer moments shrink as much.
+    is a vector, well below a thousandth of the model, and reduces the optimizer moments accordingly.
 
     .. code-block:: yaml
 
@@ -61,18 +61,18 @@ class NormsAndBiases(Trainable):
 
 @final
 class LoRA(Trainable):
-    """Low-rank adapters that cannot bring a pruned weight back: ``W + M ⊙ (B A) · alpha / rank``.
+    """Trains low-rank adapters that leave pruned weights at zero: ``W + M ⊙ (B A) · alpha / rank``.
 
-    Hu et al., "LoRA", 2021, with the keep mask M on the product (MaskLoRA in PERP). ``W`` is frozen. M is what is not
-    exactly zero in ``W``, until ``KeepMasks`` hands over its masks. ``Export`` merges the adapters, which changes
-    neither masks nor outputs. Saves the optimizer's memory for ``W``; its gradient is still worked out, layer by layer.
+    Hu et al., "LoRA", 2021, with the keep mask M applied to the product (MaskLoRA in PERP). ``W`` is frozen. M keeps
+    the nonzero entries of ``W``, until ``KeepMasks`` sets its own masks. ``Export`` merges the adapters, which changes
+    neither masks nor outputs. Saves the optimizer state of ``W``; its gradient is still computed, layer by layer.
 
     .. code-block:: yaml
 
         model: {trainable: {class_path: LoRA, init_args: {rank: 16, include: ["*_proj"], norms_and_biases: true}}}
 
-    With ``masked: false`` it is plain LoRA: ``W`` stays sparse, and the adapters, which would fill it if they were
-    merged, stay beside it: ``Export`` writes them to the folder ``adapter`` of its output, in PEFT's format, for
+    ``masked: false`` is plain LoRA: ``W`` stays sparse, and the adapters stay separate, because merging them would make
+    ``W`` dense. ``Export`` writes them to the subfolder ``adapter`` of its output, in PEFT's format, for
     ``PeftModel.from_pretrained(model, "OUTPUT/adapter")``.
 
     .. code-block:: yaml
@@ -89,15 +89,15 @@ class LoRA(Trainable):
         norms_and_biases: bool = False,
         masked: bool = True,
     ) -> None:
-        """Validate and keep the arguments.
+        """Validate and store the arguments.
 
         Args:
-            rank: Of the adapters; each adds ``rank (o + i)`` values in float32.
-            alpha: The product is scaled by ``alpha / rank``; null = twice the rank.
-            include: Shell patterns over module names: linear layers of the decoder blocks that get an adapter.
-            exclude: Shell patterns over module names: layers that get none.
-            norms_and_biases: Train the norms and biases as well.
-            masked: Let adapters change kept weights only, and merge them in the end; false = plain LoRA, never merged.
+            rank: Rank of the adapters; each adds ``rank (o + i)`` parameters in float32.
+            alpha: Numerator of the scale ``alpha / rank`` of the adapters; null = twice the rank.
+            include: Shell patterns over module names: which linear layers of the decoder blocks get an adapter.
+            exclude: Shell patterns over module names: layers without an adapter, even if ``include`` matches them.
+            norms_and_biases: Also train norms and biases.
+            masked: Restrict adapters to kept weights and merge them on export; false = plain LoRA, never merged.
         """
         if rank < 1:
             raise InputError(f"LoRA.rank is {rank}: it must be at least 1, such as 8")
@@ -113,7 +113,7 @@ class LoRA(Trainable):
         self.masked = masked
 
     def prepare(self, model: nn.Module) -> None:
-        """Freeze the model and add the adapters; a pattern that matches no layer is an ``InputError``."""
+        """Freeze the model and add the adapters; raise ``InputError`` if a pattern matches no layer."""
         targets = find_targets(model, find_blocks(model), self.include, self.exclude, owner="LoRA")
         experts = [target.name for target in targets if not self.masked and ".experts." in target.name]
         if experts:
@@ -137,7 +137,7 @@ class LoRA(Trainable):
 
 
 def _train_vectors_only(model: nn.Module) -> int:
-    """Freeze every parameter that is not a vector, and return how many are left."""
+    """Freeze every parameter that is not a vector, and return the number of parameter tensors left to train."""
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dim() == 1)
     return sum(parameter.requires_grad for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""A data loader that goes on, in the middle of an epoch, with the batch at which a checkpoint was written."""
+"""A data loader that resumes in the middle of an epoch, after the last batch before a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from torch.utils.data import DataLoader
 
 
 class ResumableLoader(DataLoader[Any]):
-    """Knows how many batches of an epoch it has yielded, and can leave as many out.
+    """Counts the batches of an epoch that it has yielded, and skips as many after resuming.
 
-    Lightning saves ``state_dict`` with its loops, and so resumes a run in the middle of an epoch. The order of an epoch
-    is the sampler's: it must be the same whenever the epoch begins anew, as that of a ``DistributedSampler`` is. The
-    batches that are left out are loaded and dropped, which is only cheap for a dataset in memory.
+    Lightning saves ``state_dict`` with the state of its loops, and so resumes a run in the middle of an epoch. The
+    sampler must return the same order every time an epoch is started, as ``DistributedSampler`` does. Skipped batches
+    are loaded and dropped, which is cheap only for a dataset in memory.
     """
 
     def __init__(self, *args: Any, limit: float = 1.0, **kwargs: Any) -> None:
-        """Take the arguments of a ``DataLoader``, with which Lightning can build it anew around another sampler.
+        """Accept the arguments of ``DataLoader``, so that Lightning can re-create the loader with another sampler.
 
         Args:
-            args: of a ``DataLoader``.
-            limit: Lightning's ``limit_train_batches``: how many batches (int), or which share of them (float), make an
-                epoch.
-            kwargs: of a ``DataLoader``.
+            args: positional arguments of ``DataLoader``.
+            limit: Lightning's ``limit_train_batches``: number (int) or fraction (float) of the batches in an epoch.
+            kwargs: keyword arguments of ``DataLoader``.
         """
         super().__init__(*args, **kwargs)
         self.limit = limit
@@ -32,17 +31,17 @@ class ResumableLoader(DataLoader[Any]):
         self._given = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the batches of an epoch, or those that are left of it after ``load_state_dict``."""
+        """Yield the batches of an epoch, or its remaining batches after ``load_state_dict``."""
         self._given, self._start = self._start, 0
         for batch in islice(super().__iter__(), self._given, None):
             self._given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many batches of this epoch have been yielded; 0 at its end."""
+        """Return the number of batches yielded in this epoch; 0 at its end."""
         epoch = min(len(self), self.limit) if isinstance(self.limit, int) else int(len(self) * self.limit)
         return {"given": self._given % max(epoch, 1)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the batches that have been yielded."""
+        """Continue after the batches that had been yielded."""
         self._start = state_dict["given"]

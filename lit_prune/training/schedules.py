@@ -1,4 +1,4 @@
-"""Learning-rate schedules that know how long the training is."""
+"""Learning-rate schedules that depend on the length of the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_prune.errors import InputError
 
 
 class WarmupCosine(LRScheduler):
-    """Rises evenly for ``warmup`` steps, then falls along half a cosine to ``final`` times the rate at the last step.
+    """Linear warm-up for ``warmup`` steps, then cosine decay to ``final`` times the learning rate at the last step.
 
     Step k (from 0) has the factor ``(k + 1) / warmup`` while ``k < warmup``, then
     ``final + (1 - final) (1 + cos(π (k - warmup) / (total - warmup))) / 2``.
@@ -26,13 +26,13 @@ class WarmupCosine(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, warmup: int = 0, final: float = 0.0, total: int | None = None) -> None:
-        """Validate and keep the arguments.
+        """Validate and store the arguments.
 
         Args:
-            optimizer: whose learning rates are set.
-            warmup: Optimizer steps of the rise.
-            final: Shard of the learning rate that is left at the end, in [0, 1].
-            total: Optimizer steps in all; null = as many as the trainer will take.
+            optimizer: Optimizer whose learning rates are scheduled.
+            warmup: Number of optimizer steps of the linear warm-up.
+            final: Learning rate at the last step, as a fraction of the base learning rate, in [0, 1].
+            total: Total number of optimizer steps, including the warm-up; null = as many as the trainer takes.
         """
         if warmup < 0:
             raise InputError(f"WarmupCosine.warmup is {warmup}: it must be 0 or more optimizer steps")
@@ -44,7 +44,7 @@ class WarmupCosine(LRScheduler):
         super().__init__(optimizer)
 
     def fill_total(self, steps: float) -> None:
-        """Take the number of the trainer's optimizer steps, if none was given."""
+        """Set ``total`` to the trainer's number of optimizer steps, unless it was given."""
         if self.total is not None:
             return
         if not math.isfinite(steps):
@@ -52,20 +52,20 @@ class WarmupCosine(LRScheduler):
         self.total = int(steps)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the progress, but not the total, since a training that goes on may take more steps."""
+        """Restore the progress, but not the total, because a resumed training may take more steps."""
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "total"})
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the learning rates of the step that comes next."""
+        """Return the learning rates of the next step."""
         return [rate * self._factor(self.last_epoch) for rate in self.base_lrs]
 
     def _factor(self, step: int) -> float:
         if step < self.warmup:
             return (step + 1) / self.warmup
-        if self.total is None:  # the first step, before the trainer is known
+        if self.total is None:  # the first step, before ``fill_total``
             return 1.0
         time = min((step - self.warmup) / max(self.total - self.warmup, 1), 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * time)) / 2

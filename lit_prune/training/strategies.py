@@ -1,4 +1,4 @@
-"""The multi-device strategies that hold masks, on GPUs and, for tests and laptops, on CPUs with gloo."""
+"""Multi-device strategies that support keep masks, on GPUs and, for tests and laptops, on CPUs with gloo."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class FSDP2(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        """Keep the arguments.
+        """Store the arguments.
 
         Args:
-            save_distributed_checkpoint: Every process saves its shard; off = one file, assembled by the first process.
-            process_group_backend: nccl or gloo; null = what the device needs.
-            timeout: Of a collective operation.
+            save_distributed_checkpoint: Save a shard per process; false = gather one file on rank 0.
+            process_group_backend: Backend of collective operations, nccl or gloo; null = chosen by the device.
+            timeout: Timeout of a collective operation.
         """
         super().__init__(
             save_distributed_checkpoint=save_distributed_checkpoint,
@@ -59,11 +59,11 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     trusted = False
-    """Whether the checkpoints that are loaded may run code."""
+    """Whether checkpoints are trusted to run code when they are loaded."""
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        # Lightning does not pass on here what fit was told of ``weights_only``, and the loaders do not heed it.
+        # Lightning does not pass ``weights_only`` from fit to this method, and the loaders ignore it.
         with nullcontext() if self.trusted else plain_data_only(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only=not self.trusted)
 
@@ -73,7 +73,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, frozen: bool = False) -> nn.Module
     data_parallel = mesh["data_parallel"]
     for block in find_blocks(model):
         fully_shard(block.module, mesh=data_parallel)
-    # What is outside the blocks stays gathered for the backward pass, which a frozen model never has.
+    # Parameters outside the blocks stay gathered for the backward pass, which a frozen model does not have.
     if frozen:
         fully_shard(model, mesh=data_parallel, reshard_after_forward=True)
     else:
@@ -82,11 +82,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, frozen: bool = False) -> nn.Module
 
 
 Sharding = Callable[[nn.Module], Any]
-"""Shards a frozen model, and returns what is called in its place."""
+"""Function that shards a frozen model, and returns the module to call instead."""
 
 
 def sharding_of_frozen(strategy: Strategy, mesh: DeviceMesh | None) -> Sharding | None:
-    """Return what shards a frozen model as the strategy shards the one in training; None = processes hold it whole."""
+    """Return the function that shards a frozen model like the strategy does the trained one; None = not sharded."""
     if mesh is not None:
         return partial(shard, mesh=mesh, frozen=True)
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
@@ -95,7 +95,7 @@ def sharding_of_frozen(strategy: Strategy, mesh: DeviceMesh | None) -> Sharding 
 
 
 def _partition(model: nn.Module, config: Mapping[str, Any]) -> Any:
-    """Shard a frozen model's weights out with the ZeRO-3 settings of the model in training."""
+    """Shard a frozen model's weights with the ZeRO-3 settings of the model in training."""
     import deepspeed
 
     zero = {name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"}
@@ -116,7 +116,7 @@ class DeepSpeed(DeepSpeedStrategy):
           devices: 2
           strategy: {class_path: lit_prune.training.strategies.DeepSpeed, init_args: {stage: 3}}
 
-    With the optimizer, and for stage 3 the weights too, in CPU memory:
+    To offload the optimizer, and for stage 3 also the weights, to CPU memory:
 
     .. code-block:: yaml
 
@@ -133,14 +133,14 @@ class DeepSpeed(DeepSpeedStrategy):
         config: dict[str, Any] | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        """Keep the arguments.
+        """Store the arguments.
 
         Args:
-            stage: What is shared out: optimizer moments (1), gradients too (2), weights too (3).
-            offload_optimizer: Keep optimizer moments and float32 masters in CPU memory.
-            offload_parameters: Keep weights in CPU memory (stage 3).
-            config: A whole DeepSpeed configuration in place of the arguments above.
-            timeout: Of a collective operation.
+            stage: ZeRO stage: shard optimizer moments (1), also gradients (2), also weights (3).
+            offload_optimizer: Offload optimizer moments and float32 masters to CPU memory.
+            offload_parameters: Offload weights to CPU memory (stage 3).
+            config: Complete DeepSpeed configuration, which replaces the arguments above; null = none.
+            timeout: Timeout of a collective operation.
         """
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -160,7 +160,7 @@ class DeepSpeed(DeepSpeedStrategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        # DeepSpeed asks for the index of the device, which Lightning's CPU devices do not have.
+        # DeepSpeed requires a device index, which Lightning's CPU devices do not have.
         return torch.device("cpu", 0) if self._on_cpu else super().root_device
 
     @override
@@ -169,7 +169,7 @@ class DeepSpeed(DeepSpeedStrategy):
             super().setup_environment()
             return
         use_gloo(self)
-        # The parent refuses CPUs; what it does for GPUs is in its own parents.
+        # The parent class rejects CPUs; call its base class instead.
         ParallelStrategy.setup_environment(self)
         reset_seed()
         self.set_world_ranks()
@@ -177,20 +177,20 @@ class DeepSpeed(DeepSpeedStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        # Lightning has divided the loss by the number of accumulated batches; DeepSpeed would do so once more.
+        # Lightning has already divided the loss by the number of accumulated batches; DeepSpeed would divide it again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     trusted = False
-    """Whether the checkpoints that are loaded may run code."""
+    """Whether checkpoints are trusted to run code when they are loaded."""
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        # Lightning does not pass on here what fit was told of ``weights_only``, and the loaders do not heed it.
+        # Lightning does not pass ``weights_only`` from fit to this method, and the loaders ignore it.
         with nullcontext() if self.trusted else plain_data_only(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only=not self.trusted)
 
     @contextmanager
     @override
     def model_sharded_context(self) -> Iterator[None]:
-        # Weights are loaded whole and shared out when training starts: a checkpoint cannot be loaded into shards.
+        # Weights are loaded unsharded and sharded when training starts: a checkpoint cannot be loaded into shards.
         yield

@@ -1,4 +1,4 @@
-"""The dense model that a pruned one learns from."""
+"""Teacher for distillation: the dense model."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ TeacherDtype = Literal["bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class Truth:
-    """What the teacher makes of ``[sequences, t]`` tokens."""
+    """Outputs of the teacher for ``[sequences, t]`` tokens."""
 
     log_probabilities: Tensor
-    """At its temperature: ``[sequences, t, vocabulary]``, or of the likeliest only, ``[sequences, t, k]``."""
+    """Log-probabilities at the teacher's temperature: ``[sequences, t, vocabulary]``, or only the k likeliest,
+    ``[sequences, t, k]``."""
     tokens: Tensor | None
-    """The likeliest tokens ``[sequences, t, k]`` (int64); None = all of the vocabulary, in its order."""
+    """Ids of the k likeliest tokens, ``[sequences, t, k]`` (int64); None = the whole vocabulary in order."""
     hidden: Sequence[Tensor] = ()
-    """Hidden states after each block, ``[sequences, t, d]``, if asked for."""
+    """Hidden states after each block, ``[sequences, t, d]``; empty unless the loss needs them."""
 
 
 class Teacher:
-    """A frozen model outside the module tree, and the cache of what it said."""
+    """A frozen model outside the module tree, with a cache of its outputs."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Teacher:
         cache: str | None,
         trust_remote_code: bool,
     ) -> None:
-        """Keep the arguments, which are those of ``Distillation``."""
+        """Store the arguments, which are those of ``Distillation``."""
         self.pretrained = pretrained
         self.dtype = getattr(torch, dtype)
         self.temperature = temperature
@@ -55,12 +56,12 @@ class Teacher:
         self.cache = Path(cache).expanduser() if cache else None
         self.trust_remote_code = trust_remote_code
         self.model: Any = None
-        """The dense model; None until it is needed."""
+        """Dense model; None until it is needed."""
         self._key = ""
         self._sharded = False
 
     def load_for(self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, sharding: Sharding | None) -> None:
-        """Load the teacher of a student, and shard it likewise unless it has a cache.
+        """Load the teacher of a student, and shard it like the student unless it has a cache.
 
         Raises:
             InputError: if teacher and student do not share their vocabulary, or hidden states cannot be compared.
@@ -68,16 +69,17 @@ class Teacher:
         self.model = self._load()
         self._check(student, tokenizer)
         if self.cache is not None:
-            # Processes find different windows in the cache, so they could not gather a sharded teacher together.
+            # Processes find different windows in the cache, so they cannot run the collectives of a sharded teacher
+            # together.
             self._key = f"{model_fingerprint(self.model)}-top{self.top_k}-at{self.temperature:g}"
-            self.model = None  # all may be in the cache
+            self.model = None  # reloaded only if a window is not in the cache
         elif sharding is not None:
             self.model = sharding(self.model)
             self._sharded = True
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Truth:
-        """Return what the teacher, or its cache, says of ``input_ids`` ``[sequences, t]``."""
+        """Return the outputs of the teacher, or of its cache, for ``input_ids`` ``[sequences, t]``."""
         if self.cache is None:
             return self._run(input_ids)
         files = [self.cache / self._key / f"{data_fingerprint([window])}.safetensors" for window in input_ids]
@@ -103,7 +105,7 @@ class Teacher:
             self.model = self._load()
         if not self._sharded and self.model.device != input_ids.device:
             self.model.to(input_ids.device)
-        # Mixed precision is the student's: the teacher has its own.
+        # Autocast is for the student; the teacher runs in the dtype of its weights.
         with torch.autocast(input_ids.device.type, enabled=False):
             output = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=self.hidden)
         log_probabilities, tokens = (output.logits.float() / self.temperature).log_softmax(-1), None

@@ -1,4 +1,4 @@
-"""Documents of local files: a text, or a table with a text per row."""
+"""Documents from local files: a text, or a table with one text per row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_prune.errors import InputError, first_line
 
 _TEXTS = (".txt", ".raw", ".md")
 SUFFIXES = (*_TEXTS, ".jsonl", ".parquet")
-"""Endings of files that can be read."""
+"""Suffixes of supported files."""
 
 
 def read_file(path: Path, column: str) -> list[str]:
@@ -22,10 +22,10 @@ def read_file(path: Path, column: str) -> list[str]:
 
     Args:
         path: a .txt, .raw or .md file (one document), or a .jsonl or .parquet file (a document per row), in UTF-8.
-        column: of a table, where the text is.
+        column: name of the text column of a table.
 
     Raises:
-        InputError: if the file cannot be read, or holds no text.
+        InputError: if the file cannot be read, or contains no text.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"the text source is {str(path)!r}: it must end in {', '.join(SUFFIXES)}")
@@ -40,7 +40,7 @@ def read_file(path: Path, column: str) -> list[str]:
 
 
 def texts_of(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator[str]:
-    """Yield the text of each row; raise ``InputError`` at the first that has none."""
+    """Yield the text of each row; raise ``InputError`` at the first row without text."""
     for number, row in enumerate(rows, 1):
         if column not in row:
             raise InputError(
@@ -86,11 +86,11 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:  # streamed, so that no copy stays in a cache
+    try:  # streamed, so that no copy is left in a cache
         yield from datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except InputError:
         raise
-    except Exception as error:  # whatever datasets and pyarrow raise for a damaged file
+    except Exception as error:  # datasets and pyarrow raise various types for a damaged file
         raise _unreadable(path, error) from error
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded corpus, hub sets and local files, as documents."""
+"""Text sources: the embedded corpus, hub data sets and local files, as documents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from lit_prune.training.parts import Split, part_of
 from lit_prune.training.text_files import SUFFIXES, read_file, texts_of
 
 EMBEDDED = "embedded"
-"""About 460 kB of English prose that comes with Python: its language reference, by topic."""
+"""Name of the embedded corpus: about 460 kB of English prose that comes with Python, its language reference by
+topic."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class _HubSet:
     name: str
     config: str | None = None
     streaming: bool = False
-    """Too large to download: read as it arrives."""
+    """Whether the data set is streamed, because it is too large to download."""
     splits: tuple[Split, Split, Split] = ("train", "validation", "test")
-    """Which of the set's splits serve as train, validation and test."""
+    """Names of the data set's splits to use for training, validation and test."""
 
 
 _KNOWN = {
@@ -37,25 +38,25 @@ _KNOWN = {
 
 
 def local_path(source: str) -> Path | None:
-    """Return the path of a source that is there as a file or folder, or None for the embedded corpus and hub sets."""
+    """Return the path of a source that exists as a file or folder; None for the embedded corpus and hub data sets."""
     if source == EMBEDDED or source in _KNOWN:
         return None
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError):  # no file can have the name, or it begins with a user that nobody is
+    except (OSError, RuntimeError):  # not a valid file name, or "~user" of an unknown user
         return None
 
 
 def hub_name(source: str) -> str | None:
-    """Return the name of a source on the hub, or None for the embedded corpus and files."""
+    """Return the name of a source on the hub; None for the embedded corpus and files."""
     if source == EMBEDDED or local_path(source):
         return None
     return _KNOWN[source].name if source in _KNOWN else source.partition(":")[0]
 
 
 def name_of(source: str) -> str:
-    """Return the name by which a source is known outside of this project, for reports."""
+    """Return the public name of a source, for reports."""
     if source == EMBEDDED:
         return "Python's documentation (embedded)"
     if source in _KNOWN:
@@ -67,15 +68,15 @@ def read_documents(source: str, split: Split, column: str, limit: int, divided: 
     """Return the documents of a source.
 
     Args:
-        source: ``embedded``, ``wikitext2``, ``c4``, a hub set as ``name`` or ``name:config``, or the path of a
+        source: ``embedded``, ``wikitext2``, ``c4``, a hub data set as ``name`` or ``name:config``, or the path of a
             .txt, .raw, .md (one document), .jsonl or .parquet file (a document per row).
-        split: of the embedded corpus, the hub set, or a file that is ``divided``.
-        column: of a table, where the text is.
-        limit: how many documents of a streamed set are read.
-        divided: take the split's part of a file (see ``part_of``) and not all of it.
+        split: split of the embedded corpus, of the hub data set, or of a file that is ``divided``.
+        column: name of the text column of a table.
+        limit: maximum number of documents to read from a streamed data set.
+        divided: read only the split's part of a file (see ``part_of``) instead of all of it.
 
     Raises:
-        InputError: if there is no such source, or it cannot be read, or the hub cannot be reached.
+        InputError: if the source does not exist or cannot be read, or the hub cannot be reached.
     """
     if source == EMBEDDED:
         return _embedded(split)
@@ -91,7 +92,7 @@ def read_documents(source: str, split: Split, column: str, limit: int, divided: 
 
 
 def _embedded(split: Split) -> list[str]:
-    """Deal the topics out by length: of every ten, eight are for training, one for validation and one for the test."""
+    """Split the topics, sorted by length: of every ten, eight for training, one for validation and one for the test."""
     share = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}[split]
     by_length = sorted(topics.values(), key=lambda text: (len(text), text))
     return [text for index, text in enumerate(by_length) if index % 10 in share]
@@ -108,7 +109,7 @@ def _read_hub(source: str, split: Split, column: str, limit: int) -> list[str]:
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Turn whatever datasets and the hub's client raise for a name into one line that says what to do."""
+    """Convert errors of datasets and the hub client into a one-line ``InputError`` that suggests a remedy."""
     try:
         yield
     except InputError:
