@@ -1,4 +1,4 @@
-"""The command ``lit-prune``: what needs no model is answered at once, without loading torch."""
+"""The command ``lit-prune``; requests that need no model are answered without importing torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ COMMANDS = {
 }
 """Subcommands and their summaries."""
 _CONFIGURATION = re.compile(r"[^\s=:'\",\[\]{}]+\.ya?ml\b")
-"""Names of YAML files; JSON files are data as well, such as an allocation, and data may not name classes."""
+"""Regular expression of YAML file names. JSON is left out: it may be data, such as an allocation, and data must not
+name classes."""
 _FIRST_OF_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?=\.[A-Za-z_])")
 
 
@@ -41,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
         status = _run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader has closed the pipe, as "| head" does
+    except BrokenPipeError:  # the reader closed the pipe, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -62,21 +63,21 @@ def _run(args: Sequence[str] | None) -> int:
             from lit_prune.cli import main as run
 
             return run(arguments)
-        except KeyboardInterrupt:  # before signals are handled: importing torch takes seconds
+        except KeyboardInterrupt:  # before signal handlers are installed: importing torch takes seconds
             print("lit-prune: stopped by SIGINT", file=sys.stderr)
             return 128 + signal.SIGINT
     return 0
 
 
 class OwnModules(MetaPathFinder):
-    """Finds modules of the working directory, after all other places, once a class of one's own has been named there.
+    """Finds modules in the working directory, after all other finders, if the arguments name a class in them.
 
-    Not before: libraries try to import dozens of optional packages, and would run files of those names in the folder
-    of a downloaded model.
+    Other modules are not found there: libraries try to import dozens of optional packages, and would run files of those
+    names in the folder of a downloaded model.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        """Note what begins a dotted path in the arguments, or in the configurations that they name."""
+        """Collect the first component of every dotted path in the arguments and in the configurations they name."""
         self._folder = _working_directory()
         texts = [*arguments, *_configurations(arguments)]
         self._named = {match[0] for text in texts for match in _FIRST_OF_PATH.finditer(text)}
@@ -84,7 +85,7 @@ class OwnModules(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the module of the working directory, which is looked through for others from now on."""
+        """Return the module in the working directory, and append that directory to ``sys.path``."""
         if path is not None or fullname not in self._named or self._folder is None:
             return None
         found = PathFinder.find_spec(fullname, [self._folder], target)
@@ -96,12 +97,12 @@ class OwnModules(MetaPathFinder):
 def _working_directory() -> str | None:
     try:
         return os.getcwd()
-    except FileNotFoundError:  # it was removed
+    except FileNotFoundError:  # the working directory was removed
         return None
 
 
 def _configurations(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the text of every configuration that the arguments name, and of those that these name in turn."""
+    """Yield the text of every configuration that the arguments name, directly or through other configurations."""
     left = [(Path(), argument) for argument in arguments]
     seen: set[Path] = set()
     while left:
@@ -114,7 +115,7 @@ def _configurations(arguments: Sequence[str]) -> Iterator[str]:
                         seen.add(path)
                         left.append((path.parent, path.read_text(encoding="utf-8")))
                         yield left[-1][1]
-                except (OSError, RuntimeError, ValueError):  # not the name of a text
+                except (OSError, RuntimeError, ValueError):  # not the name of a text file
                     continue
 
 
@@ -141,9 +142,9 @@ def overview() -> str:
 
 
 def written_help(command: str) -> str | None:
-    """Return a subcommand's help as scripts/write_help.py wrote it; None if it is of another version of Lightning.
+    """Return a subcommand's help as written by scripts/write_help.py; None if it is for another version of Lightning.
 
-    To make the parser takes seconds.
+    Saves building the parser, which takes seconds.
     """
     file = Path(__file__).parent / "help" / f"{command}.txt"
     if command not in COMMANDS or not file.is_file():
@@ -154,7 +155,7 @@ def written_help(command: str) -> str | None:
 
 
 def recipes() -> str:
-    """Return the table of the configurations that ship."""
+    """Return a table of the shipped configurations."""
     from lit_prune.recipes import shipped
 
     items = shipped()

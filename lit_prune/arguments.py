@@ -1,4 +1,4 @@
-"""The command line's arguments, before they are parsed: names of shipped files, defaults, flags and overrides."""
+"""Preprocessing of command-line arguments: names of shipped files, defaults, flags and overrides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_prune.errors import InputError, first_line
 from lit_prune.recipes import PLANS, find, shipped
 
 _FLAGS = {"--overwrite": "true", "--trust": "true", "--resume": "auto"}
-"""Values of options that are given without one."""
+"""Values of options that are given without a value."""
 _DEFAULT_PLANS = {"prune": "best", "analyze": "alphapruning"}
 _DEFAULT_NM_PLAN = "best_nm"
 _SHORT = {"--sparsity": "--plan.pattern.sparsity", "--pattern": "--plan.pattern"}
@@ -26,20 +26,20 @@ _N_OF_M = re.compile(r"(?P<keep>\d+)(?::|of)(?P<of>\d+)")
 
 @dataclass
 class Prepared:
-    """Arguments that the parser understands, and what is done beside it."""
+    """Arguments for the parser, with the overrides and notes to handle in addition."""
 
     arguments: list[str]
     overrides: list[tuple[str, str, str]] = field(default_factory=list)
     """Callback, key and value of each ``--trainer.callbacks.CALLBACK.KEY VALUE``."""
     notes: list[str] = field(default_factory=list)
-    """What people are told about the configuration."""
+    """Notes on the configuration to print."""
 
 
 def prepare(arguments: Sequence[str]) -> Prepared:
-    """Replace the names of shipped files by their paths, add the default plan, and take the overrides out.
+    """Replace the names of shipped files by their paths, add the default plan, and extract the overrides.
 
     Raises:
-        InputError: if a name is unknown, or a plan is changed that is nowhere given.
+        InputError: if a name is unknown, or if parts of a plan are changed but no plan is given.
     """
     prepared, configs, last = Prepared([]), [], []
     rest = iter(_with_flags(arguments))
@@ -50,7 +50,7 @@ def prepare(arguments: Sequence[str]) -> Prepared:
             configs.append(_peek(path))
             prepared.arguments += ["--config", path]
         elif option == "--plan":
-            # A plan that is named stands for itself: nothing of an earlier one stays.
+            # A named plan replaces an earlier one completely.
             prepared.arguments += ["--plan=null", f"--plan={plan_value(_value(option, equals, value, rest))}"]
         elif option in _SHORT:
             last.append(f"{_SHORT[option]}={pattern_value(_value(option, equals, value, rest))}")
@@ -69,22 +69,22 @@ def prepare(arguments: Sequence[str]) -> Prepared:
 
 
 def plan_value(value: str) -> str:
-    """Return the value of ``--plan`` for the parser: a path for a name; a mapping or null as it is."""
+    """Return the value of ``--plan`` for the parser: a path for a name; a mapping or null unchanged."""
     return value if value == "null" or value.lstrip().startswith("{") else find("plan", value)
 
 
 def pattern_value(value: str) -> str:
-    """Return the value of a pattern for the parser: for ``2:4`` and ``2of4`` a class with its arguments."""
+    """Return the value of a pattern for the parser: a class with its arguments for ``2:4`` and ``2of4``."""
     if match := _N_OF_M.fullmatch(value):
         return f'{{"class_path": "NM", "init_args": {{"keep": {match["keep"]}, "of": {match["of"]}}}}}'
     return value
 
 
 def overridden(callbacks: list[dict[str, Any]], overrides: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
-    """Return the values of ``trainer.callbacks`` with ``overrides``, each of the first callback of its class.
+    """Return ``trainer.callbacks`` with ``overrides`` applied, each to the first callback of its class.
 
     Raises:
-        InputError: if there is no callback of a class, or it has no such value.
+        InputError: if there is no callback of a class, or if it has no such argument.
     """
     for name, key, value in overrides:
         found = [entry for entry in callbacks if entry["class_path"].rpartition(".")[2] == name]
@@ -119,7 +119,7 @@ def _value(option: str, equals: str, value: str, rest: Iterator[str]) -> str:
 
 
 def _with_flags(arguments: Sequence[str]) -> list[str]:
-    """Let ``--overwrite`` alone mean ``--overwrite=true``, and ``--resume`` alone ``--resume=auto``."""
+    """Expand flags without a value: ``--overwrite`` to ``--overwrite=true``, ``--resume`` to ``--resume=auto``."""
     following = [*arguments[1:], ""][: len(arguments)]
     return [
         f"{argument}={_FLAGS[argument]}" if argument in _FLAGS and (not value or value.startswith("-")) else argument
@@ -128,7 +128,7 @@ def _with_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def _peek(path: str) -> Any:
-    """Return the content of a configuration; None if it cannot be read, which the parser reports."""
+    """Return the content of a configuration; None if it cannot be read, which the parser reports later."""
     try:
         with open(path, encoding="utf-8") as file:
             return yaml.safe_load(file)
@@ -147,7 +147,7 @@ def _callbacks(config: Any) -> list[str] | None:
 
 
 def _dropped(configs: Sequence[Any]) -> list[str]:
-    """Say which callbacks of a configuration are lost because a later one sets others."""
+    """Return notes on callbacks of a configuration that a later configuration replaces."""
     lists = [names for config in configs if (names := _callbacks(config)) is not None]
     return [
         f"trainer.callbacks of a later --config replaces that of an earlier one: {', '.join(lost)} dropped"
@@ -157,7 +157,7 @@ def _dropped(configs: Sequence[Any]) -> list[str]:
 
 
 def _check_old_overrides(arguments: Sequence[str]) -> None:
-    """Refuse options of the ``Prune`` callback unless the command line adds one itself."""
+    """Raise ``InputError`` for options of the ``Prune`` callback unless the command line adds one itself."""
     old = next((argument for argument in arguments if _OLD_PLAN.match(argument)), None)
     if old and not any(map(_adds_prune, arguments)):
         new = _OLD_PLAN.sub(r"--\2", old).partition("=")[0]
@@ -165,7 +165,7 @@ def _check_old_overrides(arguments: Sequence[str]) -> None:
 
 
 def _add_default_plan(arguments: list[str], configs: Sequence[Any]) -> None:
-    """Put the default plan first if none is given, so that everything else can change it."""
+    """Insert the default plan first if none is given, so that all other arguments can change it."""
     command = arguments[0] if arguments else ""
     changes = [argument.partition("=")[0] for argument in arguments if _CHANGES_A_PLAN.match(argument)]
     prunes = any("Prune" in (_callbacks(config) or ()) for config in configs) or any(map(_adds_prune, arguments))

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-import lit_prune.callbacks  # noqa: F401 - the names of its classes are known to YAML from here on
+import lit_prune.callbacks  # noqa: F401 - registers its class names for YAML
 from lit_prune.arguments import overridden, pattern_value, prepare
 from lit_prune.callbacks import Prune
 from lit_prune.cli_errors import ArgumentsError, did_you_mean, explain
@@ -57,13 +57,13 @@ _SCHEDULE_HELP = "When fit prunes, in optimizer steps; null = once, at the start
 _UNKNOWN_SUBCOMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)'")
 _UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)")
 _SEEDS = 2**32
-"""NumPy takes no more."""
+"""Number of valid seeds; NumPy's limit."""
 
 _load_any_yaml = get_loader("yaml")
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the configuration beside the logs; without a logger there is no folder of the run's own to save it to."""
+    """Saves the configuration to the log folder; saves nothing without a logger, because there is no such folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
@@ -74,7 +74,7 @@ class PruningCLI(LightningCLI):
     """LightningCLI with the subcommands ``prune``, ``analyze``, ``evaluate``, ``speed`` and ``export``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Note the arguments, and do as the parent does."""
+        """Store and preprocess the arguments, then initialize the parent class."""
         self.arguments: list[str] = list(kwargs["args"])
         self.prepared = prepare(self.arguments)
         for note in self.prepared.notes if os.environ.get("LOCAL_RANK", "0") == "0" else ():
@@ -82,7 +82,7 @@ class PruningCLI(LightningCLI):
         super().__init__(*args, **{**kwargs, "args": self.prepared.arguments})
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the subcommands, and the arguments that are not options."""
+        """Return the subcommands, each with the parameters that are not command-line options."""
         return _asked(self.arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -93,12 +93,12 @@ class PruningCLI(LightningCLI):
         parser.add_argument("--quiet", action="store_true", help="Show no progress and no tables.")
 
     def _parse_ckpt_path(self) -> None:
-        # The parent reads hyper-parameters out of the checkpoint before anyone has looked whether it is safe; a
-        # LitCausalLM keeps none there.
+        # The parent class reads hyper-parameters from the checkpoint before it has been checked for safety; LitCausalLM
+        # saves none.
         pass
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; whatever is raised meanwhile is about an argument."""
+        """Parse the arguments; every error is reported as an ``ArgumentsError``."""
         with _mistakes(self.arguments):
             try:
                 if self.prepared.overrides:
@@ -108,7 +108,7 @@ class PruningCLI(LightningCLI):
                 raise ArgumentsError(f"{error}{self._near(str(error))}") from error
 
     def _near(self, message: str) -> str:
-        """Return a hint at the option or subcommand that was meant by an unknown one."""
+        """Return a hint at the known option or subcommand that is closest to an unknown one."""
         if found := _UNKNOWN_SUBCOMMAND.search(message):
             return did_you_mean(found[1], [*SUBCOMMANDS, "compare"])
         if not (found := _UNKNOWN_OPTION.search(message)) or self.arguments[0] not in SUBCOMMANDS:
@@ -117,7 +117,7 @@ class PruningCLI(LightningCLI):
         return did_you_mean(f"--{found[1]}", options)
 
     def _overridden(self, parser: LightningArgumentParser, args: list[str]) -> str:
-        """Return ``trainer.callbacks`` as all other arguments give it, with the overrides, as JSON."""
+        """Return ``trainer.callbacks`` as JSON, parsed from all other arguments, with the overrides applied."""
         config = parser.parse_args([argument for argument in args if not argument.startswith("--print_config")])
         config = config[config.subcommand] if config.get("subcommand") else config
         callbacks = config.trainer.callbacks or []
@@ -125,7 +125,7 @@ class PruningCLI(LightningCLI):
         return json.dumps(overridden([entry.as_dict() for entry in callbacks], self.prepared.overrides))
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer, and tell the trainer how it was started."""
+        """Build model, data and trainer, and store the command and configuration in the trainer."""
         with _mistakes(self.arguments):
             super().instantiate_classes()
         parser = subparser(self, self.subcommand)
@@ -140,7 +140,7 @@ class PruningCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; a plan becomes a ``Prune`` callback in front of the others."""
+        """Build the trainer; ``--plan`` is converted to a ``Prune`` callback before the others."""
         plan, schedule = config_value(self, self.config_init, "plan"), config_value(self, self.config_init, "schedule")
         settings = config_value(self, self.config_init, "trainer")
         callbacks = settings.callbacks or []
@@ -154,14 +154,14 @@ class PruningCLI(LightningCLI):
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
 
     def _set_seed(self) -> None:
-        """Seed everything, if the seed can be one."""
+        """Seed everything; raise ``InputError`` if the seed is out of range."""
         seed = config_value(self, self.config, "seed_everything")
         if isinstance(seed, int) and not 0 <= seed < _SEEDS:
             raise InputError(f"--seed_everything is {seed}: it must be from 0 to {_SEEDS - 1:,}")
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Give the data the model's tokenizer if none is named; be quiet if asked to."""
+        """Default the data's tokenizer to the model's; disable progress bar and model summary for ``--quiet``."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.pretrained
@@ -172,13 +172,13 @@ class PruningCLI(LightningCLI):
 
 
 def _asked(arguments: Sequence[str]) -> dict[str, set[str]]:
-    """Return the subcommand that is asked for, or all of them: it takes half a second to make the parser of each."""
+    """Return only the requested subcommand if it is known, because building each parser takes half a second."""
     asked = arguments[0] if arguments else ""
     return {asked: SUBCOMMANDS[asked]} if asked in SUBCOMMANDS else SUBCOMMANDS
 
 
 def build(arguments: list[str], run: bool = True) -> PruningCLI:
-    """Parse the arguments, build model, data and trainer, and carry the subcommand out (unless ``run`` is off)."""
+    """Parse the arguments, build model, data and trainer, and run the subcommand if ``run`` is True."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
     _silence_libraries()
@@ -201,14 +201,14 @@ def build(arguments: list[str], run: bool = True) -> PruningCLI:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; a user's mistake is one line (a traceback with ``--debug``)."""
+    """Run the command line and return its exit status; errors are one line, or a traceback with ``--debug``."""
     keep_freed_memory()
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         if arguments[:1] == ["compare"]:
             _compare(arguments[1:])
         else:
-            # While it trains, Lightning has its own handlers.
+            # During training, Lightning installs its own signal handlers.
             with nullcontext() if arguments[:1] == ["fit"] else stopping_on_signals():
                 build(arguments)
     except Exception as error:
@@ -224,7 +224,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> None:
-    """Carry out the one subcommand that needs no model, data or trainer."""
+    """Run ``compare``, the only subcommand of this parser without model, data and trainer."""
     parser = ArgumentParser(
         prog="lit-prune compare", description="Set pruned folders side by side on one page.", exit_on_error=False
     )
@@ -238,7 +238,7 @@ def _compare(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _mistakes(arguments: Sequence[str]) -> Iterator[None]:
-    """Mark any error of the parser, or of a class that is built from arguments, as a user's mistake."""
+    """Convert any error of the parser, or of a class built from arguments, to an ``ArgumentsError``."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -252,17 +252,17 @@ def _mistakes(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _undecodable(value: str) -> bool:
-    """Tell whether an argument names a file that is not text in UTF-8."""
+    """Return whether an argument names a file that is not UTF-8 text."""
     try:
         return Path(value).expanduser().is_file() and not Path(value).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return True
-    except (OSError, RuntimeError, ValueError):  # no name of a file
+    except (OSError, RuntimeError, ValueError):  # not a file name
         return False
 
 
 def _load_yaml(text: str) -> Any:
-    """Load a configuration; raise ``YAMLError`` for a key that stands twice in one mapping, which YAML forbids."""
+    """Load a configuration; raise ``YAMLError`` for a duplicate key in a mapping, which YAML forbids."""
     _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     content = _load_any_yaml(text)
     if not isinstance(content, dict):
@@ -270,14 +270,14 @@ def _load_yaml(text: str) -> Any:
     plan = content.get("plan")
     if isinstance(plan, str):
         content["plan"] = path_of("plan", plan) or plan
-    for place in (content, plan):  # a file of a plan alone, or one that has a plan
+    for place in (content, plan):  # a file with only a plan, or a configuration with a plan
         if isinstance(place, dict) and isinstance(place.get("pattern"), (str, int)):
             place["pattern"] = _pattern(place["pattern"])
     return content
 
 
 def _pattern(value: str | int) -> Any:
-    """Return a pattern as the parser wants it: N:M as a class with its arguments."""
+    """Return a pattern for the parser: N:M as a class with its arguments."""
     if isinstance(value, int):  # YAML 1.1 reads 2:4 as a number in base 60
         raise yaml.YAMLError(f"pattern is {value}: write N:M as 2of4, or in quotes, as '2:4'")
     return yaml.safe_load(pattern_value(value))
@@ -296,7 +296,7 @@ def _refuse_repeated_keys(node: yaml.Node | None) -> None:
 
 
 def _silence_libraries() -> None:
-    """Keep what the libraries say about themselves off the screen."""
+    """Suppress tips and irrelevant warnings of the libraries."""
     disable_model_progress_bars()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()

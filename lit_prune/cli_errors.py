@@ -1,4 +1,4 @@
-"""Turn what the command line's libraries raise for a user's mistake into one line."""
+"""One-line messages for the errors that libraries raise for a user's mistake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KNOWN = {
     "plan.reconstruction": [Reconstruction.__name__],
 }
 _LONGEST = 600
-"""Characters of a message that are shown."""
+"""Maximum number of characters of a message."""
 _KEY = re.compile(r'(?:- )?Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)')
 _CLASS = re.compile(r"(?:- )?Problem with given class_path '(?P<path>[^']+)':\s*(?P<rest>.*)")
 _FRAME = re.compile(
@@ -34,19 +34,19 @@ _FRAME = re.compile(
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>.*)")
 _LITERALS = re.compile(r"typing\.Literal\[([^\]]*)\]")
 _UNLIKELY = ("Expected a path but", "Expected a <class 'NoneType'>", "Expected a <class 'list'>")
-"""Reasons of those branches of a union that a value was hardly meant for."""
+"""Reasons from branches of a union type for which a value was probably not intended."""
 
 
 class ArgumentsError(Exception):
-    """Whatever was raised while arguments were parsed, and model, data and trainer built from them."""
+    """An error raised while parsing arguments, or while building model, data and trainer from them."""
 
 
 _MISTAKE, _UNEXPECTED = 2, 1
-"""Exit statuses."""
+"""Exit statuses for a user's mistake and for other errors."""
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """Return one line for an error that ends a run, and the exit status: 2 for a user's mistake, 1 for others."""
+    """Return a one-line message and the exit status for a fatal error: 2 for a user's mistake, 1 for others."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (InputError, NumericalError)):
@@ -67,13 +67,13 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, shortened if it is a page."""
+    """Return an error's message on one line, shortened if it is long."""
     words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
 
 
 def _refusal_of_library(error: BaseException) -> str | None:
-    """Return one line if a library refuses a value: Lightning checks most of the trainer's settings when it runs."""
+    """Return one line if a library rejected a value, else None; Lightning checks most settings only at run time."""
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
     if raised_in == "torch.optim.lr_scheduler":
@@ -85,7 +85,7 @@ def _refusal_of_library(error: BaseException) -> str | None:
 
 
 def _of_child(report: str) -> tuple[str, int]:
-    """Explain the error of another process, of which there is only the traceback's text."""
+    """Explain the error of another process, which is available only as the text of its traceback."""
     last = report.strip().splitlines()[-1]
     name, _, message = last.partition(": ")
     known = name.rpartition(".")[2] in (InputError.__name__, DiskError.__name__, NumericalError.__name__)
@@ -104,9 +104,9 @@ def _of_killed_child(error: ProcessExitedException) -> str:
 
 
 def _innermost(message: str) -> str:
-    r"""Reduce jsonargparse's tree of attempts to the path of keys and the reason of the attempt that was meant.
+    r"""Reduce jsonargparse's tree of attempts to the path of keys and the reason of the most likely attempt.
 
-    That is the one that came furthest into the value; among equals, the first that is likely.
+    The most likely attempt is the one that got furthest into the value; among equals, the first likely one.
 
     >>> _innermost('Parser key "data.seqlen":\n  Expected an int. Got value: abc')
     'data.seqlen: Expected an int. Got value: abc'
@@ -122,7 +122,7 @@ def _innermost(message: str) -> str:
         for pattern, group in ((_KEY, "key"), (_CLASS, "path")):
             if match := pattern.match(text):
                 key, text = match[group].removeprefix("lit_prune.").removeprefix("callbacks."), match["rest"]
-                if key not in dict(path[-1:]).values():  # it can be told twice
+                if key not in dict(path[-1:]).values():  # jsonargparse may repeat a key
                     path.append((indent, key))
         if not _FRAME.match(text):
             found.append((tuple(key for _, key in path), text.removeprefix("- ")))
@@ -135,7 +135,7 @@ def _innermost(message: str) -> str:
 
 
 def _likelihood(attempt: tuple[tuple[str, ...], str]) -> tuple[int, bool]:
-    """Return what is smallest for the branch of a union that a value was meant for."""
+    """Return a sort key that is smallest for the branch of a union for which the value was most likely intended."""
     keys, text = attempt
     return -len(keys), text.startswith(_UNLIKELY)
 
@@ -152,6 +152,6 @@ def _reason(text: str, path: Sequence[str], message: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that is nearest to an unknown one; nothing if none is near."""
+    """Return a hint at the known name that is closest to an unknown one; empty if none is close."""
     near = get_close_matches(name, known, n=1, cutoff=0.75)
     return f"; did you mean {near[0]}?" if near else ""

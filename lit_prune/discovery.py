@@ -1,7 +1,7 @@
-"""Find the methods of a package.
+"""Discovery of the methods of a package.
 
-Adding a scorer, an allocator or a solver means adding one file. ``import_all`` makes its class known to Python, and so
-to the command line and to the contract tests.
+A new scorer, allocator or solver is one new file. ``import_all`` imports its class, which makes it available to the
+command line and to the contract tests.
 """
 
 from __future__ import annotations

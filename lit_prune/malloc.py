@@ -1,4 +1,4 @@
-"""Where memory goes that a CPU tensor has freed."""
+"""Settings of the C library's allocator for freed CPU tensors."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Have the GNU C library keep what is freed for the next tensor, in place of giving it back to the system.
+    """Make the GNU C library keep freed memory for the next tensor instead of returning it to the system.
 
-    Large tensors otherwise live in fresh pages each time, and the system clears every page when it is first touched:
-    for SmolLM2-135M on CPUs, a seventh of the time of training and three tenths of evaluation. The process keeps its
-    peak of memory to its end.
+    By default large tensors are allocated in fresh pages each time, and the system clears every page at the first
+    access: for SmolLM2-135M on CPUs, a seventh of the time of training and three tenths of evaluation. The process
+    keeps its peak memory until it exits.
 
     Returns:
-        Whether this process's C library is the one that can be told so; any other is left alone.
+        True if the setting was applied; False if the process does not use the GNU C library.
     """
-    return _tell({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1})  # what one thread frees, any can have
+    return _tell({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1})  # one arena, shared by all threads
 
 
 def give_back_freed_memory(at_least: int = 2**20) -> bool:
-    """Have the GNU C library give what is freed back to the system at once, in pieces of ``at_least`` so many bytes.
+    """Make the GNU C library return freed allocations of at least ``at_least`` bytes to the system immediately.
 
-    For what must not take more memory than it needs: left to itself the library keeps pieces of up to 32 MiB. What
-    ``keep_freed_memory`` has set is undone, but for the single arena.
+    For phases with limited memory: by default the library keeps allocations of up to 32 MiB. Reverts the settings of
+    ``keep_freed_memory``, except the single arena.
     """
     return _tell({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: at_least, _M_TRIM_THRESHOLD: at_least})
 

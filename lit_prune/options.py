@@ -1,4 +1,4 @@
-"""Values of options that take one thing or several."""
+"""Options that accept one value or several."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ Value = TypeVar("Value", str, int, float)
 
 
 def as_list(value: Sequence[Value] | Value) -> list[Value]:
-    """Return the values of an option that takes several; one that stands alone counts as a list of one."""
+    """Return the values of an option as a list; a single value becomes a list of one."""
     return [value] if isinstance(value, (str, int, float)) else list(value)

@@ -1,4 +1,4 @@
-"""Configuration files that ship with the package, found by name: ``recipes/recover``, ``plans/wanda``."""
+"""Configuration files shipped with the package, found by name: ``recipes/recover``, ``plans/wanda``."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from lit_prune.errors import InputError
 
 _FOLDER = Path(str(files("lit_prune"))) / "configs"
 _LONGEST = 200
-"""Characters of a name that are shown."""
+"""Maximum number of characters of a name in a message."""
 PLANS = "plans"
-"""The folder of pruning plans: values of ``--plan``. All other files are values of ``--config``."""
+"""Folder of pruning plans, which are values of ``--plan``; all other files are values of ``--config``."""
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """A file that ships."""
+    """A configuration file shipped with the package."""
 
     name: str
-    """Its name, such as ``recipes/recover``."""
+    """Name of the file, such as ``recipes/recover``."""
     summary: str
-    """Its first line, a comment."""
+    """Summary of the file: its first line, a comment."""
     path: Path
 
 
 def shipped() -> list[Shipped]:
-    """Return all files that ship, by name."""
+    """Return all shipped files, sorted by name."""
     found = [(path.relative_to(_FOLDER).with_suffix("").as_posix(), path) for path in _FOLDER.rglob("*.yaml")]
     return [Shipped(name, _summary(path), path) for name, path in sorted(found)]
 
 
 def find(option: str, name: str) -> str:
-    """Return the path of the file that a name or a path stands for.
+    """Return the path of a file given by name or path.
 
     Args:
-        option: which names the file: ``plan``, or ``config``.
-        name: a path; or a name as ``shipped`` gives it, whose folder may be left out.
+        option: option that names the file: ``plan`` or ``config``.
+        name: a path, or the name of a shipped file, with or without its folder.
 
     Raises:
         InputError: if there is no such file.
@@ -46,7 +46,7 @@ def find(option: str, name: str) -> str:
     try:
         if Path(name).expanduser().is_file():
             return name
-    except (OSError, RuntimeError):  # no file can have the name, or it begins with a user that nobody is
+    except (OSError, RuntimeError):  # not a valid file name, or "~user" of an unknown user
         pass
     if path := path_of(option, name):
         return path
@@ -59,13 +59,13 @@ def find(option: str, name: str) -> str:
 
 
 def path_of(option: str, name: str) -> str | None:
-    """Return the path of the file that ships under a name, or None."""
+    """Return the path of the shipped file of a name; None if there is none."""
     full = _names(option).get(name)
     return full and str(_FOLDER / f"{full}.yaml")
 
 
 def _names(option: str) -> dict[str, str]:
-    """Return the names that an option takes, with and without their folder, and the full name of each."""
+    """Return the full name of each name that an option accepts, with and without its folder."""
     names = [item.name for item in shipped() if item.name.startswith(f"{PLANS}/") == (option == "plan")]
     return {short: name for name in names for short in (name.partition("/")[2], name)}
 

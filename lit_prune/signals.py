@@ -1,4 +1,4 @@
-"""Signals that stop a run: raised as an exception where the work is, so that it can say how to go on."""
+"""Signals that stop a run, raised as an exception so that the interrupted code can add advice on resuming."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C."""
+    """Raised on SIGTERM or Ctrl-C."""
 
     def __init__(self, number: int, advice: str = "") -> None:
-        """Keep the signal, and what to tell the user."""
+        """Store the number of the signal and the advice to print."""
         super().__init__(f"stopped by {signal.Signals(number).name}{advice}")
         self.number = number
 
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Raise ``Interrupted`` on SIGTERM and Ctrl-C; nothing changes outside the main thread, where no signals arrive."""
+    """Raise ``Interrupted`` on SIGTERM and Ctrl-C; a no-op outside the main thread, which receives no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

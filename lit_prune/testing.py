@@ -1,4 +1,4 @@
-"""Contract tests for scorers, solvers and allocators, one's own included.
+"""Contract tests for scorers, solvers and allocators, including user-defined ones.
 
 .. code-block:: python
 
@@ -6,8 +6,8 @@
 
     check_scorer(MyScorer())
 
-Each function raises ``AssertionError`` that names the first promise that a method breaks. Layers are not square, and
-small; no model and no test framework is needed.
+Each function raises an ``AssertionError`` that names the first violated requirement. The layers are small and not
+square; neither a model nor a test framework is needed.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ PATTERNS = (
 )
 TARGETS = (0.0, 0.3, 0.5, 0.8, 0.95)
 _SOLVES = 20
-"""Solves with a Gram matrix that a method is granted, one after another, when its rounding is bounded."""
+"""Assumed number of successive solves with a Gram matrix in a method, for the bound on its rounding error."""
 
 
 def check_scorer(scorer: Scorer) -> None:
-    """Check what a scorer promises: see ``Scorer.score``.
+    """Check the contract of a scorer; see ``Scorer.score``.
 
-    Scores are finite, in float32, and have the weight's shape; arguments are not changed; permuted outputs have
+    Scores are finite, in float32, and have the weight's shape; arguments are not modified; permuted outputs have
     permuted scores; ``needs`` can be collected.
 
     Raises:
-        AssertionError: names the promise that is broken.
+        AssertionError: if the contract is violated; names the requirement.
     """
     _require(isinstance(scorer, Scorer), f"{scorer!r} is no Scorer: derive its class from lit_prune.scorers.Scorer")
     _require(scorer.needs <= COLLECTABLE, f"needs are {set(scorer.needs)}: of {set(COLLECTABLE)} only")
@@ -66,14 +66,14 @@ def check_scorer(scorer: Scorer) -> None:
 
 
 def check_solver(solver: Solver) -> None:
-    """Check what a solver promises: see ``Solver.solve``.
+    """Check the contract of a solver; see ``Solver.solve``.
 
-    The mask has exactly the pattern's counts and the weight is zero outside it, from a score and without; nothing that
-    is not ``allowed`` is kept; arguments are not changed; a pattern that prunes nothing changes nothing; permuted
-    outputs have the permuted solution; what cannot be met is refused.
+    The mask has exactly the pattern's counts and the weight is zero outside it, with and without a score; only
+    ``allowed`` weights are kept; arguments are not modified; a pattern that prunes nothing changes nothing; permuted
+    outputs have the permuted solution; requests that cannot be met raise ``InputError``.
 
     Raises:
-        AssertionError: names the promise that is broken.
+        AssertionError: if the contract is violated; names the requirement.
     """
     _require(isinstance(solver, Solver), f"{solver!r} is no Solver: derive its class from lit_prune.solvers.Solver")
     _require(solver.needs <= COLLECTABLE, f"needs are {set(solver.needs)}: of {set(COLLECTABLE)} only")
@@ -95,13 +95,13 @@ def check_solver(solver: Solver) -> None:
 
 
 def check_allocator(allocator: Allocator) -> None:
-    """Check what an allocator promises: see ``Allocator.allocate``.
+    """Check the contract of an allocator; see ``Allocator.allocate``.
 
-    The sparsities are of all layers, in their order; their mean, weighted by parameters, is the target; they are in
-    [0, 1), and within ``min_sparsity`` and ``max_sparsity`` if the allocator has them.
+    There is a sparsity for every layer, in order; their mean, weighted by parameters, is the target; they are in
+    [0, 1), and within ``min_sparsity`` and ``max_sparsity`` if the allocator has these bounds.
 
     Raises:
-        AssertionError: names the promise that is broken.
+        AssertionError: if the contract is violated; names the requirement.
     """
     _require(
         isinstance(allocator, Allocator),
@@ -116,18 +116,18 @@ def check_allocator(allocator: Allocator) -> None:
         _require(list(found) == [layer.name for layer in layers], "sparsities are not of all layers, in their order")
         total = sum(layer.numel for layer in layers)
         mean = sum(found[layer.name] * layer.numel for layer in layers) / total
-        # The budget is kept to far less than one weight: to the rounding of a sum over the weights, in float64.
+        # The budget is met to far less than one weight: to the rounding error of a sum over the weights in float64.
         _require(abs(mean - target) <= total * torch.finfo(torch.float64).eps, f"at {target} the mean is {mean!r}")
         outside = {name: value for name, value in found.items() if not (low <= value <= high and 0 <= value < 1)}
         _require(not outside, f"at {target} sparsities are out of bounds: {outside}")
 
 
 def make_layer(dtype: torch.dtype = torch.float32, order: Tensor | None = None) -> tuple[Tensor, LayerStats, Tensor]:
-    """Return a weight ``[10, 24]``, statistics of its inputs and gradients, and scores; always the same.
+    """Return a deterministic weight ``[10, 24]``, statistics of its inputs and gradients, and scores.
 
     Args:
-        dtype: of the weight; statistics are in float32 or better.
-        order: of the outputs, for the gradients.
+        dtype: dtype of the weight; statistics are in float32 or float64.
+        order: permutation of the outputs, for the gradients; None = none.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator).to(dtype)
@@ -140,19 +140,19 @@ def make_layer(dtype: torch.dtype = torch.float32, order: Tensor | None = None) 
 
 
 def make_layers() -> list[Layer]:
-    """Return twelve layers of three blocks, of four shapes; always the same."""
+    """Return twelve deterministic layers in three blocks, with four shapes."""
     shapes = [(8, 8), (4, 8), (16, 8), (8, 16)] * 3
     weights = [torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k, shape in enumerate(shapes)]
     return [Layer(f"layers.{k}", k // 4, (w.shape[0], w.shape[1]), lambda w=w: w) for k, w in enumerate(weights)]  # type: ignore[misc]
 
 
 def stable(matrix: Tensor, dtype: torch.dtype = torch.float64) -> float:
-    """Return the relative error, in norms, that a backward stable algorithm may make with a matrix."""
+    """Return the bound on the relative error, in norms, of a backward stable algorithm for a matrix."""
     return float(torch.linalg.cond(matrix.double())) * torch.finfo(dtype).eps
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference, relative to that of ``expected``."""
+    """Return the norm of the difference, relative to the norm of ``expected``."""
     whole = float(expected.double().norm())
     return float((actual.double() - expected.double()).norm()) / (whole or 1.0)
 
@@ -173,12 +173,12 @@ def _check_pattern(solver: Solver, pattern: Pattern, dtype: torch.dtype, scored:
 
 
 def _check_allowed(solver: Solver, pattern: Pattern, scored: bool) -> None:
-    """Prune within an earlier, milder pruning, as uneven as the pattern lets it be, by scores of its own."""
+    """Prune within an earlier, milder mask that is as uneven as the pattern permits, selected by independent scores."""
     weight, stats, score = make_layer()
     earlier = NM(3, 4) if isinstance(pattern, NM) else pattern.at(pattern.sparsity - 0.05)
     for seed in range(5):
         scores = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
-        scores[:, -8:] -= 0.0 if isinstance(pattern, NM) else 0.6  # the last columns are nearly empty
+        scores[:, -8:] -= 0.0 if isinstance(pattern, NM) else 0.6  # almost no weights are allowed in the last columns
         allowed = earlier.mask(scores)
         keep = solver.solve(weight, stats, pattern, score if scored else None, allowed).keep
         _require(not bool((keep & ~allowed).any()), f"at {pattern!r} weights that are not allowed are kept")
@@ -196,7 +196,7 @@ def _check_refusals(solver: Solver) -> None:
 
 
 def _observed(allocator: Allocator, layers: Sequence[Layer], target: float) -> list[Layer]:
-    """Show the allocator every block, as the engine does."""
+    """Let the allocator observe every block, as the engine does."""
     if not allocator.needs:
         return list(layers)
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +219,7 @@ def _require(holds: bool, promise: str) -> None:
 
 
 def _require_equal(actual: Tensor, expected: Tensor, stats: LayerStats, promise: str) -> None:
-    """Require two float64 results to be equal but for rounding."""
+    """Require two float64 results to be equal up to rounding."""
     gap, bound = distance(actual, expected), _SOLVES * stable(stats.gram)
     _require(gap <= bound, f"{promise}: apart by {gap:.2g}, and rounding can do {bound:.2g}")
 

@@ -16,7 +16,7 @@ from lit_prune.reporting.report import Recipe
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer that can also prune, analyze and export, and that runs no code out of a checkpoint."""
+    """Lightning's Trainer, extended to prune, analyze and export, and that does not run code from checkpoints."""
 
     recipe: Recipe | None = None
     """Command and configuration that started the run; None if it was not started from the command line."""

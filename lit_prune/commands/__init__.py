@@ -1,1 +1,1 @@
-"""Layer 5: the commands that Lightning's Trainer does not have, one function each."""
+"""Layer 5: commands in addition to those of Lightning's Trainer, one function each."""

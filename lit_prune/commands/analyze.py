@@ -1,4 +1,4 @@
-"""Tell how prunable each layer is."""
+"""Estimate from its spectrum how prunable each layer is."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def analyze(
 ) -> None:
     """Tells how prunable each layer is, from the spectra of the weights; nothing is changed.
 
-    The metric and its mapping are those of the AlphaPruning allocator of the Prune callback, if there is one.
+    The metric and its mapping are taken from the AlphaPruning allocator of the Prune callback, if there is one.
 
     Args:
-        trainer: It may have a Prune callback.
+        trainer: Trainer, optionally with a Prune callback.
         model: The language model.
-        datamodule: Not read.
-        output: Folder to write: analysis.json and plots.
+        datamodule: Not used.
+        output: Folder to write analysis.json and plots to.
         overwrite: Replace the folder if it exists.
-        sparsities: Targets to allocate for.
-        histograms: Shell patterns over layer names: whose spectra are plotted with the fitted tail; none = those of
-            the first block.
+        sparsities: Target sparsities to compute allocations for, in [0, 1).
+        histograms: Shell patterns over layer names: layers whose spectra to plot with the fitted tail; empty = the
+            layers of the first block.
     """
     sparsities, histograms = as_list(sparsities), as_list(histograms)
     if not sparsities:

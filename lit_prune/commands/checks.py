@@ -1,4 +1,4 @@
-"""Checks of a Trainer's settings and of a checkpoint, made before anything is loaded."""
+"""Checks of the Trainer's settings and of a checkpoint, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOT_ZERO = ("val_check_interval", "limit_train_batches")
 
 
 def check_settings(trainer: PruningTrainer) -> None:
-    """Refuse settings of a training that Lightning takes and stumbles over later, or obeys in silence."""
+    """Raise ``InputError`` for invalid training settings that Lightning accepts without an error."""
     least = {
         "accumulate_grad_batches": 1,
         "check_val_every_n_epoch": 1,
@@ -40,7 +40,7 @@ def check_settings(trainer: PruningTrainer) -> None:
 
 
 def check_folders(trainer: PruningTrainer) -> None:
-    """Refuse folders for logs and checkpoints that cannot be made."""
+    """Raise ``InputError`` if a folder for logs or checkpoints cannot be created."""
     folders = {logger.save_dir for logger in trainer.loggers}
     folders |= {trainer.default_root_dir} if trainer.checkpoint_callbacks else set()
     for folder in folders:
@@ -49,7 +49,7 @@ def check_folders(trainer: PruningTrainer) -> None:
 
 
 def check_checkpoint(trainer: PruningTrainer, ckpt_path: str | Path | None, trust: bool) -> bool | None:
-    """Refuse a checkpoint that would run code; return Lightning's ``weights_only``."""
+    """Raise ``InputError`` for a checkpoint that would run code; return Lightning's ``weights_only``."""
     if isinstance(trainer.strategy, (DeepSpeed, FSDP2)):
         trainer.strategy.trusted = trust
     if ckpt_path is None:
@@ -65,13 +65,13 @@ def check_checkpoint(trainer: PruningTrainer, ckpt_path: str | Path | None, trus
         check_is_checkpoint(ckpt_path, trust)
     elif not (trust or isinstance(trainer.strategy, (DeepSpeed, FSDP2))) and isinstance(
         trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)
-    ):  # which do not look through what they load
+    ):  # Lightning's own strategies do not check what they load
         raise InputError(f"ckpt_path is {str(ckpt_path)!r}: give the folder of the checkpoint, or add --trust")
     return not trust
 
 
 def drop_unwritable_logs(trainer: PruningTrainer) -> None:
-    """Go on without loggers whose folder cannot be written: a pruning does not need them."""
+    """Disable logging, with a warning, if a logger's folder is not writable, because pruning does not need it."""
     for logger in trainer.loggers:
         folder = logger.save_dir
         try:

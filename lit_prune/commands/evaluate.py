@@ -1,4 +1,4 @@
-"""Run tasks of lm-evaluation-harness on a model."""
+"""Evaluate a model on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lit_prune.trainer import PruningTrainer
 
 HARNESS = Harness()
-"""How tasks are run unless told otherwise."""
+"""Default settings of lm-evaluation-harness."""
 
 
 def evaluate(
@@ -35,11 +35,11 @@ def evaluate(
     """Runs tasks of lm-evaluation-harness on a model; for its perplexity, see validate and test.
 
     Args:
-        trainer: It says on which device.
+        trainer: Trainer whose device is used.
         model: The language model.
-        datamodule: Not read.
+        datamodule: Not used.
         tasks: Names of tasks or groups of tasks, such as [arc_easy, piqa].
-        harness: How they are run.
+        harness: Settings of lm-evaluation-harness.
         output: JSON file to write the scores to; null = none.
         overwrite: Replace the file if it exists.
     """
@@ -55,6 +55,6 @@ def evaluate(
 
 
 def scores_of_tasks(trainer: PruningTrainer, model: LitCausalLM, tasks: Sequence[str], harness: Harness) -> Scores:
-    """Return the scores of tasks by name."""
+    """Return the scores of each task, by task name."""
     with on_device(trainer, model) as whole:
         return harness.evaluate(whole, model.load_tokenizer(), tasks)

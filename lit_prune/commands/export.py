@@ -1,4 +1,4 @@
-"""Turn a training checkpoint or a pruned folder into a folder to hand on."""
+"""Export a training checkpoint or a pruned folder as a folder to distribute."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def export(
     """Turns a training checkpoint, sharded or not, or a pruned folder into a folder to hand on; masks are verified.
 
     Args:
-        trainer: Its strategy is not used.
+        trainer: Trainer, whose strategy is not used.
         model: The language model that was trained, for architecture, dtype and tokenizer; or a pruned folder.
-        datamodule: Not read.
-        checkpoint: File, or the folder of a sharded checkpoint (FSDP2, DeepSpeed); null = the model as it lies in
-            its folder.
+        datamodule: Not used.
+        checkpoint: Checkpoint file, or the folder of a sharded checkpoint (FSDP2, DeepSpeed); null = export the
+            model as stored in its folder.
         output: Folder to write.
-        to: As transformers saves it (hf), in files of a bounded size (hf-sharded), or kept weights and one bit for
-            each weight (bitmask: smaller, to the same bits; lit_prune.load_model reads it).
-        shard_size: Largest file, for hf-sharded.
+        to: Format: as saved by transformers (hf), in files of limited size (hf-sharded), or the kept weights and one
+            bit per weight (bitmask: smaller, lossless; lit_prune.load_model reads it).
+        shard_size: Maximum file size for hf-sharded, such as 1GB.
         overwrite: Replace the folder if it exists.
         trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
     """

@@ -1,4 +1,4 @@
-"""What the commands share: a model on its device, tables and names of written files on the screen."""
+"""Helpers shared by the commands: place a model on its device, print tables and names of written files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def on_device(trainer: PruningTrainer, model: LitCausalLM) -> Iterator[nn.Module
 
 
 def show(trainer: PruningTrainer, tables: Sequence[Table], folder: Path) -> None:
-    """Print tables, and the name of every file in ``folder``."""
+    """Print tables and the path of every file in ``folder``."""
     console = Console(quiet=trainer.quiet)
     console.print(*tables)
     for file in sorted(folder.iterdir()):
@@ -37,6 +37,6 @@ def show(trainer: PruningTrainer, tables: Sequence[Table], folder: Path) -> None
 
 
 def refuse_lazy(model: LitCausalLM, stage: str) -> None:
-    """Raise ``InputError`` for an offloaded model."""
+    """Raise ``InputError`` if the model is offloaded to disk."""
     if model.lazy is not None:
         raise InputError(f"model.lazy is {model.lazy!r}: {stage} needs the model whole; leave it out")

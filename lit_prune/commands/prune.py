@@ -1,4 +1,4 @@
-"""Prune a model once: evaluate, prune, evaluate, save."""
+"""Prune a model once: evaluate, prune, evaluate again, and save."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def prune(
     """Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.
 
     Args:
-        trainer: It has a Prune callback.
+        trainer: Trainer with a Prune callback.
         model: The language model.
-        datamodule: Calibration and test text.
+        datamodule: Data module with the calibration and test text.
         output: Folder to write.
         overwrite: Replace the folder if it exists.
-        resume: Go on with a run that was stopped, from its finished blocks, if there are any (auto), or begin anew
-            without them (never); null = refuse to begin if there are any.
-        tasks: Tasks of lm-evaluation-harness, to be run before and after; none = the perplexity alone.
-        harness: How they are run.
-        prompts: Beginnings that the model goes on from, before and after, for the report.
+        resume: Resume an interrupted run from its finished blocks, if there are any (auto), or discard them and
+            restart (never); null = raise an error if there are any.
+        tasks: Tasks of lm-evaluation-harness to run before and after pruning; empty = only the perplexity.
+        harness: Settings of lm-evaluation-harness.
+        prompts: Prompts that the model continues before and after pruning, for the report.
     """
     callback = find_prune(trainer)
     _check_trainer(trainer)
@@ -76,14 +76,14 @@ def prune(
     if tasks:
         harness.check(tasks)
     batches = datamodule.calibration_batches() if callback.plan.needs_data else []
-    datamodule.setup("test")  # texts that cannot be read are found out before the model is loaded
+    datamodule.setup("test")  # raises for an unreadable text before the model is loaded
     with claimed(folder) if trainer.is_global_zero else nullcontext():
-        model.configure_model()  # which drops the changed blocks that an earlier run left in model.lazy
+        model.configure_model()  # drops the changed blocks of an earlier run in model.lazy
         copies = 3 if model.lazy else 2  # the folder, the journal, changed blocks
         check_space(folder, model.model, copies, replaced=journal if resume == "auto" else None)
         spectra = spectra_of(model.model, callback.plan.find_targets(model.model)[1], callback.plan.allocator)
         tokenizer = model.load_tokenizer()
-        prompts = () if model.lazy else prompts  # every token would read the whole model
+        prompts = () if model.lazy else prompts  # every token would read the whole model from disk
         evaluated = partial(_evaluated, trainer, model, datamodule, tasks, harness, prompts)
 
         before = evaluated()
@@ -117,7 +117,7 @@ def prune(
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """How good a model is."""
+    """Evaluation of a model."""
 
     perplexity: float
     scores: Scores
@@ -157,7 +157,7 @@ def _check_prompts(prompts: Sequence[str]) -> None:
 
 @contextmanager
 def _resumable(trainer: PruningTrainer, journal: Path) -> Iterator[None]:
-    """Say how to go on if a signal or the disk stops a run that has a journal."""
+    """Add advice on resuming to the error if a signal or a full disk stops a run with a journal."""
     advice = f"; finished blocks are kept in {str(journal)!r}: go on with the same command and --resume auto"
     try:
         with stopping_on_signals():
@@ -166,12 +166,12 @@ def _resumable(trainer: PruningTrainer, journal: Path) -> Iterator[None]:
         raise DiskError(f"{error}{advice}") from error
     except Interrupted as stop:
         if trainer.world_size > 1 and trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # processes that wait for this one
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # processes that would wait for this one forever
         raise Interrupted(stop.number, advice) from None
 
 
 def _read_by(model: LitCausalLM, datamodule: TextDataModule, plan: PruningPlan) -> list[str]:
-    """Return the names of what a pruning reads; some may be of the hub."""
+    """Return the names of the files, folders and hub repositories that a pruning run reads."""
     files = [getattr(plan.allocator, name, None) for name in ("path", "values")]
     texts = [*datamodule.sources.values(), datamodule.calibration, datamodule.tokenizer]
     return [name for name in (model.pretrained, model.lazy, *texts, *files) if name]

@@ -1,4 +1,4 @@
-"""Time the layers of a pruned model, dense and sparse."""
+"""Time the layers of a pruned model in dense and sparse form."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def speed(
     """Times one layer of each shape, with its zeros multiplied and in a sparse form of torch, on this machine.
 
     Args:
-        trainer: It says on which device.
-        model: A pruned folder, in the dtype that it will run in.
-        datamodule: Not read.
-        tokens: Rows of the input: 1 is generation one token at a time, hundreds are a prompt.
-        output: JSON file to write the figures to; null = none.
+        trainer: Trainer whose device is used.
+        model: A pruned folder, in the dtype to be used for inference.
+        datamodule: Not used.
+        tokens: Numbers of input rows to time: 1 as in generation, token by token; hundreds as in a prompt.
+        output: JSON file to write the timings to; null = none.
         overwrite: Replace the file if it exists.
     """
     refuse_lazy(model, "speed")

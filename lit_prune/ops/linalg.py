@@ -1,4 +1,4 @@
-"""Factorisations of damped Gram matrices. A matrix that stays singular raises with the numbers; nothing falls back."""
+"""Factorisations of damped Gram matrices. A singular matrix raises an error with the numbers; there is no fallback."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def check_damping(damping: float) -> float:
 def damp(gram: Tensor, damping: float) -> Tensor:
     """Add ``damping * mean(diag)`` to the diagonal of ``gram`` ``[i, i]``, in place, and return it.
 
-    An input that was always zero (a dead input) gets 1 on its diagonal first, as in the SparseGPT reference: nothing is
-    known about it, and its weights are free to go.
+    The diagonal of an input that was always zero (a dead input) is first set to 1, as in the SparseGPT reference:
+    nothing is known about it, and its weights can be pruned at no cost.
     """
     diagonal = gram.diagonal()
     diagonal[diagonal == 0] = 1.0
@@ -31,9 +31,9 @@ def damp(gram: Tensor, damping: float) -> Tensor:
 
 
 def add_upper_gram(total: Tensor, rows: Tensor) -> Tensor:
-    """Add ``rowsᵀ rows`` to ``total`` ``[i, i]`` from the diagonal up, in place, and return it; see ``mirror``.
+    """Add the upper triangle of ``rowsᵀ rows`` to ``total`` ``[i, i]`` in place, and return it; see ``mirror``.
 
-    That is little more than half of the work. It is done by bands, and the square that a band begins with is whole.
+    This is little more than half of the work. It is done in bands; the diagonal block of each band is computed in full.
     """
     for band in _bands(len(total)):
         total[band, band.start :].addmm_(rows[:, band].T, rows[:, band.start :])
@@ -41,20 +41,20 @@ def add_upper_gram(total: Tensor, rows: Tensor) -> Tensor:
 
 
 def mirror(total: Tensor) -> Tensor:
-    """Copy what ``add_upper_gram`` has added to the other side of the diagonal, in place, and return it."""
+    """Copy the upper triangle of ``add_upper_gram`` to the lower triangle, in place, and return the matrix."""
     for band in _bands(len(total)):
         total[band.stop :, band] = total[band, band.stop :].T
     return total
 
 
 def _bands(size: int) -> list[slice]:
-    """Return the bands of a matrix: 1.5 to 2 times as fast as the whole product on CPUs, from 576 to 5,632 columns."""
+    """Return the bands of a matrix; 1.5 to 2 times as fast as the full product on CPUs, from 576 to 5,632 columns."""
     width = max(128, size // 8)
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
 def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
-    """Return the upper triangular ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``, in the memory of ``gram``.
+    """Return the upper triangular ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``, in place of ``gram``.
 
     One Cholesky factorisation and one triangular inverse: with ``J`` the reversal of rows, ``J G J = L Lᵀ`` gives
     ``G = R Rᵀ`` for the upper triangular ``R = J L J``, so ``U = R⁻¹``. No inverse of G is ever formed.
@@ -69,7 +69,7 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     diagonal = gram.diagonal().clone()
     matrix = _turn(damp(gram, damping))
     info = torch.empty((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(matrix.T, out=(matrix.T, info))  # by columns, as LAPACK has it: this makes no copy
+    torch.linalg.cholesky_ex(matrix.T, out=(matrix.T, info))  # column-major, as in LAPACK, so no copy is made
     if info.item() or not matrix.diagonal().isfinite().all():
         raise NumericalError(
             f"the Gram matrix [{gram.shape[0]}, {gram.shape[0]}] is not positive definite at damping {damping:g} "
@@ -80,7 +80,7 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
 
 
 def _invert_upper(matrix: Tensor) -> Tensor:
-    """Replace an upper triangular matrix by its inverse, band by band from the left, and return it."""
+    """Invert an upper triangular matrix in place, band by band from the left, and return it."""
     for band in _bands(len(matrix)):
         above, corner = matrix[: band.start, band], matrix[band, band]
         inverse = torch.linalg.solve_triangular(
@@ -92,7 +92,7 @@ def _invert_upper(matrix: Tensor) -> Tensor:
 
 
 def _turn(matrix: Tensor) -> Tensor:
-    """Reverse the order of the rows and that of the columns, in place, and return the matrix."""
+    """Reverse the order of the rows and of the columns, in place, and return the matrix."""
     values, at_once = matrix.view(-1), 2**20
     for start in range(0, len(values) // 2, at_once):
         stop = min(start + at_once, len(values) // 2)
@@ -107,11 +107,11 @@ class NormalisedGram(NamedTuple):
     """A damped Gram matrix at unit input norms, ``H = XᵀX / (n nᵀ) + damping * mean(diag) I``, and its ``eigh``."""
 
     gram: Tensor
-    """``H`` ``[i, i]``."""
+    """Normalised and damped Gram matrix ``H``, ``[i, i]``."""
     eigenvalues: Tensor
-    """``[i]``, ascending."""
+    """Eigenvalues ``[i]``, ascending."""
     eigenvectors: Tensor
-    """``[i, i]``, one per column."""
+    """Eigenvectors ``[i, i]``, one per column."""
 
     @classmethod
     def of(cls, gram: Tensor, norm: Tensor, damping: float) -> NormalisedGram:
@@ -128,11 +128,11 @@ class NormalisedGram(NamedTuple):
         return cls(matrix, *torch.linalg.eigh(matrix))
 
     def to(self, like: Tensor) -> NormalisedGram:
-        """Return it with the dtype and on the device of ``like``."""
+        """Return a copy with the dtype and on the device of ``like``."""
         return NormalisedGram(*(tensor.to(like) for tensor in self))
 
     def solve(self, rows: Tensor, rho: float) -> Tensor:
-        """Return ``rows (H + rho I)⁻¹`` for ``rows`` ``[o, i]``, by way of the inverse if that is less work."""
+        """Return ``rows (H + rho I)⁻¹`` for ``rows`` ``[o, i]``, using the explicit inverse if that is less work."""
         scale = 1 / (self.eigenvalues + rho)
         if len(rows) > len(self.gram):
             return rows @ ((self.eigenvectors * scale) @ self.eigenvectors.T)
@@ -140,18 +140,18 @@ class NormalisedGram(NamedTuple):
 
 
 def conjugate_gradient(gram: Tensor, dense: Tensor, start: Tensor, keep: Tensor, steps: int) -> Tensor:
-    """Improve each row towards the least squares on its support: min ``(w - d) G (w - d)ᵀ`` with w zero off it.
+    """Improve each row towards the least-squares solution on its support: min ``(w - d) G (w - d)ᵀ``, w zero outside.
 
     Args:
-        gram: ``G`` ``[i, i]``, positive definite.
-        dense: ``d`` ``[o, i]``.
-        start: ``[o, i]``, zero outside ``keep``.
-        keep: ``[o, i]`` bool, the support of each row.
-        steps: conjugate-gradient steps with the diagonal as preconditioner; each costs one product with ``G``.
+        gram: Gram matrix ``G`` ``[i, i]``, positive definite.
+        dense: dense weight ``d`` ``[o, i]``.
+        start: initial weight ``[o, i]``, zero outside ``keep``.
+        keep: keep mask ``[o, i]`` bool, the support of each row.
+        steps: number of conjugate-gradient steps with a diagonal preconditioner; each costs one product with ``G``.
     """
     solution = start
     residual = keep_only((dense - start) @ gram, keep)
-    tiny = torch.finfo(gram.dtype).tiny  # an input that is never there, and a row that is solved, take steps of zero
+    tiny = torch.finfo(gram.dtype).tiny  # zero steps for dead inputs and for solved rows
     inverse_diagonal = 1 / gram.diagonal().clamp_min(tiny)
     direction = residual * inverse_diagonal
     size = (residual * direction).sum(1, keepdim=True)
@@ -167,7 +167,7 @@ def conjugate_gradient(gram: Tensor, dense: Tensor, start: Tensor, keep: Tensor,
 
 
 def relative_output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """Return ``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` from the Gram matrix ``XᵀX`` (0 for a layer without any output)."""
+    """Return ``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` from the Gram matrix ``XᵀX`` (0 if all outputs are zero)."""
     dense = weight.to(gram.dtype)
     change = pruned.to(gram.dtype) - dense
     error = ((change @ gram) * change).sum(dtype=torch.float64)
@@ -178,7 +178,7 @@ def relative_output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float
 def relative_token_errors(outputs: Tensor, dense: Tensor) -> Tensor:
     """Return ``||output_t - dense_t||² / ||dense_t||²`` of every token ``[...]``, in float32, from ``[..., hidden]``.
 
-    Relative by token, for a few tokens with massive activations would outweigh all others.
+    Relative per token, because a few tokens with massive activations would otherwise dominate.
     """
     dense = dense.float()
     scale = dense.square().sum(-1).clamp_min(torch.finfo(dense.dtype).tiny)

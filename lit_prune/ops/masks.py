@@ -1,4 +1,4 @@
-"""Sparsity patterns and the keep masks they select. True = kept, everywhere."""
+"""Sparsity patterns and the keep masks that they select. In every mask, True = kept."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Group = Literal["row", "matrix"]
 
 
 class Pattern(ABC):
-    """Which positions of a weight ``[o, i]`` may be zero, and how many of them."""
+    """Base class of sparsity patterns: the permitted positions and the number of zeros in a weight ``[o, i]``."""
 
     sparsity: float
     """Fraction of the weights that the pattern removes, in [0, 1)."""
 
     @abstractmethod
     def at(self, sparsity: float) -> Pattern:
-        """Return the same kind of pattern at another sparsity (for N:M, the nearest N)."""
+        """Return a pattern of the same kind at another sparsity (for N:M, the nearest N)."""
 
     @abstractmethod
     def check(self, shape: tuple[int, int] | torch.Size, layer: str = "the layer") -> None:
-        """Raise ``InputError`` if a weight of this shape cannot have the pattern."""
+        """Raise ``InputError`` if the pattern is not applicable to a weight of this shape."""
 
     @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
         """Return the keep mask ``[o, i]`` (bool) of the largest scores ``[o, i]``; counts are exact."""
 
     def grouped(self, default: Group) -> Pattern:
-        """Return the pattern with ``default`` as the comparison group, if the user named none."""
+        """Return the pattern with ``default`` as the comparison group, unless the user named one."""
         return self
 
 
@@ -51,10 +51,10 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
 @final
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Any weight may go: exactly ``round(sparsity * o * i)`` of a weight ``[o, i]``.
+    """Unstructured sparsity: exactly ``round(sparsity * o * i)`` zeros anywhere in a weight ``[o, i]``.
 
-    By row, the rows' counts add up to that and differ by at most one: the rows whose next score is the smallest lose
-    one weight more than the others.
+    With ``group: row``, the counts of the rows sum to this number and differ by at most one: the rows whose next score
+    is smallest lose one weight more than the others.
 
     .. code-block:: yaml
 
@@ -64,8 +64,8 @@ class Unstructured(Pattern):
     sparsity: float
     """Fraction of the weights to remove, in [0, 1)."""
     group: Group | None = None
-    """Which weights compete: those of one output (``row``), or all of the ``matrix``; null = the group that the method
-    is used to: rows for Wanda and GBLM, the matrix for the others."""
+    """Comparison group: the weights of one output (``row``), or of the whole ``matrix``; null = the method's default:
+    rows for Wanda and GBLM, the matrix for the others."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -74,18 +74,18 @@ class Unstructured(Pattern):
             raise InputError(f"group is {self.group!r}: it must be 'row', 'matrix' or null")
 
     def at(self, sparsity: float) -> Unstructured:
-        """Return the same grouping at another sparsity."""
+        """Return a copy at another sparsity, with the same group."""
         return Unstructured(sparsity, self.group)
 
     def grouped(self, default: Group) -> Unstructured:
-        """Return the pattern with ``default`` where ``group`` is None."""
+        """Return a copy with ``default`` as the group if ``group`` is None."""
         return Unstructured(self.sparsity, self.group or default)
 
     def check(self, shape: tuple[int, int] | torch.Size, layer: str = "the layer") -> None:
-        """Accept every shape: any weight can be pruned by rank."""
+        """Accept every shape."""
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Select by rank, never by a threshold that ties could overshoot."""
+        """Return the keep mask by rank, not by a threshold, so that ties do not change the count."""
         if self.group != "row":
             return drop_smallest(scores.reshape(1, -1), round(self.sparsity * scores.numel())).reshape(scores.shape)
         fewest, more = divmod(round(self.sparsity * scores.numel()), len(scores))
@@ -106,9 +106,9 @@ class NM(Pattern):
     """
 
     keep: int
-    """Weights kept in each run, from 1 to ``of``."""
+    """Number of weights to keep in each run, from 1 to ``of``."""
     of: int
-    """Length of a run of consecutive inputs; it must divide the layer's inputs."""
+    """Length of a run of consecutive inputs; must divide the layer's number of inputs."""
     sparsity: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -120,11 +120,11 @@ class NM(Pattern):
         object.__setattr__(self, "sparsity", 1 - self.keep / self.of)
 
     def at(self, sparsity: float) -> NM:
-        """Return the N:M with the same M whose sparsity is nearest, with at least one weight kept."""
+        """Return the pattern with the same M and the nearest sparsity, keeping at least one weight per run."""
         return NM(max(1, round((1 - check_sparsity(sparsity)) * self.of)), self.of)
 
     def check(self, shape: tuple[int, int] | torch.Size, layer: str = "the layer") -> None:
-        """Raise if M does not divide the inputs."""
+        """Raise ``InputError`` if M does not divide the number of inputs."""
         if shape[1] % self.of:
             raise InputError(
                 f"{self.keep}:{self.of} needs inputs divisible by {self.of}, and {layer} has {shape[1]}: "
@@ -132,20 +132,20 @@ class NM(Pattern):
             )
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Keep the ``keep`` largest scores of every run."""
+        """Return the keep mask of the ``keep`` largest scores in every run."""
         self.check(scores.shape)
         runs = scores.reshape(-1, self.of)
         return drop_smallest(runs, self.of - self.keep).reshape(scores.shape)
 
 
 def drop_smallest(groups: Tensor, count: int) -> Tensor:
-    """Return the keep mask of ``groups`` ``[g, n]`` that drops exactly ``count`` of the smallest of each group."""
+    """Return the keep mask of ``groups`` ``[g, n]`` that drops exactly the ``count`` smallest of each group."""
     if not count:
         return torch.ones_like(groups, dtype=torch.bool)
     largest_dropped = _kth_smallest(groups, count)
-    keep = (groups <= largest_dropped).logical_not_()  # NaN stays, so that whoever solves next comes across it
+    keep = (groups <= largest_dropped).logical_not_()  # NaN is kept, so that the solver detects it
     missing = groups.shape[1] - count - keep.sum(1, keepdim=True)
-    if missing.any():  # of those that tie with it, the last ones stay
+    if missing.any():  # among ties with it, keep the last ones
         ties = groups == largest_dropped
         keep |= ties & (ties.sum(1, keepdim=True) - ties.cumsum(1) < missing)
     return keep
@@ -156,15 +156,15 @@ def _kth_smallest(groups: Tensor, k: int) -> Tensor:
     groups = groups.detach()
     if groups.device.type != "cpu":
         return groups.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
-    # NumPy's partition is ten times as fast as torch's topk and kthvalue; it knows no bfloat16.
+    # NumPy's partition is ten times as fast as torch's topk and kthvalue, but does not support bfloat16.
     values = groups if groups.dtype in (torch.float32, torch.float64) else groups.float()
     return torch.from_numpy(np.partition(values.numpy(), k - 1, axis=1)[:, k - 1 : k]).to(groups.dtype)
 
 
 def drop_smallest_each(groups: Tensor, counts: Tensor) -> Tensor:
-    """Return the keep mask of ``groups`` ``[g, n]`` that drops ``counts`` ``[g]`` of the smallest of each group.
+    """Return the keep mask of ``groups`` ``[g, n]`` that drops the ``counts`` ``[g]`` smallest of each group.
 
-    Counts that differ by more than one are slower: all groups are sorted.
+    If the counts differ by more than one, all groups are sorted, which is slower.
     """
     fewest, most = int(counts.min()), int(counts.max())
     if fewest == most:
@@ -182,12 +182,12 @@ def drop_smallest_each(groups: Tensor, counts: Tensor) -> Tensor:
 
 
 def only(allowed: Tensor | None, scores: Tensor) -> Tensor:
-    """Return ``scores`` with ``-inf`` where a weight may not be kept (``allowed`` bool; None = any may)."""
+    """Return ``scores`` with ``-inf`` for weights that are not ``allowed`` (bool; None = all are)."""
     return scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
 
 
 def check_allowed(allowed: Tensor | None, pattern: Pattern, shape: Sequence[int]) -> None:
-    """Raise ``InputError`` if fewer weights may be kept than ``pattern`` keeps, in the whole or in a group."""
+    """Raise ``InputError`` if fewer weights are allowed than ``pattern`` keeps, in total or in a group."""
     if allowed is None:
         return
     if tuple(allowed.shape) != tuple(shape):
@@ -200,15 +200,15 @@ def check_allowed(allowed: Tensor | None, pattern: Pattern, shape: Sequence[int]
 
 
 def select(scores: Tensor, pattern: Pattern, allowed: Tensor | None = None) -> Tensor:
-    """Return the keep mask (bool ``[o, i]``) that ``pattern`` gives to ``scores`` (``[o, i]``, larger = keep).
+    """Return the keep mask (bool ``[o, i]``) that ``pattern`` selects by ``scores`` (``[o, i]``, larger = keep).
 
-    Only weights that are ``allowed`` (bool ``[o, i]``; None = any) are kept.
+    Only weights that are ``allowed`` (bool ``[o, i]``; None = all) are kept.
 
     >>> select(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), NM(2, 4))
     tensor([[ True, False, False,  True]])
 
     Raises:
-        InputError: if the scores are not a matrix, hold NaN, or have a shape that the pattern cannot have.
+        InputError: if the scores are not a matrix, contain NaN, or have a shape that the pattern does not support.
     """
     if scores.dim() != 2:
         raise InputError(f"scores have the shape {tuple(scores.shape)}: a matrix [outputs, inputs] is needed")
@@ -221,21 +221,22 @@ def select(scores: Tensor, pattern: Pattern, allowed: Tensor | None = None) -> T
 
 @dataclass(frozen=True)
 class PackedMask:
-    """A keep mask at one bit per weight.
+    """A keep mask packed to one bit per weight.
 
     Attributes:
         bits: uint8 ``[ceil(n / 8)]``; bit ``k`` (least significant first) of byte ``b`` is weight ``8 b + k``.
-        shape: the mask's shape.
+        shape: shape of the mask.
 
     Raises:
-        InputError: if the bits are not uint8, or not as many as the shape needs; masks are read from strangers' files.
+        InputError: if the bits are not uint8, or their number does not match the shape; masks may come from untrusted
+            files.
     """
 
     bits: Tensor
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Refuse bits that do not fit the shape, before anything of that size is allocated."""
+        """Raise ``InputError`` if the bits do not match the shape, before anything of that size is allocated."""
         shape = self.shape
         if not (isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)):
             raise InputError(f"a mask has the shape {shape!r}: a tuple of sizes, 0 or more, is needed")
@@ -258,11 +259,11 @@ class PackedMask:
         return cls((flat << _bit_positions(keep.device)).sum(1, dtype=torch.uint8), tuple(keep.shape))
 
     def to(self, device: torch.device | str) -> PackedMask:
-        """Return it on another device."""
+        """Return a copy on another device."""
         return PackedMask(self.bits.to(device), self.shape)
 
     def unpack(self) -> Tensor:
-        """Return the bool mask."""
+        """Return the mask as a bool tensor."""
         eights = _eight_bools(self.bits.device).index_select(0, self.bits.int())
         return eights.view(torch.bool)[: torch.Size(self.shape).numel()].reshape(self.shape)
 
@@ -284,17 +285,17 @@ def sparsity_of(masks: Iterable[PackedMask]) -> float:
 
 
 def keep_only(values: Tensor, keep: Tensor) -> Tensor:
-    """Return ``values`` (of any float type) with exact zeros where ``keep`` (bool, of their shape) is False.
+    """Return ``values`` (any float dtype) with exact zeros where ``keep`` (bool, same shape) is False.
 
-    NaN and infinities go too. Whole words are masked, because on CPUs a choice for every element takes ten times as
-    long.
+    NaN and infinities are zeroed too. Masks whole words bitwise, because element-wise selection takes ten times as long
+    on CPUs.
     """
     words = values.view(_WORDS[values.element_size()])
-    return (words & -keep.view(torch.int8)).view(values.dtype)  # True is 1, and -1 has all bits
+    return (words & -keep.view(torch.int8)).view(values.dtype)  # True is 1, and -1 has all bits set
 
 
 def restored_masks(bits: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, PackedMask]:
-    """Return the masks of a callback's state, in which bits and shapes are apart, by name."""
+    """Return the masks by name from a callback's state, which stores bits and shapes separately."""
     return {name: PackedMask(values, tuple(shapes[name])) for name, values in bits.items()}
 
 
@@ -307,7 +308,7 @@ def _bit_positions(device: torch.device) -> Tensor:
 
 @cache
 def _eight_bools(device: torch.device) -> Tensor:
-    """Return the eight bools of every byte, viewed as one int64 ``[256]`` each, so that one look-up copies eight."""
+    """Return the eight bools of every byte, viewed as int64 ``[256]``, so that one look-up copies eight values."""
     with torch.inference_mode(False):
         values = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1)
         return ((values >> _bit_positions(device)) & 1).view(torch.int64).flatten()

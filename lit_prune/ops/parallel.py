@@ -1,4 +1,4 @@
-"""Many small factorisations at once: each on one core, in place of one after the other on all of them."""
+"""Parallel execution of many small factorisations, each on one core."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Result = TypeVar("Result")
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield ``function(item)`` for every item, in order, worked out on as many threads as torch uses.
+    """Yield ``function(item)`` for every item, in order, computed on as many threads as torch uses.
 
-    LAPACK gains little from a second core on matrices of a few hundred rows, and much from a second matrix.
+    For matrices of a few hundred rows, LAPACK gains little from a second core per matrix, and much from processing
+    matrices in parallel.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The dtype in which a weight is worked on."""
+"""The dtype in which weights are processed."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def working(weight: Tensor) -> Tensor:
-    """Return the weight in float32, or in float64 if it is that already; the weight itself is never changed."""
+    """Return the weight in float32, or unchanged if it is float64; the argument is not modified."""
     return weight.detach() if weight.dtype == torch.float64 else weight.detach().float()

@@ -1,6 +1,6 @@
-"""The eigenvalue spectrum (ESD) of a weight, and the metrics of its shape.
+"""Eigenvalue spectrum (ESD) of a weight, and metrics of its shape.
 
-A heavy tail, so a small alpha, is the mark of a layer that has learnt much; AlphaPruning takes less from it.
+A heavy tail, that is, a small alpha, indicates a well-trained layer, which AlphaPruning prunes less.
 Martin & Mahoney, "Implicit Self-Regularization in Deep Neural Networks", 2021; Lu et al., "AlphaPruning", 2024.
 """
 
@@ -17,16 +17,16 @@ from lit_prune.ops.linalg import add_upper_gram
 
 _BINS = 100
 _CHUNK = 1 << 22
-"""Candidates times eigenvalues that are looked at together."""
+"""Maximum product of the numbers of candidates and eigenvalues to process at once."""
 
 
 class PowerLaw(NamedTuple):
-    """A power law ``p(λ) ~ λ^-alpha`` fitted to the eigenvalues from ``lambda_min`` up."""
+    """A power law ``p(λ) ~ λ^-alpha`` fitted to the eigenvalues of at least ``lambda_min``."""
 
     alpha: float
     """Exponent, by Hill's estimator ``1 + n / Σ ln(λ_i / λ_min)``."""
     lambda_min: float
-    """Where the tail begins."""
+    """Smallest eigenvalue of the tail."""
     distance: float
     """Kolmogorov-Smirnov distance between the tail and the fit."""
     tail: int
@@ -34,10 +34,10 @@ class PowerLaw(NamedTuple):
 
 
 def eigenvalues(weight: Tensor) -> Tensor:
-    """Return the eigenvalues of ``WᵀW`` or, where smaller, ``WWᵀ``: ``[min(o, i)]`` float64 on the CPU, ascending.
+    """Return the eigenvalues of ``WᵀW`` or, if smaller, ``WWᵀ``: ``[min(o, i)]`` float64 on the CPU, ascending.
 
-    Squaring a matrix halves the digits of its small singular values, so the product is formed in float64. Values that
-    are zero but for rounding are left out.
+    Squaring a matrix halves the number of accurate digits of its small singular values, so the product is computed in
+    float64. Values that are zero up to rounding are omitted.
 
     Raises:
         NumericalError: if the weight is zero, or not finite.
@@ -45,9 +45,9 @@ def eigenvalues(weight: Tensor) -> Tensor:
     matrix = weight.detach().double()
     rows = matrix.T if len(matrix) <= matrix.shape[1] else matrix
     gram = add_upper_gram(rows.new_zeros(rows.shape[1], rows.shape[1]), rows)
-    if not gram.diagonal().isfinite().all():  # the diagonal bounds all the others
+    if not gram.diagonal().isfinite().all():  # the diagonal bounds all other entries
         raise NumericalError(f"the weight [{weight.shape[0]}, {weight.shape[1]}] holds NaN or Inf")
-    values = torch.linalg.eigvalsh(gram, UPLO="U").cpu()  # LAPACK takes longer over the lower half
+    values = torch.linalg.eigvalsh(gram, UPLO="U").cpu()  # LAPACK is slower with the lower triangle
     values = values[values > values[-1] * len(values) * torch.finfo(values.dtype).eps]
     if not len(values):
         raise NumericalError(f"the weight [{weight.shape[0]}, {weight.shape[1]}] is all zero: it has no spectrum")
@@ -57,9 +57,9 @@ def eigenvalues(weight: Tensor) -> Tensor:
 def windowed_eigenvalues(weight: Tensor, fraction: float = 0.5) -> Tensor:
     """Return the pooled eigenvalues of square windows of the weight, ascending.
 
-    A matrix's aspect ratio bends its spectrum whatever it has learnt; windows of one shape take that away (FARMS, Hu et
-    al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias", 2025). Windows are as wide as
-    ``fraction`` of the matrix's shorter side and overlap by half or a little more.
+    The aspect ratio of a matrix biases its spectrum regardless of training; windows of one shape remove that bias
+    (FARMS, Hu et al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias", 2025). The side of a
+    window is ``fraction`` times the matrix's shorter side, and windows overlap by half or slightly more.
     """
     side = max(2, round(min(weight.shape) * fraction))
     rows, columns = (_window_starts(length, side) for length in weight.shape)
@@ -68,7 +68,7 @@ def windowed_eigenvalues(weight: Tensor, fraction: float = 0.5) -> Tensor:
 
 
 def _window_starts(length: int, side: int) -> list[int]:
-    """Return evenly spread starts of windows that cover ``length`` and overlap by at least half."""
+    """Return evenly spaced starts of windows that cover ``length`` and overlap by at least half."""
     if length <= side:
         return [0]
     count = -(-2 * (length - side) // side) + 1
@@ -76,7 +76,7 @@ def _window_starts(length: int, side: int) -> list[int]:
 
 
 def fit_power_law(values: Tensor, candidates: Tensor) -> PowerLaw:
-    """Fit the tail from each candidate up, and return the fit with the smallest Kolmogorov-Smirnov distance.
+    """Fit the tail that starts at each candidate, and return the fit with the smallest Kolmogorov-Smirnov distance.
 
     The distance is ``max_k |1 - (λ_k / λ_min)^(1 - alpha) - k / n|`` over the tail's ``n`` eigenvalues, k = 0 … n - 1.
 
@@ -85,13 +85,13 @@ def fit_power_law(values: Tensor, candidates: Tensor) -> PowerLaw:
         candidates: ascending indices of possible ``λ_min``.
 
     Raises:
-        NumericalError: if no candidate leaves a tail of different values, as in a flat spectrum.
+        NumericalError: if no candidate has a tail of distinct values, as in a flat spectrum.
     """
     logs = values.double().log()
     total = len(logs)
     tails = total - candidates
     sums = logs.flip(0).cumsum(0).flip(0)[candidates] - tails * logs[candidates]
-    fits = sums > tails * 1e-12  # a flat tail has no exponent
+    fits = sums > tails * 1e-12  # the exponent of a flat tail is undefined
     candidates, tails, sums = candidates[fits], tails[fits], sums[fits]
     if not len(candidates):
         raise _no_tail(total)
@@ -117,7 +117,7 @@ def _chunks(candidates: Tensor, size: int) -> list[tuple[Tensor, slice]]:
 
 
 def _distances(logs: Tensor, candidates: Tensor, alphas: Tensor) -> Tensor:
-    """Return the Kolmogorov-Smirnov distance of each candidate ``[c]``."""
+    """Return the Kolmogorov-Smirnov distance ``[c]`` of each candidate."""
     index = torch.arange(len(logs), device=logs.device)
     first = int(candidates[0])
     rank = (index[first:] - candidates[:, None]) / (len(logs) - candidates[:, None])
@@ -128,8 +128,9 @@ def _distances(logs: Tensor, candidates: Tensor, alphas: Tensor) -> Tensor:
 def alpha_peak(values: Tensor, as_released: bool = False) -> PowerLaw:
     """Fit with ``λ_min`` near the peak of the histogram of ``log10 λ`` (100 bins): 0.95 to 1.5 times its left edge.
 
-    Where no eigenvalue but the largest lies in that window, the first one from the peak's edge up is the candidate.
-    ``as_released`` keeps the published code's lower bound, which compares 0.95 times the logarithm with an eigenvalue.
+    If no eigenvalue other than the largest is in that window, the first one at or above the peak's edge is the
+    candidate. ``as_released`` uses the published code's lower bound, which compares 0.95 times the logarithm with an
+    eigenvalue.
     """
     logs = values.log10().float()  # the reference's histogram is in float32
     if logs[0] == logs[-1]:
@@ -138,7 +139,7 @@ def alpha_peak(values: Tensor, as_released: bool = False) -> PowerLaw:
     left = torch.linspace(logs[0].item(), logs[-1].item(), _BINS + 1)[int(counts.argmax())].item()
     low = 0.95 * left if as_released else 0.95 * 10**left
     inside = (values > low) & (values < 1.5 * 10**left)
-    inside[-1] = False  # a tail of one has no exponent
+    inside[-1] = False  # the exponent of a single-value tail is undefined
     if not inside.any():
         inside[int(torch.searchsorted(values, 10**left).clamp(max=len(values) - 2))] = True
     return fit_power_law(values, inside.nonzero().flatten())
@@ -150,22 +151,22 @@ def alpha_mid(values: Tensor) -> PowerLaw:
 
 
 def alpha_full(values: Tensor) -> PowerLaw:
-    """Fit with every eigenvalue but the largest as a candidate."""
+    """Fit with every eigenvalue except the largest as a candidate."""
     return fit_power_law(values, torch.arange(len(values) - 1))
 
 
 def spectral_norm(values: Tensor) -> float:
-    """Largest singular value."""
+    """Return the largest singular value."""
     return values[-1].sqrt().item()
 
 
 def stable_rank(values: Tensor) -> float:
-    """``Σ λ / λ_max``: in how many directions the weight is about as strong as in its strongest."""
+    """Return ``Σ λ / λ_max``, the effective number of directions with about the largest singular value."""
     return (values.sum() / values[-1]).item()
 
 
 def entropy(values: Tensor) -> float:
-    """Shannon entropy of ``λ / Σ λ``, as a fraction of that of a flat spectrum."""
+    """Return the Shannon entropy of ``λ / Σ λ``, as a fraction of the entropy of a flat spectrum."""
     if len(values) == 1:
         return 0.0
     shares = values / values.sum()
@@ -173,12 +174,12 @@ def entropy(values: Tensor) -> float:
 
 
 class Metric(NamedTuple):
-    """A number that tells a spectrum's shape."""
+    """A shape metric of a spectrum."""
 
     value: Callable[[Tensor], float]
-    """Of the eigenvalues, ascending."""
+    """Function that returns the metric of ascending eigenvalues."""
     direction: int
-    """1 if a larger value calls for more sparsity, -1 if for less."""
+    """Sign of the mapping: 1 if a larger metric means higher sparsity, -1 if lower."""
 
 
 METRICS = {
@@ -192,4 +193,4 @@ METRICS = {
     "spectral_norm": Metric(spectral_norm, -1),
     "frobenius_norm": Metric(lambda values: values.sum().sqrt().item(), -1),
 }
-"""The shape metrics that the AlphaPruning paper compares, by name."""
+"""Shape metrics that the AlphaPruning paper compares, by name."""

@@ -1,4 +1,4 @@
-"""Streaming statistics of one layer's inputs: what calibration hands to scorers and solvers."""
+"""Streaming statistics of one layer's inputs, collected by calibration for scorers and solvers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lit_prune.ops import collectives, linalg
 from lit_prune.ops.precision import working
 
 GradientNorm = Literal["l1", "l2"]
-"""How gradients are added up over samples: the sum of their sizes, or the root of the sum of their squares."""
+"""Norm of gradients over samples: the sum of their absolute values, or the root of the sum of their squares."""
 Factor = TypeVar("Factor")
 NORM_FLOOR = 1e-8
-"""Added to input norms, so that a dead input can be divided by its own."""
+"""Constant added to input norms, to avoid division by zero for dead inputs."""
 DRIFT_DAMPING = 0.1
-"""Added to the diagonal of the Gram matrix at unit norms, as a fraction of its mean, for the drift correction."""
+"""Damping of the drift correction: added to the diagonal of the normalised Gram matrix, as a fraction of its mean."""
 COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient", "drift"})
-"""What a method may ask calibration for, through its ``needs``."""
+"""Statistics that calibration can collect, which a method requests in its ``needs``."""
 
 
 class LayerStats:
-    """Moments of a layer's inputs, summed batch by batch in float32.
+    """Moments of a layer's inputs, summed over batches in float32.
 
-    Layers that read the same input share one object, and so one Gram matrix and one factorisation of it.
+    Layers with the same input share one object, and so one Gram matrix and its factorisation.
     """
 
     def __init__(self, needs: frozenset[str] = frozenset({"gram"})) -> None:
-        """Collect what ``needs`` names, of ``input_sq_norm``, ``gram``, ``gradient`` and ``drift``."""
+        """Initialize empty statistics; ``needs`` is any of ``input_sq_norm``, ``gram``, ``gradient`` and ``drift``."""
         if not needs <= COLLECTABLE:
             raise InputError(f"needs is {sorted(needs)}: only {sorted(COLLECTABLE)} can be collected")
         self.needs = needs
@@ -39,8 +39,8 @@ class LayerStats:
         """Number of calibration sequences seen."""
         self.tokens = 0
         """Number of input vectors seen."""
-        self._gram: Tensor | None = None  # from the diagonal up
-        self._mirrored = False  # whether the other side of the diagonal is right as well
+        self._gram: Tensor | None = None  # upper triangle
+        self._mirrored = False  # whether the lower triangle is up to date
         self._sum_sq: Tensor | None = None
         self._drift: Tensor | None = None
         self._gradients: Mapping[str, Tensor] = {}
@@ -49,15 +49,15 @@ class LayerStats:
 
     @classmethod
     def from_inputs(cls, inputs: Tensor, gradients: Tensor | None = None) -> LayerStats:
-        """Build the statistics of bare tensors.
+        """Return the statistics of tensors.
 
         >>> stats = LayerStats.from_inputs(torch.ones(2, 3, 4))  # two sequences of three tokens, four inputs
         >>> stats.gram[0, 1].item(), stats.input_sq_norm[0].item()
         (6.0, 3.0)
 
         Args:
-            inputs: ``[sequences, t, i]``, or ``[t, i]`` for one sequence.
-            gradients: of the loss of each sample, ``[samples, o, i]``, for methods that need them.
+            inputs: inputs of the layer, ``[sequences, t, i]``, or ``[t, i]`` for one sequence.
+            gradients: gradients of the loss of each sample, ``[samples, o, i]``, for methods that need them.
         """
         if inputs.dim() == 2:
             inputs = inputs.unsqueeze(0)
@@ -73,9 +73,9 @@ class LayerStats:
         """Add inputs ``[..., i]`` that belong to ``sequences`` calibration sequences.
 
         Args:
-            inputs: what the layer reads, behind whatever has been pruned before it.
-            sequences: how many sequences they come from.
-            dense_inputs: what it reads in the dense model, in the same order; for ``drift``.
+            inputs: inputs of the layer in the model as pruned so far.
+            sequences: number of sequences that the inputs come from.
+            dense_inputs: inputs of the layer in the dense model, in the same order; for ``drift``.
         """
         rows = _rows(inputs)
         self.sequences += sequences
@@ -95,7 +95,7 @@ class LayerStats:
             self._drift.addmm_(rows.T, _rows(dense_inputs) - rows)
 
     def merge(self, other: LayerStats) -> None:
-        """Add what another process, or another share of the data, has collected of the same layer."""
+        """Add the statistics of the same layer from another process, or another part of the data."""
         self.sequences += other.sequences
         self.tokens += other.tokens
         self._factors.clear()
@@ -106,11 +106,11 @@ class LayerStats:
         self._mirrored = False
 
     def add_processes(self, zeros: Tensor, drifts: bool) -> None:
-        """Add what all other processes have collected of the same layer; every process must call it.
+        """All-reduce the statistics of the same layer over all processes; every process must call this method.
 
         Args:
-            zeros: ``[i]``, in the dtype of the sums and where they are, for a process that has seen no input.
-            drifts: whether ``drift`` was collected anywhere.
+            zeros: zeros ``[i]``, with the dtype and device of the sums, for a process that has seen no input.
+            drifts: whether ``drift`` was collected on any process.
         """
         shapes = {"_gram": 2} if "gram" in self.needs else {"_sum_sq": 1} if "input_sq_norm" in self.needs else {}
         if drifts and "drift" in self.needs:
@@ -127,32 +127,32 @@ class LayerStats:
 
     @classmethod
     def pooled(cls, parts: Sequence[LayerStats]) -> LayerStats:
-        """Return the statistics of all the inputs of several layers together."""
+        """Return the statistics of the inputs of several layers, combined."""
         whole = cls(parts[0].needs)
         for part in parts:
             whole.merge(part)
         return whole
 
     def with_gradient(self, norms: Mapping[str, Tensor]) -> LayerStats:
-        """Return these statistics with one layer's gradient norms ``[o, i]``; all else is shared, factors included."""
+        """Return a copy with one layer's gradient norms ``[o, i]``; everything else, including factors, is shared."""
         mine = copy.copy(self)
         mine._gradients = norms
         return mine
 
     def gradient(self, norm: GradientNorm) -> Tensor:
-        """Norm over samples of the gradient of every weight, ``[o, i]``."""
+        """Return the norm over samples of the gradient of every weight, ``[o, i]``."""
         if norm not in self._gradients:
             raise InputError(f"no {norm} norm of gradients was collected: add 'gradient' to the method's needs")
         return self._gradients[norm]
 
     def check_finite(self, layer: str) -> None:
-        """Raise ``NumericalError`` that names the layer if an input was NaN or infinite."""
+        """Raise a ``NumericalError`` that names the layer if an input was NaN or infinite."""
         if self.needs & {"gram", "input_sq_norm"} and self.tokens and not self._sums().isfinite().all():
             raise NumericalError(f"the inputs of {layer} hold NaN or Inf, or overflow float32 when squared")
 
     @property
     def gram(self) -> Tensor:
-        """``XᵀX`` ``[i, i]``, the plain sum over all tokens."""
+        """Gram matrix ``XᵀX`` ``[i, i]``, summed over all tokens."""
         if self._gram is None:
             raise InputError(
                 "no Gram matrix is here: add 'gram' to the method's needs, and calibrate it; inverse_cholesky with "
@@ -165,7 +165,7 @@ class LayerStats:
 
     @property
     def input_sq_norm(self) -> Tensor:
-        """``‖X_j‖²`` ``[i]``: squared norm of each input, averaged over sequences as in the Wanda reference."""
+        """Squared norm ``‖X_j‖²`` ``[i]`` of each input, averaged over sequences as in the Wanda reference."""
         return self._sums() / self.sequences
 
     def _sums(self) -> Tensor:
@@ -178,19 +178,19 @@ class LayerStats:
         return self._sum_sq
 
     def make_up_for_drift(self, weight: Tensor, strength: float) -> Tensor:
-        """Return the weight ``[o, i]`` that gives on these inputs what ``weight`` gives on the dense model's.
+        """Return the weight ``[o, i]`` that compensates for the drift of the inputs from those of the dense model.
 
-        With X these inputs and D the dense model's that is the least squares ``W + W (D - X)ᵀX (XᵀX)⁻¹``, damped at
-        unit input norms; a correction so found fits the calibration set too well, so only ``strength`` of it is made.
-        Worked: one input that has shrunk to half, X = (1, 1) and D = (2, 2), without damping: ``(D - X)ᵀX = 2``,
-        ``XᵀX = 2``, so the whole correction doubles the weight.
+        With these inputs X and the dense model's inputs D, it fits the outputs ``D Wᵀ`` by the least-squares solution
+        ``W + W (D - X)ᵀX (XᵀX)⁻¹``, damped at unit input norms. The full correction overfits the calibration set, so
+        only the fraction ``strength`` of it is applied. Example: one input that has shrunk by half, X = (1, 1) and D =
+        (2, 2), without damping: ``(D - X)ᵀX = 2``, ``XᵀX = 2``, so the full correction doubles the weight.
 
         Args:
             weight: ``[o, i]``, any floating dtype.
-            strength: fraction of the correction that is made, in [0, 1].
+            strength: fraction of the correction to apply, in [0, 1].
 
         Returns:
-            ``[o, i]`` float32 or better; ``weight`` itself if no drift was collected.
+            ``[o, i]`` float32 or float64; ``weight`` itself if no drift was collected.
         """
         if not strength or self._drift is None:
             return weight
@@ -205,20 +205,20 @@ class LayerStats:
         return norm, torch.linalg.cholesky(linalg.damp(self.gram / torch.outer(norm, norm), DRIFT_DAMPING))
 
     def shares_inputs(self, other: LayerStats) -> bool:
-        """Tell whether both are of one input, so that they share the Gram matrix and its factors."""
+        """Return whether both are statistics of the same input, and so share the Gram matrix and its factors."""
         return self._factors is other._factors
 
     def give_to_last_reader(self) -> None:
-        """Mark the Gram matrix as read for the last time by the next solver."""
+        """Mark the next solver as the last reader of the Gram matrix."""
         self._last_reader = True
 
     def inverse_cholesky(self, damping: float, take_gram: bool = False) -> Tensor:
-        """Upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; computed once for all layers that share it.
+        """Return the upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; cached for layers that share it.
 
         Args:
             damping: fraction of the mean diagonal.
-            take_gram: the caller reads no Gram matrix after this. If there is no other reader, the factor overwrites it
-                to save memory.
+            take_gram: whether the caller does not read the Gram matrix afterwards; if no other reader remains, the
+                factor overwrites it to save memory.
         """
         take = take_gram and self._last_reader
         return self._once(("inverse_cholesky", damping), lambda: linalg.inverse_cholesky(self._own_gram(take), damping))
@@ -231,7 +231,7 @@ class LayerStats:
         return gram
 
     def normalised(self, damping: float) -> tuple[Tensor, linalg.NormalisedGram]:
-        """Input norms ``[i]`` and the damped Gram matrix at unit norms with its ``eigh``; computed once."""
+        """Return the input norms ``[i]`` and the damped Gram matrix at unit norms with its ``eigh``, computed once."""
         norm = self.gram.diagonal().sqrt() + NORM_FLOOR
         return norm, self._once(("normalised", damping), lambda: linalg.NormalisedGram.of(self.gram, norm, damping))
 

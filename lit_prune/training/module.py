@@ -205,11 +205,11 @@ class LitCausalLM(LightningModule):
         self._mean_losses = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the names of the trainable parameters, the optimizer and the scheduler along with their state."""
+        """Save the class names of ``trainable``, optimizer and scheduler, which are checked on resuming."""
         checkpoint["steppers"] = self._steppers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ``InputError`` if the state is of another optimizer or scheduler, or contains paths elsewhere."""
+        """Raise ``InputError`` for the state of another optimizer or scheduler, or for unsafe checkpoint paths."""
         check_kept_paths(checkpoint.get("callbacks", {}))
         for name, value in checkpoint.get("state_dict", {}).items():
             if isinstance(value, Tensor):
