@@ -1,1 +1,1 @@
-"""Layer 2: run calibration batches through a model block by block, and collect statistics and gradients."""
+"""Layer 2: run calibration batches through a model block by block; collect statistics and gradients."""

@@ -1,4 +1,4 @@
-"""Calibration batches: token ids, or a model's keyword arguments."""
+"""Calibration batches: token ids, or keyword arguments of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lit_prune.errors import InputError
 from lit_prune.ops import collectives
 
 Batch = Tensor | Mapping[str, Tensor]
-"""Token ids ``[sequences, t]``, or the model's keyword arguments with ``input_ids`` among them."""
+"""Token ids ``[sequences, t]``, or keyword arguments of the model, including ``input_ids``."""
 
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def count_tokens(batch: Batch) -> int:
 
 
 def split_batch(batch: Batch, sequences: int) -> list[Batch]:
-    """Return a batch as batches of ``sequences`` sequences, or fewer in the last one."""
+    """Split a batch into batches of ``sequences`` sequences, or fewer in the last one."""
     if isinstance(batch, Tensor):
         return list(batch.split(sequences))
     parts = {name: value.split(sequences) for name, value in batch.items()}
@@ -42,7 +42,7 @@ def split_batch(batch: Batch, sequences: int) -> list[Batch]:
 
 
 def first_sequences(batches: Sequence[Batch], sequences: int | None) -> Sequence[Batch]:
-    """Return the first sequences of batches (None = all), the last batch cut if it must be."""
+    """Return the first ``sequences`` sequences of the batches (None = all); the last batch may be cut."""
     if sequences is None:
         return batches
     found: list[Batch] = []
@@ -55,9 +55,9 @@ def first_sequences(batches: Sequence[Batch], sequences: int | None) -> Sequence
 
 
 def own_share(batches: Sequence[Batch]) -> list[Batch]:
-    """Return this process's sequences of every batch, so that the processes' batches make up the given ones.
+    """Return this process's shard of every batch.
 
-    The sequences of all batches are assigned to ranks in turn. A batch of which this rank gets none is empty.
+    The sequences of all batches are assigned to ranks in turn. A batch of which this rank gets no sequence is empty.
     """
     if collectives.world_size() == 1:
         return list(batches)

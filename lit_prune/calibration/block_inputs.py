@@ -1,4 +1,4 @@
-"""How a model calls its decoder blocks: learned from its own forward pass, with the blocks stubbed out."""
+"""Recording of a model's calls of its decoder blocks, from its own forward pass with the blocks stubbed out."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lit_prune.sharding.block_store import BlockStore
 
 @dataclass
 class Call:
-    """How the model called a block, apart from the hidden states."""
+    """Arguments of a block's call, without the hidden states."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Call:
-        """Return it with its tensors on ``device``."""
+        """Return a copy with its tensors on ``device``."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device)
@@ -32,18 +32,18 @@ class Call:
 
 
 class Recorder:
-    """Runs a model without its blocks, and keeps what each of them is called with."""
+    """Runs a model without its blocks, and records the arguments of each block's call."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], store: BlockStore) -> None:
-        """Record calls of ``blocks`` of ``model``, whose weights ``store`` holds."""
+        """Prepare to record the calls of ``blocks`` of ``model``, whose weights are in ``store``."""
         self._model = model
         self._blocks = blocks
         self._store = store
-        self._behind: dict[type, tuple[Any, ...] | None] = {}  # what a kind of block returns behind the hidden states
-        self._known: list[Call] = []  # the latest batch's calls
+        self._behind: dict[type, tuple[Any, ...] | None] = {}  # outputs after the hidden states, by block class
+        self._known: list[Call] = []  # calls of the latest batch
 
     def record(self, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Call]]:
-        """Return the hidden states before the first block, and the call of every block."""
+        """Return the hidden states before the first block, and the recorded call of every block."""
         calls: list[Call] = []
         first: list[Tensor] = []
 
@@ -69,7 +69,7 @@ class Recorder:
         return first[0], self._known
 
     def _returned(self, block: Block, original: Callable[..., Any], hidden: Tensor, call: Call) -> Any:
-        """Return what a block would, with its input in place of its output; each kind runs once to tell its form."""
+        """Return a block's input in the form of its output; one block of each class runs once to determine the form."""
         kind = type(block.module)
         if kind not in self._behind:
             with self._store.resident(block, hidden.device):
@@ -84,7 +84,7 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
 
 
 class _Pool:
-    """Replaces tensors by equal ones that are held already, so that a mask is kept once and not once per batch."""
+    """Deduplicates equal tensors, so that a mask is stored once instead of once per batch."""
 
     def __init__(self, held: Sequence[Call]) -> None:
         self._held: list[Tensor] = []
@@ -110,7 +110,7 @@ class _Pool:
 
 @contextmanager
 def forwards_replaced(blocks: Sequence[Block], stub: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
-    """Let each block run ``stub(block)`` in place of its own forward."""
+    """Replace each block's forward by ``stub(block)`` within the context."""
     for block in blocks:
         block.module.forward = stub(block)
     try:

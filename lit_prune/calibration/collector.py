@@ -1,4 +1,4 @@
-"""Hooks that collect the statistics of layers' inputs while a block runs."""
+"""Forward hooks that collect the statistics of layers' inputs while a block runs."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from lit_prune.sharding.parameters import read_weight
 
 
 class _SeenEnough(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a block's forward pass when no layer is watched any more."""
+    """Stops a block's forward pass when the last watched layer has been called."""
 
 
 class Collector:
-    """Forward pre-hooks that add each layer's inputs to its statistics, once per distinct input tensor."""
+    """Forward pre-hooks that accumulate the statistics of each layer's inputs, once per distinct input tensor."""
 
     def __init__(self, needs: frozenset[str], whole_passes: bool = True) -> None:
-        """Collect what ``needs`` names.
+        """Initialize empty statistics.
 
         Args:
-            needs: of what a ``LayerStats`` can collect.
-            whole_passes: off if the block's outputs are not needed: a pass then ends with the layer that was the last
-                one on the first batch, if every layer was called once. The last layer is a quarter of a block's work.
+            needs: statistics to collect, as for ``LayerStats``.
+            whole_passes: False if the block's outputs are not needed: a pass then ends before the layer that was called
+                last on the first batch, if every layer was called once. The last layer is a quarter of a block's work.
         """
         self.stats: dict[str, LayerStats] = {}
         self.sequences = 0
         self.dense_inputs: dict[str, Tensor] = {}
-        """This batch's inputs of every layer in the dense model, if they are wanted."""
+        """Inputs of every layer in the dense model on this batch, by layer name; empty if not needed."""
         self._needs = needs
         self._whole_passes = whole_passes
-        self._called: list[str] = []  # on this batch, in order
+        self._called: list[str] = []  # layers called on this batch, in order
         self._last: str | None = None
         self._owners: dict[str, str] = {}  # layer -> the layer whose hook feeds the shared statistics
-        self._seen: list[tuple[Tensor, str]] = []  # this batch's inputs, alive so that identity means identity
+        self._seen: list[tuple[Tensor, str]] = []  # this batch's inputs, kept alive so that ids are not reused
 
     @contextmanager
     def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Add the inputs of every call of these layers, by name, in one batch's pass in this context."""
+        """Accumulate the inputs of these layers, by name, during one batch's pass in this context."""
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in layers.items()]
         try:
             with suppress(_SeenEnough):
@@ -59,11 +59,11 @@ class Collector:
         self.dense_inputs.clear()
 
     def from_all_processes(self, layers: Mapping[str, nn.Module], compared: Container[str]) -> dict[str, LayerStats]:
-        """Return the statistics of every layer, by name, that was called in any process, added up over all.
+        """All-reduce and return the statistics of every layer that was called on any process, by name.
 
         Args:
-            layers: all that were watched.
-            compared: the names of those that had ``dense_inputs``.
+            layers: all watched layers.
+            compared: names of the layers with ``dense_inputs``.
         """
         owners = {name: owner for found in reversed(collectives.gather(self._owners)) for name, owner in found.items()}
         if collectives.world_size() > 1:
@@ -74,7 +74,7 @@ class Collector:
         return {name: self.stats[owner] for name, owner in owners.items()}
 
     def sharing(self) -> list[list[str]]:
-        """Return the names of layers by the input that they share."""
+        """Return the names of layers, grouped by shared input."""
         groups: dict[str, list[str]] = {}
         for name, owner in self._owners.items():
             groups.setdefault(owner, []).append(name)
@@ -97,13 +97,13 @@ class Collector:
         if self._owners.setdefault(name, name) != name:
             raise NumericalError(f"{name} shared its input with {self._owners[name]} on one batch but not on another")
         self._seen.append((inputs, name))
-        with torch.autocast(inputs.device.type, enabled=False):  # statistics are summed in float32 all the same
+        with torch.autocast(inputs.device.type, enabled=False):  # statistics are always summed in float32
             stats = self.stats.setdefault(name, LayerStats(self._needs))
             stats.update(inputs, self.sequences, self.dense_inputs.get(name))
 
 
 def expert_layers(block: nn.Module) -> list[list[nn.Linear]]:
-    """Return the experts' layers that stand at the same place of different experts, a list for each place."""
+    """Return lists of the corresponding layers of different experts, such as all down projections of a block."""
     return [
         list(layers)
         for module in block.modules()
@@ -114,7 +114,7 @@ def expert_layers(block: nn.Module) -> list[list[nn.Linear]]:
 
 @contextmanager
 def inputs_kept(layers: Mapping[str, nn.Module], inputs: dict[str, Tensor]) -> Iterator[None]:
-    """Keep what each layer is called with in ``inputs``."""
+    """Store the input of each layer's call in ``inputs``, by layer name."""
 
     def keeper(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:

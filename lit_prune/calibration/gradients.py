@@ -1,4 +1,4 @@
-"""The gradient pass: norms over samples of the gradients of the dense model."""
+"""Gradient pass: norms over samples of the gradients of the dense model."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ def gradient_norms(
     forward_context: ForwardContext = nullcontext,
     store: BlockStore | None = None,
 ) -> dict[str, Tensor]:
-    """Return the norm over sequences of each target's gradient, ``[o, i]`` float32 or better in CPU memory.
+    """Return the norm over sequences of each target's gradient, ``[o, i]`` float32 or float64, in CPU memory.
 
-    Every sequence is a sample: its loss is the mean cross-entropy of its tokens. Several processes share the sequences
-    out, and each gets the norms over all of them. Each weight's gradient is added to its
-    norm and dropped as soon as the backward pass has made it, so the gradients are never held as a whole; the
-    activations of a block are recomputed when the backward pass comes to it.
+    Every sequence is a sample; its loss is the mean cross-entropy of its tokens. The sequences are sharded over the
+    processes, and each process gets the norms over all sequences. Each weight's gradient is added to its norm and freed
+    as soon as the backward pass has computed it, so the gradients are never all in memory; the activations of a block
+    are recomputed in the backward pass.
 
     Args:
-        model: the dense model; its weights, modes and flags are left as they were.
+        model: the dense model; its weights, modes and flags are restored.
         batches: calibration batches.
-        targets: the layers whose gradients are wanted.
+        targets: layers whose gradients to compute.
         norm: ``l1`` for ``Σ |g|``, ``l2`` for ``sqrt(Σ g²)``.
-        cache: file that keeps the result, or has it already; None = nowhere.
-        forward_context: entered around the forward pass, such as autocast.
-        store: of the blocks; None = the model itself.
+        cache: file to read the result from if it exists, else to write it to; None = no cache.
+        forward_context: context manager entered around the forward pass, such as autocast.
+        store: store of the blocks; None = the model itself.
 
     Raises:
-        NumericalError: if a gradient is NaN or infinite; it names layer and sequence.
+        NumericalError: if a gradient is NaN or infinite; names the layer and the sequence.
     """
     if cache is not None and holds_norms(cache, targets):
         known = load_tensors(cache)
         return {target.name: _checked(known[target.name], target, cache) for target in targets}
     store = store or store_of(model)
     weights = {target.name: target.module.get_parameter("weight") for target in targets}
-    # float32 or better: in how many processes a sum is taken should not show.
+    # At least float32, so that the number of processes does not affect the sums visibly.
     sums = {
         name: torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
         for name, weight in weights.items()
@@ -92,13 +92,13 @@ def gradient_norms(
 
 
 def holds_norms(cache: Path, targets: Sequence[Target]) -> bool:
-    """Tell whether a file has the norms of all these layers; every rank gets the answer of rank 0."""
+    """Return whether a file contains the norms of all these layers; every rank gets the result of rank 0."""
     names = {target.name for target in targets}
     return collectives.on_first_rank(lambda: cache.is_file() and names <= tensor_names(cache))
 
 
 def _checked(norm: Tensor, target: Target, cache: Path) -> Tensor:
-    """Return a layer's norm from a cache; raise ``InputError`` if it cannot be one."""
+    """Return a layer's norm from a cache; raise ``InputError`` if it is invalid."""
     if norm.shape != target.shape or not norm.is_floating_point() or bool((norm < 0).any()):
         raise InputError(
             f"{str(cache)!r} is damaged: the gradient norms of {target.name} must be {list(target.shape)} numbers "
@@ -108,10 +108,10 @@ def _checked(norm: Tensor, target: Target, cache: Path) -> Tensor:
 
 
 def _own_sequences(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]]:
-    """Yield this process's sequences: the index among all, the sequence, and whether it is this process's at all.
+    """Yield this process's sequences: the global index, the sequence, and whether its gradients are to be used.
 
-    Every process gets as many, because they may have to gather weights together; the last one is there for that alone
-    if the sequences do not divide evenly.
+    Every process gets the same number of sequences, because they may have to gather weights together; if the sequences
+    do not divide evenly, some processes get a last sequence whose gradients are dropped.
     """
     sequences = [sequence for batch in batches for sequence in split_batch(batch, 1)]
     for first in range(0, len(sequences), collectives.world_size()):
@@ -124,7 +124,7 @@ def _own_sequences(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]
 def _adding_gradients(
     targets: Sequence[Target], sums: dict[str, Tensor] | None, norm: GradientNorm, sequence: int
 ) -> Iterator[None]:
-    """Add every target's gradient to its sum (None = drop it), and raise in all processes if one is not finite."""
+    """Add every target's gradient to its sum (None = drop it); raise on every process if a gradient is not finite."""
     bad: list[NumericalError] = []
 
     def adder(name: str) -> Callable[[Tensor], None]:
@@ -156,7 +156,7 @@ def _adding_gradients(
 
 @contextmanager
 def _only_targets_train(model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
-    """Ask for the targets' gradients alone; put flags and gradients back afterwards."""
+    """Enable gradients of the targets only; restore flags and gradients on exit."""
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     wanted = {target.module.get_parameter("weight") for target in targets}
     for parameter in before:
@@ -171,7 +171,7 @@ def _only_targets_train(model: nn.Module, targets: Sequence[Target]) -> Iterator
 
 
 def _recomputed(store: BlockStore, block: Block) -> Callable[..., Any]:
-    """Return the block's forward with its activations recomputed in the backward pass, and its weights fetched."""
+    """Return the block's forward with weights loaded on demand and activations recomputed in the backward pass."""
     original = block.module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

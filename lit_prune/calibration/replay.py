@@ -1,4 +1,4 @@
-"""Block-by-block replay of the calibration set: each block's inputs are known without running the model as a whole."""
+"""Block-by-block replay of the calibration set, which yields each block's inputs without running the whole model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lit_prune.ops.linalg import relative_token_errors
 from lit_prune.sharding.block_store import BlockStore, store_of
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
-"""Makes a context manager to run the model in, such as autocast."""
+"""Function that returns a context manager to run the model in, such as autocast."""
 
 
 class BlockReplay:
     """Runs a model's decoder blocks one at a time over all calibration batches.
 
-    The model's own forward pass decides how each block is called: it runs once per batch with the blocks stubbed out,
-    which records every block's own arguments (attention masks and rotary embeddings differ by layer in many models).
-    After that the object holds the inputs of one block at a time, and ``advance`` moves them through it.
+    The arguments of each block's call are recorded from the model's own forward pass, which runs once per batch with
+    the blocks stubbed out (attention masks and rotary embeddings differ by layer in many models). After that, the
+    object holds the inputs of one block at a time, and ``advance`` propagates them through it.
     """
 
     @torch.no_grad()
@@ -46,18 +46,18 @@ class BlockReplay:
         store: BlockStore | None = None,
         share: bool = True,
     ) -> None:
-        """Record how the model calls its blocks, and the inputs of the first one.
+        """Record the arguments of the model's calls of its blocks, and the inputs of the first block.
 
         Args:
-            model: in evaluation mode.
-            blocks: its decoder blocks.
-            batches: calibration batches, the same in every process.
-            device: where blocks run; None = where the model is.
-            hidden_device: where hidden states wait; None = where blocks run.
-            hidden_dtype: of hidden states that wait; None = as the blocks put them out.
-            forward_context: entered around every forward pass, such as autocast.
-            store: of the blocks; None = the model itself.
-            share: let each process run its share of every batch, and not all of it.
+            model: model in evaluation mode.
+            blocks: decoder blocks of the model.
+            batches: calibration batches, equal in every process.
+            device: device that runs the blocks; None = the device of the model.
+            hidden_device: device that stores hidden states between blocks; None = the device that runs the blocks.
+            hidden_dtype: storage dtype of hidden states between blocks; None = the dtype of the blocks' outputs.
+            forward_context: context manager entered around every forward pass, such as autocast.
+            store: store of the blocks; None = the model itself.
+            share: shard every batch over the processes; False = every process runs all of it.
         """
         if not batches:
             raise InputError("there are no calibration batches: this method needs data")
@@ -73,7 +73,7 @@ class BlockReplay:
         recorder = Recorder(model, blocks, store or store_of(model))
         mine = own_share(batches) if share else batches
         with forward_context():
-            if not any(map(count_sequences, mine)):  # to learn with the others what blocks return
+            if not any(map(count_sequences, mine)):  # to take part in the collectives that determine what blocks return
                 recorder.record(model_inputs(split_batch(batches[0], 1)[0], around))
             for batch in mine:
                 self._record(recorder, model_inputs(batch, around))
@@ -82,7 +82,7 @@ class BlockReplay:
         if count_sequences(inputs):
             hidden, recorded = recorder.record(inputs)
             self._dtype = hidden.dtype
-        else:  # all of it went to other processes
+        else:  # all sequences are on other processes
             hidden, recorded = torch.zeros(0, 0, 0), [Call() for _ in self._blocks]
         for calls, call in zip(self._calls, recorded, strict=True):
             calls.append(call)
@@ -99,25 +99,25 @@ class BlockReplay:
     ) -> dict[str, LayerStats]:
         """Run block ``index`` once and return the input statistics of its ``layers``, from all processes.
 
-        Layers that are called with the very same tensor share one ``LayerStats``.
+        Layers that are called with the same tensor object share one ``LayerStats``.
 
         Args:
-            index: a block that has not been pruned yet.
-            layers: its layers, by name.
-            needs: what to collect.
-            dense: stands before the same block with the dense model's hidden states, for ``drift``; it is moved past
-                the block.
-            advance: move on past the block, as it is now, in the same pass.
+            index: index of a block that is not pruned yet.
+            layers: layers of the block, by name.
+            needs: statistics to collect.
+            dense: replay positioned before the same block with the dense model's hidden states, for ``drift``; it is
+                advanced past the block.
+            advance: also advance this replay past the unpruned block, in the same pass.
 
         Raises:
-            InputError: if a layer is never called, so nothing is known about its inputs.
+            InputError: if a layer is never called, so that it has no statistics.
             NumericalError: if activations are NaN or infinite.
         """
         experts = expert_layers(self._blocks[index].module)
-        # Which experts are called, and which is the last, differs from batch to batch.
+        # The experts that are called, and the last of them, differ between batches.
         collector = Collector(needs, whole_passes=advance or bool(experts))
         of_experts = {id(layer) for group in experts for layer in group}
-        # The dense model sends other tokens to an expert, so there is nothing to compare its inputs with.
+        # The dense model routes other tokens to an expert, so its inputs cannot be compared.
         compared = {name: layer for name, layer in layers.items() if id(layer) not in of_experts}
         for batch in range(len(self._hidden)):
             collector.sequences = len(self._hidden[batch])
@@ -139,7 +139,7 @@ class BlockReplay:
 
     @torch.no_grad()
     def sharing(self, index: int, layers: Mapping[str, nn.Module]) -> list[list[str]]:
-        """Return the names of block ``index``'s layers by the input that they share, from one pass over it."""
+        """Return the names of the layers of block ``index``, grouped by shared input, from one pass through it."""
         collector = Collector(frozenset())
         for batch in range(len(self._hidden)):
             with collector.watching(layers):
@@ -149,10 +149,10 @@ class BlockReplay:
     def _pooled(
         self, index: int, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
     ) -> dict[str, LayerStats]:
-        """Return, for experts that saw too few tokens, the statistics of all experts together.
+        """Return the pooled statistics of all experts, for experts that received too few tokens.
 
-        That is fewer than a Gram matrix has rows. The inputs of an expert's last layer are its own hidden units, which
-        have nothing in common with another's: they are pooled only if there are none at all.
+        Too few means fewer than a Gram matrix has rows. The inputs of an expert's last layer are its own hidden units,
+        which are unrelated to those of other experts: they are pooled only if the expert received no token.
         """
         found: dict[str, LayerStats] = {}
         for group in expert_layers(self._blocks[index].module):
@@ -172,11 +172,11 @@ class BlockReplay:
 
     @property
     def hidden(self) -> Sequence[Tensor]:
-        """The hidden states ``[sequences, t, hidden]`` of every batch: what the last block run put out."""
+        """Current hidden states ``[sequences, t, hidden]`` of every batch: the outputs of the previous block."""
         return self._hidden
 
     def fork(self) -> BlockReplay:
-        """Return another replay that stands where this one does."""
+        """Return an independent replay at the same position."""
         twin = copy.copy(self)
         twin._hidden, twin._calls = list(self._hidden), list(self._calls)
         return twin
@@ -190,14 +190,14 @@ class BlockReplay:
     def output_error(
         self, index: int, outputs: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None
     ) -> float:
-        """Return how far block ``index`` is from other ``outputs`` of its: ``mean_t ||change_t||² / ||output_t||²``.
+        """Return the error of block ``index`` relative to given ``outputs``: ``mean_t ||change_t||² / ||output_t||²``.
 
         Args:
-            index: the block.
-            outputs: such as those of its dense weights, a tensor ``[sequences, t, hidden]`` for every batch.
+            index: index of the block.
+            outputs: reference outputs ``[sequences, t, hidden]`` for every batch, such as those of the dense block.
             parameters: as for ``run``.
         """
-        total = torch.zeros(2, dtype=torch.float64)  # the sum of the errors, and how many there are
+        total = torch.zeros(2, dtype=torch.float64)  # the sum and the number of the errors
         for batch, dense in enumerate(outputs):
             errors = relative_token_errors(self.run(index, batch, parameters), dense.to(self._device))
             total += torch.tensor([errors.sum(dtype=torch.float64).item(), errors.numel()])
@@ -206,14 +206,14 @@ class BlockReplay:
 
     @torch.no_grad()
     def advance(self, index: int, outputs: Sequence[Tensor] | None = None) -> None:
-        """Replace the hidden states by the outputs of block ``index``, which may be known already."""
+        """Replace the hidden states by the outputs of block ``index``, or by given ``outputs`` of it."""
         for batch in range(len(self._hidden)):
             self._hidden[batch] = self._waiting(self.run(index, batch) if outputs is None else outputs[batch])
         self._check_finite(index)
-        self._calls[index] = []  # its masks and embeddings are not needed again
+        self._calls[index] = []  # its masks and embeddings are no longer needed
 
     def _check_finite(self, index: int) -> None:
-        """Raise ``NumericalError`` in every process if a block's outputs are not finite on any rank."""
+        """Raise ``NumericalError`` on every rank if a block's outputs are not finite on any rank."""
         bad = [batch for batch, hidden in enumerate(self._hidden) if not _is_finite(hidden)]
         for found in collectives.gather(bad):
             if found:
@@ -228,9 +228,9 @@ class BlockReplay:
         """Return the output ``[sequences, t, hidden]`` of block ``index`` on one batch.
 
         Args:
-            index: the block that the hidden states stand before.
+            index: index of the block whose inputs are the current hidden states.
             batch: index of the batch.
-            parameters: take the place of the block's own of these names; gradients flow to them where enabled.
+            parameters: replacements for parameters of the block, by name within it; gradients flow to them if enabled.
         """
         hidden = self._hidden[batch].to(self._device, self._dtype)
         if not len(hidden):
@@ -244,17 +244,17 @@ class BlockReplay:
 
 
 def _is_finite(hidden: Tensor) -> bool:
-    """Tell whether no value is NaN or infinite; the extremes are found without a mask of them all."""
+    """Return whether all values are finite, from their extremes, so that no mask is allocated."""
     return not hidden.numel() or all(extreme.isfinite() for extreme in hidden.aminmax())
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and compiled code off, and restore the mode of every module afterwards."""
+    """Disable dropout and compiled code within the context, and restore the mode of every module on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # hooks that are new to compiled code never run in it
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not run hooks that are added later
             yield
     finally:
         for module in training:

@@ -1,1 +1,1 @@
-"""Layer 2: the parts of a transformers model: blocks, targets, experts and adapters; loading it."""
+"""Layer 2: transformers models: loading, decoder blocks, target layers, experts and adapters."""

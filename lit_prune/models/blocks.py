@@ -1,4 +1,4 @@
-"""The ordered decoder blocks of any causal language model."""
+"""The decoder blocks of a causal language model, in order."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Block:
 
     index: int
     name: str
-    """Dotted module name in the model, such as ``model.layers.0``."""
+    """Dotted module name within the model, such as ``model.layers.0``."""
     module: nn.Module
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Return the decoder blocks in order, found from the model's structure and not from a list of names.
+    """Return the decoder blocks in order, identified by the model's structure rather than by a list of names.
 
-    They are the items of that outermost ``ModuleList`` whose linear layers hold the most weights.
+    The blocks are the items of the outermost ``ModuleList`` with the most weights in linear layers.
 
     Raises:
-        InputError: if no ``ModuleList`` holds a linear layer.
+        InputError: if no ``ModuleList`` contains a linear layer.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [

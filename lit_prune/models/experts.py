@@ -1,8 +1,8 @@
-"""Mixtures of experts: transformers fuses a layer's experts into one tensor each; here they come apart and together.
+"""Mixtures of experts: split a layer's experts, which transformers fuses into single tensors, and fuse them again.
 
-Apart, every expert is a pair of linear layers with its own inputs, and so with its own statistics, mask and sparsity:
-``model.layers.0.mlp.experts.3.gate_up_proj``. Masks and reports name them so. On disk the model is what transformers
-makes of it.
+After the split, every expert is a pair of linear layers with its own inputs, and so with its own statistics, mask and
+sparsity: ``model.layers.0.mlp.experts.3.gate_up_proj``. Masks and reports use these names. On disk the model has the
+format of transformers.
 """
 
 from __future__ import annotations
@@ -18,54 +18,54 @@ from torch import Tensor, nn
 from lit_prune.internals.transformers import gate_of
 
 _TRAITS = ("has_gate", "has_bias", "is_transposed")
-"""What transformers says of every module of fused experts that follows its interface."""
+"""Attributes of every module of fused experts that follows the interface of transformers."""
 
 
 class Expert(nn.Module):
-    """One expert: up (and gate), activation, down."""
+    """One expert: up (and gate) projection, activation, down projection."""
 
     def __init__(self, fused: Any, index: int) -> None:
-        """Take expert ``index`` out of a fused module, whose memory it shares if the layout allows."""
+        """Extract expert ``index`` from a fused module, sharing its memory if the layout allows."""
         super().__init__()
         for name in _matrices(fused):
             weight = getattr(fused, name).data[index]
             bias = getattr(fused, f"{name}_bias").data[index] if fused.has_bias else None
             setattr(self, name, _linear(weight.T.contiguous() if fused.is_transposed else weight, bias))
-        # In __dict__, so that the fused module is no part of this one.
+        # In __dict__, so that the fused module is not registered as a submodule.
         self.__dict__["activate"] = gate_of(fused) if fused.has_gate else fused.act_fn
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the expert's outputs ``[t, hidden]`` of its tokens ``[t, hidden]``."""
+        """Return the expert's outputs ``[t, hidden]`` for its tokens ``[t, hidden]``."""
         up, down = self.children()
         activate: Any = self.__dict__["activate"]
         return down(activate(up(hidden)))
 
 
 class Experts(nn.ModuleList):
-    """A layer's experts, apart: called like the fused module that it stands for."""
+    """A layer's experts as separate modules, with the call signature of the fused module that they replace."""
 
     def __init__(self, fused: Any) -> None:
-        """Take a fused module apart; what it holds is empty until ``refill``."""
+        """Split a fused module, whose tensors are empty until ``refill``."""
         super().__init__(Expert(fused, index) for index in range(len(fused.down_proj)))
         self.train(fused.training)
         self.__dict__["fused"] = fused
         self.empty_fused()
 
     def empty_fused(self) -> None:
-        """Let the fused module hold nothing; what shares its memory keeps it."""
+        """Empty the tensors of the fused module; experts that share its memory keep it alive."""
         for parameter in self.__dict__["fused"].parameters():
             parameter.data = parameter.data.new_empty(0)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts.
 
-        Every expert runs, also without tokens: gradients are zero then and not missing, and processes that share the
-        weights ask for them in the same order.
+        Every expert runs, even without tokens, so that its gradients are zero instead of missing, and processes with
+        sharded weights gather them in the same order.
 
         Args:
-            hidden_states: ``[t, hidden]``.
-            top_k_index: ``[t, k]``, the experts of each token.
-            top_k_weights: ``[t, k]``, their weights.
+            hidden_states: hidden states ``[t, hidden]``.
+            top_k_index: indices ``[t, k]`` of the experts of each token.
+            top_k_weights: routing weights ``[t, k]`` of those experts.
         """
         result = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self):
@@ -76,9 +76,9 @@ class Experts(nn.ModuleList):
 
     @torch.no_grad()
     def refill(self) -> nn.Module:
-        """Return the fused module with these experts' weights, in the very parameters that it had.
+        """Return the fused module with these experts' weights, in its original parameter objects.
 
-        From here on the experts share its memory, so that there are no two copies.
+        Afterwards the experts share its memory, so that there is only one copy.
         """
         fused: Any = self.__dict__["fused"]
         for name in _matrices(fused):
@@ -94,9 +94,9 @@ class Experts(nn.ModuleList):
 
 
 def take_apart(model: nn.Module) -> list[str]:
-    """Replace every fused module of experts by ``Experts``, in place; return their names.
+    """Replace every module of fused experts by ``Experts``, in place; return the module names.
 
-    Tensors of experts in any other form are left alone, with a warning.
+    Experts in any other form are not changed, with a warning.
     """
     found = [name for name, module in model.named_modules() if _is_fused(module)]
     for name in found:
@@ -113,7 +113,7 @@ def take_apart(model: nn.Module) -> list[str]:
 
 @contextmanager
 def apart(model: nn.Module) -> Iterator[None]:
-    """Take fused experts apart, and put those together again afterwards."""
+    """Split fused experts within the context, and fuse them again on exit."""
     found = take_apart(model)
     try:
         yield
@@ -123,7 +123,7 @@ def apart(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def together(model: nn.Module) -> Iterator[None]:
-    """Put experts together that were taken apart; the very same experts come back afterwards, parameters and hooks."""
+    """Fuse split experts within the context, and restore the same experts on exit, with their parameters and hooks."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     _put_together(model, list(found))
     try:
@@ -135,7 +135,7 @@ def together(model: nn.Module) -> Iterator[None]:
 
 
 def has_fused_experts(model: nn.Module) -> bool:
-    """Tell whether a model has experts that ``take_apart`` would take apart."""
+    """Return whether a model has experts that ``take_apart`` would split."""
     return any(_is_fused(module) for module in model.modules())
 
 

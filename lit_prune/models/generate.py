@@ -1,4 +1,4 @@
-"""Text that a model writes."""
+"""Text generation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 def continuations(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int = 40
 ) -> list[str]:
-    """Return how the model goes on from each prompt, its likeliest token each time.
+    """Return the greedy continuation of each prompt.
 
     Args:
         model: a causal language model; its mode is restored.
-        tokenizer: its tokenizer.
-        prompts: beginnings.
-        tokens: how many are written, at most.
+        tokenizer: tokenizer of the model.
+        prompts: prompts to continue.
+        tokens: maximum number of new tokens.
     """
     training = model.training
     model.eval()

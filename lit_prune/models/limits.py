@@ -1,4 +1,4 @@
-"""Which tokens a model can read."""
+"""Limits on the tokens and sequence lengths that a model supports."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lit_prune.sharding.parameters import full_shape
 
 
 def check_tokens(model: Any, input_ids: Tensor) -> None:
-    """Raise ``InputError`` if a model has no embedding for a token, or learned no position for it.
+    """Raise ``InputError`` if a model has no embedding for a token, or no learned embedding for its position.
 
     Args:
         model: a causal language model of transformers; its weights may be sharded.
-        input_ids: ``[sequences, t]`` (int64), best while they are in CPU memory.
+        input_ids: ``[sequences, t]`` (int64), preferably in CPU memory.
     """
     vocabulary = full_shape(model.get_input_embeddings().weight)[0]
     highest = int(input_ids.max())
@@ -32,7 +32,7 @@ def check_tokens(model: Any, input_ids: Tensor) -> None:
 
 
 def _learned_positions(model: Any) -> int | None:
-    """Return how long a sequence may be; None if positions are computed, so that any length is possible."""
+    """Return the maximum length of a sequence; None if positions are computed, so that any length is possible."""
     embeddings = {module for module in model.modules() if isinstance(module, nn.Embedding)}
     others = embeddings - {model.get_input_embeddings()}
     return getattr(model.config, "max_position_embeddings", None) if others else None

@@ -1,4 +1,4 @@
-"""Load a causal language model: a hub name, a folder, a GGUF file, a bitmask export, or random weights."""
+"""Load a causal language model from a hub name, a folder, a GGUF file or a bitmask export, or with random weights."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def load_model(
 
     Args:
         pretrained: hub name, local Hugging Face folder, ``bitmask`` export, path of a GGUF file, or ``random``.
-        dtype: of the weights; None = as stored.
-        config: for ``random``: ``model_type`` and any value of that model's config.
-        trust_remote_code: whether code that comes with the model may run.
-        lazy: folder for blocks that have changed: the model stays on disk then, in safetensors files, and each block is
-            read when it is worked on; None = the model is loaded whole.
+        dtype: dtype of the weights; None = as stored.
+        config: configuration of a ``random`` model: its ``model_type`` and any value of that model's config.
+        trust_remote_code: whether to run code that comes with the model.
+        lazy: folder for changed blocks. The model stays on disk, in safetensors files, and each block is loaded while
+            it is processed; None = the whole model is loaded.
 
     Raises:
         InputError: if there is no such model, or the hub cannot be reached.
@@ -63,14 +63,14 @@ def load_model(
         if not extra:
             read_config(location, pretrained, trust_remote_code)
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        with quiet_transformers():  # which prints a table of what is told in one line below
+        with quiet_transformers():  # transformers prints a table of what is reported below in one line
             loaded: Any = AutoModelForCausalLM.from_pretrained(location, **extra, **options)
         model, found = loaded
         if has_adapter(model):
             raise InputError(f"model.pretrained is {pretrained!r}: it is an adapter; merge it into its model first")
         check_complete(found, pretrained)
         check_all_finite(model, f"model.pretrained is {pretrained!r}")
-    if extra:  # transformers has dequantised the GGUF file: what it holds now is a plain float model
+    if extra:  # transformers has dequantised the GGUF file to a plain float model
         vars(model.config).pop("quantization_config", None)
         model.hf_quantizer = None
     return model.eval()
@@ -87,7 +87,7 @@ def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bo
     weights = read_bitmask(folder)
     with apart(model) if not model.state_dict().keys() <= weights.keys() else nullcontext():
         try:
-            # In the dtypes of the file, which may differ from tensor to tensor.
+            # In the dtypes of the file, which may differ between tensors.
             model.load_state_dict(weights, assign=as_stored)
         except RuntimeError as error:
             raise InputError(
@@ -111,16 +111,17 @@ def _random_model(config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Mo
         return AutoModelForCausalLM.from_config(made, dtype=dtype)
     except InputError:
         raise
-    except Exception as error:  # each architecture finds out in its own way that its values do not fit
+    except Exception as error:  # each architecture raises its own types for invalid values
         raise InputError(
             f"model.config makes no causal language model ({' '.join(str(error).split())[:300]})"
         ) from error
 
 
 def _refuse_unknown(values: Mapping[str, Any], made: PreTrainedConfig) -> None:
-    """Raise ``InputError`` if a config was given a value under a name that is nearly one of its own.
+    """Raise ``InputError`` if a config was given a value whose name is a probable misspelling of a known one.
 
-    Others are let through: some models read values that their configs do not declare, such as Qwen3-MoE's ``head_dim``.
+    Other unknown names are accepted: some models read values that their configs do not declare, such as Qwen3-MoE's
+    ``head_dim``.
     """
     known = {*vars(type(made)()), *made.attribute_map, *inspect.signature(type(made)).parameters}
     for name in values.keys() - known:

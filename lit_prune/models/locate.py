@@ -1,4 +1,4 @@
-"""Locate a model: on a hub, in a folder or a file; explain why it cannot be loaded."""
+"""Locate a model on the hub, in a folder or in a file; explain why it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lit_prune.errors import InputError, first_line
 from lit_prune.models.quiet import quiet_hub
 
 RANDOM = "random"
-"""The ``pretrained`` that builds a model from a config, with random weights and a byte-level tokenizer."""
+"""Value of ``pretrained`` that builds a model from a config, with random weights and a byte-level tokenizer."""
 _LARGEST_CARD = 10**6
 _LICENSE = re.compile(r"[\w.+-]{1,64}")
-"""An identifier of the hub, such as ``apache-2.0``."""
+"""Licence identifier of the hub, such as ``apache-2.0``."""
 MODEL_REMEDY = (
     "give a local folder, a .gguf file, or the name of a causal language model on a hub that this machine can reach"
 )
 
 
 def hub_model(pretrained: str) -> str | None:
-    """Return the name of a model on the hub, or None for one that is a file, a folder or random."""
+    """Return the name of a model on the hub; None for a file, a folder or random weights."""
     try:
         return None if pretrained == RANDOM or Path(pretrained).expanduser().exists() else pretrained
     except (OSError, RuntimeError, ValueError) as error:
@@ -34,19 +34,19 @@ def hub_model(pretrained: str) -> str | None:
 
 
 def license_of(pretrained: str) -> str | None:
-    """Return the licence that the model card in a local folder names; None if there is none that can be read."""
+    """Return the licence named in the model card in a local folder; None if it is missing or unreadable."""
     card = Path(pretrained).expanduser() / "README.md"
     if hub_model(pretrained) is not None or not card.is_file() or card.stat().st_size > _LARGEST_CARD:
         return None
     try:
         found = ModelCard.load(card, ignore_metadata_errors=True).data.license
     except (OSError, ValueError, YAMLError):
-        return None  # a card is for people: one that cannot be read keeps nobody from pruning
+        return None  # an unreadable model card is not an error
     return found if isinstance(found, str) and _LICENSE.fullmatch(found) else None
 
 
 def locate(pretrained: str) -> tuple[str, dict[str, str]]:
-    """Return what ``from_pretrained`` wants for a GGUF file, a folder or a hub name."""
+    """Return the arguments of ``from_pretrained`` for a GGUF file, a folder or a hub name."""
     path = Path(pretrained).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -64,7 +64,7 @@ def locate(pretrained: str) -> tuple[str, dict[str, str]]:
 
 @contextmanager
 def explained(pretrained: str, remedy: str = MODEL_REMEDY) -> Iterator[None]:
-    """Turn what transformers raises for a model that it cannot load into one line, which ends with what to do."""
+    """Convert errors of transformers on loading a model to a one-line ``InputError`` that ends with ``remedy``."""
     try:
         with quiet_hub():
             yield
@@ -77,7 +77,7 @@ def explained(pretrained: str, remedy: str = MODEL_REMEDY) -> Iterator[None]:
             f"model.pretrained is {pretrained!r}: its weights hold more than tensors, so they may run code, and are "
             "not loaded; give a model in safetensors files"
         ) from error
-    except Exception as error:  # transformers and tokenizers raise all kinds for a file that they cannot read
+    except Exception as error:  # transformers and tokenizers raise various types
         raise InputError(
             f"model.pretrained is {pretrained!r}: it cannot be loaded ({first_line(error)}); {remedy}"
         ) from error

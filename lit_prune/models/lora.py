@@ -1,9 +1,10 @@
-"""Low-rank adapters that cannot bring a pruned weight back.
+"""Low-rank adapters that leave pruned weights at zero.
 
-A layer with an adapter works with the weight ``W + M ⊙ (B A) · scale``, where ``M`` is its keep mask. The mask is on
-the product, so the sum can be merged into one weight that is exactly as sparse as ``W`` and gives the same outputs.
+A layer with an adapter has the effective weight ``W + M ⊙ (B A) · scale``, where ``M`` is its keep mask. The mask is
+applied to the product, so the sum can be merged into one weight that is exactly as sparse as ``W`` and has the same
+outputs.
 
-A plain adapter has no mask: ``W`` stays sparse beside it, and the two are never merged.
+A plain adapter has no mask: ``W`` stays sparse, and the adapter is never merged into it.
 """
 
 from __future__ import annotations
@@ -22,31 +23,32 @@ from lit_prune.ops import PackedMask
 
 
 class Adapted(nn.Module):
-    """A linear layer with a low-rank adapter, masked or plain; ``adapt`` makes one of a linear layer, in place.
+    """A linear layer with a masked or plain low-rank adapter; ``adapt`` converts a linear layer in place.
 
-    The parameter ``weight`` keeps its name and its values, so masks and state dicts of the plain model still fit.
+    The parameter ``weight`` keeps its name and its values, so masks and state dicts of the plain model still apply.
     """
 
     weight: Any
-    """``[o, i]``, for Conv1D ``[i, o]``; frozen."""
+    """Frozen weight ``[o, i]``; for Conv1D ``[i, o]``."""
     bias: Any
     lora_a: nn.Parameter
-    """``[rank, i]``, float32."""
+    """Matrix A of the adapter, ``[rank, i]``, float32."""
     lora_b: nn.Parameter
-    """``[o, rank]``, float32; zero at first, so that the adapter begins with no effect."""
+    """Matrix B of the adapter, ``[o, rank]``, float32; initialized to zero, so that the adapter has no effect at
+    first."""
     keep_bits: Tensor | None
-    """The keep mask in the layout of ``weight``, packed: uint8, one bit per weight; None = a plain adapter."""
+    """Packed keep mask in the layout of ``weight``: uint8, one bit per weight; None = a plain adapter."""
     lora_scale: float
     lora_rank: int
     keep_shape: tuple[int, ...]
-    """The whole weight's, in its own layout; like the rank, a sharded parameter may not know it."""
+    """Shape of the full weight in its own layout, stored because a sharded parameter may not report it."""
     without: type[nn.Module]
-    """What the layer is without its adapter."""
+    """Class of the layer without its adapter."""
     stored_transposed: bool
 
     @property
     def keep(self) -> PackedMask | None:
-        """The keep mask, in the layout of ``weight``; None for a plain adapter."""
+        """Keep mask in the layout of ``weight``; None for a plain adapter."""
         return None if self.keep_bits is None else PackedMask(self.keep_bits, self.keep_shape)
 
     def masked_weight(self, keep: PackedMask) -> Tensor:
@@ -56,7 +58,7 @@ class Adapted(nn.Module):
         return self.weight + change.masked_fill(~keep.unpack(), 0.0).to(self.weight.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the outputs ``[..., o]`` of ``inputs`` ``[..., i]``."""
+        """Return the outputs ``[..., o]`` for ``inputs`` ``[..., i]``."""
         linear = nn.functional.linear
         weight = self.weight if self.keep is None else self.masked_weight(self.keep)
         outputs = linear(inputs, weight.T if self.stored_transposed else weight, self.bias)
@@ -81,16 +83,16 @@ class AdaptedConv1D(Adapted, Conv1D):
 
 
 def adapt(layer: nn.Module, rank: int, scale: float, keep: PackedMask | None) -> None:
-    """Give a linear layer an adapter and freeze its weight.
+    """Add an adapter to a linear layer in place, and freeze the layer's weight.
 
     Args:
         layer: ``nn.Linear`` or GPT-2's ``Conv1D``.
-        rank: of the adapter; it adds ``rank (o + i)`` values.
-        scale: factor of the product.
-        keep: its mask, in the layout of the parameter; None = a plain adapter.
+        rank: rank of the adapter, which adds ``rank (o + i)`` parameters.
+        scale: factor of the product ``B A``.
+        keep: keep mask in the layout of the parameter; None = a plain adapter.
 
     Raises:
-        InputError: if the layer is of another type, whose own forward pass an adapter would replace.
+        InputError: if the layer is of another type, whose own forward pass the adapter would replace.
     """
     adapted: Any = next((kind for kind in (AdaptedLinear, AdaptedConv1D) if type(layer) is kind.without), None)
     if adapted is None:
@@ -112,20 +114,20 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
 
 
 def copy_adapters(model: nn.Module, plain: nn.Module) -> None:
-    """Give the layers of a plain copy of ``model`` the same adapters, of other values."""
+    """Add adapters of the same form as in ``model``, but with other values, to a plain copy of it."""
     for name, layer in adapted_layers(model).items():
         adapt(plain.get_submodule(name), layer.lora_rank, layer.lora_scale, layer.keep)
 
 
 def mask_adapters(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
-    """Let the adapters change only what ``masks`` (by parameter name) keep."""
+    """Set the masks of the adapters to ``masks`` (by parameter name)."""
     for name, layer in adapted_layers(model).items():
         if layer.keep_bits is not None and f"{name}.weight" in masks:
             layer.keep_bits.copy_(masks[f"{name}.weight"].bits)
 
 
 def unmasked_adapter(model: nn.Module, masks: Mapping[str, PackedMask]) -> str | None:
-    """Return the name of the first layer whose adapter is masked otherwise than ``masks`` (by parameter name) say."""
+    """Return the name of the first layer whose adapter has another mask than in ``masks`` (by parameter name)."""
     for name, layer in adapted_layers(model).items():
         mask = masks.get(f"{name}.weight")
         if (
@@ -140,9 +142,9 @@ def unmasked_adapter(model: nn.Module, masks: Mapping[str, PackedMask]) -> str |
 @contextmanager
 @torch.no_grad()
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model without adapters, masked ones merged and plain ones left out; afterwards it is as it was.
+    """Yield the model with masked adapters merged and plain adapters removed; restore the model on exit.
 
-    The weights must be whole; those under an adapter are held twice meanwhile.
+    The weights must be unsharded; weights with an adapter take twice the memory within the context.
     """
     undo = []
     for layer in adapted_layers(model).values():

@@ -1,4 +1,4 @@
-"""Keep messages of the Hugging Face libraries off the screen."""
+"""Suppress messages of the Hugging Face libraries."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from transformers.utils import logging as transformers_logging
 
 
 def quiet_hub() -> AbstractContextManager[None]:
-    """Keep the hub client's retry messages off the screen; an error is raised all the same."""
+    """Suppress the retry messages of the hub client; errors are still raised."""
     return _quiet(hub_logging)
 
 
 def quiet_transformers() -> AbstractContextManager[None]:
-    """Keep the warnings of transformers off the screen."""
+    """Suppress the warnings of transformers."""
     return _quiet(transformers_logging)
 
 
@@ -31,5 +31,5 @@ def _quiet(logging: ModuleType) -> Iterator[None]:
 
 
 def disable_model_progress_bars() -> None:
-    """Load and save models without a progress bar of transformers'."""
+    """Disable the progress bars of transformers on loading and saving models."""
     transformers_logging.disable_progress_bar()

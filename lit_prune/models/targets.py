@@ -1,4 +1,4 @@
-"""Which weights to prune."""
+"""Selection of the layers to prune."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lit_prune.options import as_list
 from lit_prune.sharding.parameters import PRUNABLE, read_weight
 
 Patterns = Sequence[str] | str
-"""Shell patterns over module names, or one of them."""
+"""One or several shell patterns over module names."""
 
 
 def as_patterns(patterns: Patterns) -> tuple[str, ...]:
-    """Return shell patterns as a tuple; one that stands alone counts as a list of one."""
+    """Return shell patterns as a tuple; a single string becomes a tuple of one."""
     return tuple(as_list(patterns))
 
 
@@ -31,14 +31,14 @@ class Target:
     """One layer to prune."""
 
     name: str
-    """Dotted module name in the model."""
+    """Dotted module name within the model."""
     module: nn.Module
     block: int
-    """Index of the decoder block that holds it."""
+    """Index of the decoder block that contains the layer."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(o, i)``."""
+        """Shape of the weight, ``(o, i)``."""
         outputs, inputs = read_weight(self.module).shape
         return outputs, inputs
 
@@ -55,20 +55,20 @@ def find_targets(
     exclude: Sequence[str] = (),
     owner: str = "plan",
 ) -> list[Target]:
-    """Return the linear layers inside the decoder blocks, in the order of the model.
+    """Return the linear layers inside the decoder blocks, in model order.
 
-    Embeddings, norms and ``lm_head`` lie outside the blocks or are no linear layers; a weight that two modules share is
-    left alone, because pruning it in one place would change the other.
+    Embeddings, norms and ``lm_head`` are outside the blocks or are not linear layers. A weight shared by two modules is
+    excluded, because pruning it in one place would change the other.
 
     Args:
         model: any causal language model.
-        blocks: its decoder blocks.
+        blocks: decoder blocks of the model.
         include: shell patterns over full module names; a layer must match one of them.
-        exclude: shell patterns; a layer that matches one is left alone.
-        owner: of the patterns, as an error names them.
+        exclude: shell patterns over full module names; a layer that matches one of them is excluded.
+        owner: name of the option with the patterns, for error messages.
 
     Raises:
-        InputError: if a pattern matches no layer, nothing is left, or a weight is quantised.
+        InputError: if a pattern matches no layer, no layer remains, or a weight is quantised.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     candidates = [
@@ -94,9 +94,9 @@ def find_targets(
 
 
 def find_vectors(model: nn.Module, block: Block, targets: Sequence[Target]) -> dict[str, nn.Parameter]:
-    """Return the norms and biases of a block by name in the model, but for those of layers that are not targets.
+    """Return the norms and biases of a block by name within the model, except biases of layers that are not targets.
 
-    One that other modules share is not among them: changing it here would change the others.
+    A parameter shared with other modules is excluded, because changing it here would change the others.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     pruned = {id(target.module) for target in targets}
@@ -114,5 +114,5 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def as_layer(target: Target, evidence: Any = None, metric: float | None = None) -> Layer:
-    """Return what an allocator may know of a target."""
+    """Return the description of a target for an allocator."""
     return Layer(target.name, target.block, target.shape, partial(read_weight, target.module), evidence, metric)

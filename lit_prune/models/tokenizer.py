@@ -19,7 +19,7 @@ from lit_prune.models.locate import MODEL_REMEDY, RANDOM, explained, hub_model, 
 
 
 def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to ``pretrained`` (bytes for ``random``)."""
+    """Load the tokenizer of ``pretrained`` (a byte tokenizer for ``random``)."""
     if pretrained == RANDOM:
         return byte_tokenizer()
     remedy = "copy the files of its tokenizer into the folder" if hub_model(pretrained) is None else MODEL_REMEDY
@@ -31,7 +31,7 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrain
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Return a tokenizer of the 256 bytes and an end-of-text token, for models with random weights."""
+    """Return a tokenizer with 256 bytes and an end-of-text token, for models with random weights."""
     vocabulary = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Whether the weights of a model that was loaded are all there, its own, and finite."""
+"""Checks that the weights of a loaded model are complete, belong to it, and are finite."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lit_prune.errors import InputError
 from lit_prune.internals.transformers import ignored_keys
 
 _OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
-"""Buffers that older versions of transformers wrote, and newer ones work out."""
+"""Regular expressions of buffers that older versions of transformers saved, and newer ones compute."""
 
 
 def check_complete(found: Mapping[str, Any], pretrained: str) -> None:
-    """Raise ``InputError`` if a model's files lack weights, which would be random, or hold some of another model.
+    """Raise ``InputError`` if a model's files lack weights, which would be random, or contain those of another model.
 
     Args:
-        found: what ``from_pretrained`` tells with ``output_loading_info``.
-        pretrained: the name of the model, for errors.
+        found: loading info of ``from_pretrained`` with ``output_loading_info``.
+        pretrained: name of the model, for errors.
     """
     shapes = {name: f"{name} {list(there)}, and not {list(asked)}" for name, there, asked in found["mismatched_keys"]}
     for fault, names in (
@@ -32,7 +32,7 @@ def check_complete(found: Mapping[str, Any], pretrained: str) -> None:
 
 
 def refuse(pretrained: str, fault: str, names: Collection[str]) -> None:
-    """Raise ``InputError`` if there are ``names`` of weights with a ``fault``, in which ``{}`` stands for them."""
+    """Raise ``InputError`` if there are ``names`` of weights with a ``fault``, a message with ``{}`` for the names."""
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise InputError(
@@ -42,13 +42,13 @@ def refuse(pretrained: str, fault: str, names: Collection[str]) -> None:
 
 
 def ignored_by(model: Any, name: str) -> bool:
-    """Tell whether a model does without a weight that is in its files."""
+    """Return whether a model ignores a weight that is in its files."""
     patterns = (*ignored_keys(model), *_OBSOLETE)
     return any(re.search(pattern, name) for pattern in patterns)
 
 
 def check_finite(name: str, values: Tensor, where: str) -> None:
-    """Raise ``InputError`` that names a weight, and ``where`` it is from, if it holds NaN or Inf."""
+    """Raise an ``InputError`` that names a weight, and ``where`` it is from, if it contains NaN or Inf."""
     if values.is_floating_point() and values.numel() and not all(extreme.isfinite() for extreme in values.aminmax()):
         count = int((~values.isfinite()).sum())
         raise InputError(
@@ -58,6 +58,6 @@ def check_finite(name: str, values: Tensor, where: str) -> None:
 
 
 def check_all_finite(model: nn.Module, where: str) -> None:
-    """Raise ``InputError`` that names the first weight or persistent buffer of a model that holds NaN or Inf."""
+    """Raise an ``InputError`` that names the first weight or persistent buffer of a model with NaN or Inf, if any."""
     for name, values in model.state_dict().items():
         check_finite(name, values, where)

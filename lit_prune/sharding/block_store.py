@@ -1,7 +1,8 @@
-"""Storage of a model's blocks between their turns: in memory, sharded over ranks, or on disk (``offload.py``).
+"""Storage of a model's blocks while they are not in use: in memory, sharded over ranks, or on disk (``offload.py``).
 
-A block is made ``resident`` to compute with it. A *skeleton* is a model whose parameters outside the blocks are
-loaded, while a parameter inside has its shape and dtype, and one NaN for all values, until its block is resident.
+A block is made ``resident`` for computation. A *skeleton* is a model whose parameters outside the blocks are loaded,
+while a parameter inside a block is a placeholder until the block is resident: it has its shape and dtype, but a single
+NaN as storage.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ class BlockStore(ABC):
     """Loads blocks onto a device, one at a time, and writes their changed parameters back."""
 
     prefetches = False
-    """Whether a block can be loaded in another thread while the one before it computes."""
+    """Whether a block can be loaded in another thread while the previous block computes."""
     low_memory = False
-    """Whether a block has to leave memory before the next one is loaded."""
+    """Whether a block must be released from memory before the next one is loaded."""
 
     def __init__(self) -> None:
-        """Begin with no block resident."""
+        """Initialize with no block resident."""
         self._resident: int | None = None
         self._held = ExitStack()
         self._background: ThreadPoolExecutor | None = None
         self._fetched: tuple[int, Future[dict[str, Tensor]]] | None = None
 
     def parts(self, model: nn.Module) -> list[Block]:
-        """Return what can be made resident: the blocks, and other modules whose weights are stored elsewhere."""
+        """Return the modules that can be made resident: the blocks, and other modules with weights stored elsewhere."""
         return find_blocks(model)
 
     @abstractmethod
     def load(self, block: Block, device: torch.device) -> dict[str, Tensor]:
-        """Return the block's parameters on ``device``, by name in the block, without those that are there already."""
+        """Return the block's parameters on ``device``, by name within the block, except those already there."""
 
     @abstractmethod
     def store(self, block: Block, values: Mapping[str, Tensor]) -> None:
-        """Write new values of the block's parameters, by name in the block, after it was resident."""
+        """Write changed values of the block's parameters, by name within the block, after it was resident."""
 
     @contextmanager
     def resident(
@@ -57,14 +58,14 @@ class BlockStore(ABC):
         """Load a block's weights onto ``device``; yield a set to which the caller adds the names of changed parameters.
 
         Args:
-            block: the block.
+            block: block to load.
             device: destination; None = the model's device.
-            then: the block that comes next, to be prefetched if the store can.
+            then: next block, to prefetch if the store supports that; None = no prefetch.
         """
         self.release()
         tensors = {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}
         to = torch.device(device) if device is not None else next(iter(tensors.values())).device
-        if to.type == "cuda" and to.index is None:  # another thread may have another current device
+        if to.type == "cuda" and to.index is None:  # other threads may have another current device
             to = torch.device("cuda", torch.cuda.current_device())
         stored = {name: tensor.data for name, tensor in tensors.items()}
         values = self._fetch(block, to)
@@ -86,7 +87,7 @@ class BlockStore(ABC):
             self.store(block, new)
 
     def hold(self, block: Block) -> None:
-        """Keep a block resident on the model's device until another one is needed, for passes through the model."""
+        """Keep a block resident on the model's device until another one is needed, for forward passes of the model."""
         if self._resident != block.index:
             self.release()
             self._held.enter_context(self.resident(block))
@@ -96,7 +97,7 @@ class BlockStore(ABC):
         self._held.pop_all().close()
 
     def close(self) -> None:
-        """Release every block, also one that was prefetched and not used."""
+        """Release every block, including a prefetched one."""
         self.release()
         self._fetched = None
 
@@ -107,7 +108,7 @@ class BlockStore(ABC):
         values = fetched[1].result()
         if fetched[0] != block.index:
             return self._load(block, device)
-        if device.type == "cuda":  # they were allocated for the stream of the other thread
+        if device.type == "cuda":  # allocated on the stream of the other thread
             for value in values.values():
                 value.record_stream(torch.cuda.current_stream(device))
         return values
@@ -135,7 +136,7 @@ class BlockStore(ABC):
 
 
 class InMemory(BlockStore):
-    """The model holds its own weights; they are copied only to compute on another device."""
+    """Store for a model with its weights in memory; they are copied only to compute on another device."""
 
     prefetches = True
 
@@ -146,7 +147,7 @@ class InMemory(BlockStore):
 
     @torch.no_grad()
     def store(self, block: Block, values: Mapping[str, Tensor]) -> None:
-        """Copy values that were changed on another device into the model."""
+        """Copy values changed on another device back into the model."""
         for name, value in values.items():
             parameter = block.module.get_parameter(name)
             if parameter.data_ptr() != value.data_ptr():
@@ -154,14 +155,14 @@ class InMemory(BlockStore):
 
 
 class Sharded(BlockStore):
-    """Weights sharded over ranks by a training strategy; a block is all-gathered when it is made resident.
+    """Store for weights sharded over ranks by a training strategy; a block is all-gathered when it is made resident.
 
-    Float32 master weights are read if there are any. Every rank makes the same blocks resident, in the same order, and
-    stores the same values.
+    Float32 master weights are read if there are any. Every rank must make the same blocks resident, in the same order,
+    and store the same values.
     """
 
     def __init__(self, live: nn.Module, dtype: torch.dtype) -> None:
-        """Gather weights of ``live`` in ``dtype``."""
+        """Store the sharded model ``live`` and the dtype in which to gather its weights."""
         super().__init__()
         self._live = live
         self._dtype = dtype
@@ -183,7 +184,7 @@ class Sharded(BlockStore):
 def unsharded(model: nn.Module) -> Iterator[tuple[nn.Module, BlockStore]]:
     """Yield a model whose parameters are plain tensors, and the store of its blocks.
 
-    That is the model itself, or a skeleton of it if a strategy shards its weights.
+    The model is ``model`` itself, or a skeleton of it if a strategy shards its weights.
     """
     managed = any(is_managed(parameter) for parameter in model.parameters())
     whole, store = _skeleton(model) if managed else (model, store_of(model))
@@ -205,14 +206,14 @@ def fill_outside_blocks(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Turn a model on the meta device into a skeleton: parameters outside its blocks get their values.
+    """Turn a model on the meta device into a skeleton: load the parameters outside its blocks.
 
     Args:
-        model: built under ``init_empty_weights``.
-        store: of its blocks; it becomes the model's.
-        values: returns the values of a parameter, by name.
-        dtype: of all parameters; None = as the model has them.
-        device: of all parameters; None = CPU.
+        model: model built under ``init_empty_weights``.
+        store: store of the model's blocks, which is attached to the model.
+        values: function that returns the values of a parameter, by name.
+        dtype: dtype of all parameters; None = as in the model.
+        device: device of all parameters; None = CPU.
     """
     within = {id(p) for part in store.parts(model) for p in part.module.parameters()}
     places = _places(model.modules())
@@ -231,7 +232,7 @@ def _skeleton(live: nn.Module) -> tuple[nn.Module, BlockStore]:
     with init_empty_weights(include_buffers=False):
         copy: Any = unsharded_twin(live)
         copy_adapters(live, copy)
-    copy.tie_weights()  # each of the tied names has an empty parameter of its own
+    copy.tie_weights()  # so far, each tied name has a separate empty parameter
     first = full_tensor_of(next(live.parameters()))
     store = Sharded(live, first.dtype)
     fill_outside_blocks(copy, store, lambda name: full_tensor_of(live.get_parameter(name)), first.dtype, first.device)
@@ -240,7 +241,7 @@ def _skeleton(live: nn.Module) -> tuple[nn.Module, BlockStore]:
 
 
 def _places(modules: Iterable[nn.Module]) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return the modules, and the names there, of every parameter; tied ones have several."""
+    """Return the modules, and names within them, of every parameter by id; tied parameters have several."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in modules:
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,8 +1,8 @@
-"""Disk offload: a block is read from safetensors files when it computes, and written if it has changed.
+"""Disk offload: a block is read from safetensors files for computation, and written back if it has changed.
 
 Parameters outside the blocks are in memory, except untied embeddings and heads, which are read like a block when they
-are called. Such a model runs like any other, one block at a time: it takes the memory of one block and is read once
-per forward pass.
+are called. An offloaded model runs like any other, one block at a time: it needs the memory of one block, and each
+forward pass reads the whole model.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from lit_prune.sharding.block_store import BlockStore, fill_outside_blocks, stor
 from lit_prune.sharding.parameters import persistent_buffers
 
 _CHANGED = re.compile(r"block_\d{4,}\.safetensors|\.block_\d{4,}\.safetensors\.writing-\d+")
-"""Names in the folder for blocks that have changed."""
+"""File names in the folder of changed blocks."""
 _CLAIMED: dict[Path, ExitStack] = {}
 """Folders of changed blocks that this process has locked."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class OnDisk(BlockStore):
-    """Blocks in the files of a checkpoint; changed blocks in a folder beside them."""
+    """Store for blocks in the files of a checkpoint, with changed blocks in a separate folder."""
 
     prefetches = True
     low_memory = True
 
     def __init__(self, sources: Mapping[str, tuple[Path, str]], changes: Path, ends: Sequence[Block]) -> None:
-        """Take the files of the weights.
+        """Initialize with the files of the weights.
 
         Args:
-            sources: file, and name in it, of every parameter by its name in the model.
+            sources: file of every parameter, and the name within it, by name in the model.
             changes: folder for changed blocks; those of an earlier run are removed.
-            ends: modules before and after the blocks that are offloaded too.
+            ends: modules before and after the blocks to offload as well.
         """
         super().__init__()
         self._ends = ends
@@ -66,11 +66,11 @@ class OnDisk(BlockStore):
         self._drop()
 
     def parts(self, model: nn.Module) -> list[Block]:
-        """Return the blocks, then embeddings and head if they are offloaded too."""
+        """Return the blocks, then embeddings and head if they are offloaded as well."""
         return [*super().parts(model), *self._ends]
 
     def load(self, block: Block, device: torch.device) -> dict[str, Tensor]:
-        """Read the block with its changes."""
+        """Read the block, with changes applied."""
         parameters = dict(block.module.named_parameters())
         changed = self._file(block)
         found = load_tensors(changed) if changed.is_file() else {}
@@ -79,32 +79,32 @@ class OnDisk(BlockStore):
         return {name: found[name].to(device, parameter.dtype) for name, parameter in parameters.items()}
 
     def store(self, block: Block, values: Mapping[str, Tensor]) -> None:
-        """Write the changed parameters."""
+        """Write the changed parameters to the folder of changed blocks."""
         file = self._file(block)
         earlier = load_tensors(file) if file.is_file() else {}
         save_tensors(file, {**earlier, **{name: value.cpu() for name, value in values.items()}})
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter as the checkpoint has it; ``InputError`` if it holds NaN or Inf."""
+        """Return a parameter as stored in the checkpoint; raise ``InputError`` if it contains NaN or Inf."""
         file, there = self._sources[name]
         with safe_open(file, framework="pt") as handle:
-            values: Tensor = handle.get_tensor(there).clone()  # a view would hold the whole file in memory
+            values: Tensor = handle.get_tensor(there).clone()  # a view would keep the whole file in memory
         if name not in self._finite:
             check_finite(name, values, repr(str(file)))
             self._finite.add(name)
         return values
 
     def forget(self) -> None:
-        """Remove the files of changed blocks, and their folder if it is empty then; other runs may use it again."""
+        """Remove the files of changed blocks, and their folder if that leaves it empty; unlock it for other runs."""
         self._drop()
         if self._changes.is_dir() and not any(self._changes.iterdir()):
             self._changes.rmdir()
         _CLAIMED.pop(self._changes.resolve(), ExitStack()).close()
 
     def _prefetch(self, block: Block, device: torch.device) -> None:
-        """Read a block in another thread; on CPUs only into the page cache, because memory has room for one block.
+        """Read a block in another thread; on CPUs only into the page cache, because only one block is to be in memory.
 
-        Errors are not raised here: the block is read again, and raises them, when it is loaded.
+        Errors are not raised here, but when the block is loaded.
         """
         if device.type == "cpu":
             self._in_background(self._read_through, block)
@@ -119,7 +119,7 @@ class OnDisk(BlockStore):
 
     def _drop(self) -> None:
         for file in [*self._changes.glob("block_*.safetensors"), *self._changes.glob(".block_*.writing-*")]:
-            file.unlink(missing_ok=True)  # another process may have been faster
+            file.unlink(missing_ok=True)  # another process may have removed it
 
     def _file(self, block: Block) -> Path:
         return self._changes / f"block_{block.index:04d}.safetensors"
@@ -131,14 +131,14 @@ def open_lazily(
     """Open a causal language model that stays on disk, in evaluation mode.
 
     Args:
-        pretrained: Hugging Face folder with safetensors files, or the name of one on the hub.
-        changes: folder for blocks that have changed; of one model at a time.
-        dtype: of the weights; None = as the model's config says.
-        trust_remote_code: whether code that comes with the model may run.
+        pretrained: Hugging Face folder with safetensors files, or the name of a model on the hub.
+        changes: folder for changed blocks, for one model at a time.
+        dtype: dtype of the weights; None = as in the model's config.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        InputError: if there are no such files, or they name weights otherwise than the model does; or if
-            ``changes`` holds anything else.
+        InputError: if there are no such files, if their names or shapes do not match the model, or if ``changes``
+            contains other files.
     """
     folder = Path(pretrained).expanduser()
     if folder.is_file() or str(pretrained) == "random":
@@ -157,7 +157,7 @@ def open_lazily(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
         )
-    model.tie_weights()  # each of the tied names has an empty parameter of its own
+    model.tie_weights()  # so far, each tied name has a separate empty parameter
     if has_fused_experts(model):
         raise InputError(f"{str(pretrained)!r} has fused experts, which have to be loaded whole: leave model.lazy out")
     buffers = persistent_buffers(model)
@@ -174,20 +174,20 @@ def open_lazily(
 
 
 def disk_store_of(model: nn.Module) -> OnDisk | None:
-    """Return the store of an offloaded model; None for any other."""
+    """Return the store of an offloaded model; None for any other model."""
     store = model.__dict__.get("block_store")
     return store if isinstance(store, OnDisk) else None
 
 
 def names_on_disk(model: nn.Module) -> list[str]:
-    """Return the names of the parameters of an offloaded model that are read when their block computes."""
+    """Return the names of the parameters of an offloaded model that are read from disk."""
     parts = store_of(model).parts(model)
     return [name for part in parts for name, _ in part.module.named_parameters(prefix=part.name)]
 
 
 @torch.no_grad()
 def save_lazily(folder: Path, model: Any, disk: OnDisk) -> None:
-    """Write an offloaded model as a Hugging Face folder: a file per block, and one for the other parameters."""
+    """Write an offloaded model as a Hugging Face folder, with a file per block and one for all other parameters."""
     parts = disk.parts(model)
     count, weights, size = len(parts) + 1, {}, 0
     within = tuple(f"{part.name}." for part in parts)
@@ -212,7 +212,7 @@ def save_lazily(folder: Path, model: Any, disk: OnDisk) -> None:
 
 
 def _claim(changes: Path) -> None:
-    """Keep other runs from a folder of changed blocks, until this process ends or they are forgotten."""
+    """Lock a folder of changed blocks against other runs, until this process ends or calls ``forget``."""
     folder = changes.resolve()
     if folder in _CLAIMED or not _is_first_process():
         return
@@ -225,12 +225,12 @@ def _claim(changes: Path) -> None:
 
 
 def _is_first_process() -> bool:
-    """Tell whether this is the first of several processes, before any of them has set up torch.distributed."""
+    """Return whether this is the first process of a launch, before torch.distributed is initialized."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def _check_changes(folder: Path) -> None:
-    """Raise ``InputError`` if a folder holds anything but blocks that have changed, which an earlier run left there."""
+    """Raise ``InputError`` if a folder contains anything other than changed blocks of an earlier run."""
     for file in folder.iterdir() if folder.is_dir() else ():
         if not _CHANGED.fullmatch(file.name):
             raise InputError(
@@ -240,7 +240,7 @@ def _check_changes(folder: Path) -> None:
 
 
 def _ends(model: Any) -> list[Block]:
-    """Return the embeddings and the head as if they were two more blocks; none whose weight others share."""
+    """Return embeddings and head as additional blocks, unless their weights are tied."""
     used = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     own = [(name, module) for name, module in model.named_modules() if module in ends and used[id(module.weight)] == 1]
@@ -248,7 +248,7 @@ def _ends(model: Any) -> list[Block]:
 
 
 def _files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
-    """Return the file and the shape of every tensor of a checkpoint, by the name that it has there."""
+    """Return the file and the shape of every tensor of a checkpoint, by its name in the checkpoint."""
     if (folder / _INDEX).is_file():
         named = read_json(folder / _INDEX)["weight_map"]
         shapes = {file: tensor_shapes(folder / file) for file in set(named.values())}
@@ -267,8 +267,8 @@ def _files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
 def _matched(
     model: Any, expected: Mapping[str, list[int]], files: Mapping[str, tuple[Path, list[int]]], pretrained: str
 ) -> dict[str, tuple[Path, str]]:
-    """Return the file of every weight and its name there; refuse files that are not of this model."""
-    prefix = f"{model.base_model_prefix}."  # a checkpoint of the model without its head has names without it
+    """Return the file of every weight and its name there; raise ``InputError`` for files of another model."""
+    prefix = f"{model.base_model_prefix}."  # checkpoints without a head lack this prefix
     matched, mismatched = {}, []
     for name, shape in expected.items():
         there = next((known for known in (name, name.removeprefix(prefix)) if known in files), None)
@@ -281,7 +281,7 @@ def _matched(
         if files[there][1] != shape:
             mismatched.append(f"{name} {files[there][1]}, and not {shape}")
     refuse(pretrained, "holds {}, as its config says", mismatched)
-    known = {*model.state_dict(), *(there for _, there in matched.values())}  # a tied weight may be there as well
+    known = {*model.state_dict(), *(there for _, there in matched.values())}  # a tied weight may be stored as well
     others = [name for name in files if not {name, f"{prefix}{name}"} & known and not ignored_by(model, name)]
     refuse(pretrained, "holds {}, which a model of its config does not have", others)
     return matched
@@ -289,14 +289,14 @@ def _matched(
 
 def _holder(store: BlockStore, block: Block) -> Callable[..., None]:
     def hold(module: nn.Module, args: object) -> None:
-        if "forward" not in module.__dict__:  # else somebody runs something in its place, and fetches what that needs
+        if "forward" not in module.__dict__:  # else its forward is replaced, and the replacement loads weights itself
             store.hold(block)
 
     return hold
 
 
 def _placeholders_moved(store: BlockStore, block: Block) -> Callable[..., nn.Module]:
-    """Return an ``_apply`` that moves a block without allocating its placeholders at full size."""
+    """Return an ``_apply`` that moves a block without allocating its placeholders in full size."""
 
     def apply(function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         store.release()

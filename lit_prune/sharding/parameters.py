@@ -1,8 +1,8 @@
-"""Read and write one weight, wherever its values live.
+"""Read and write access to a weight under any training strategy.
 
-A plain module holds a weight once. Sharded training spreads it out: each process holds a share of the weight (FSDP2,
-ZeRO-3), of its float32 master (DeepSpeed) and of its optimizer moments (all of them). This file is the one place that
-knows where; the rest of the project sees whole matrices, and ``Shard``s to which a whole mask is applied.
+A plain module has one copy of a weight. Under sharded training, each process holds a shard of the weight (FSDP2,
+ZeRO-3), of its float32 master (DeepSpeed) and of its optimizer moments (all of them). Only this module knows the
+location of these shards; all other code uses full matrices, and ``Shard`` objects to which a full mask is applied.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from lit_prune.models.lora import copy_adapters
 from lit_prune.ops.masks import keep_only
 
 PRUNABLE = (nn.Linear, Conv1D)
-"""The module types whose ``weight`` is a matrix of outputs and inputs."""
+"""Module types whose ``weight`` is a matrix of outputs and inputs."""
 _VALUES = ("weight", "gathered weight", "master")
-"""The places that hold a weight's values; all others hold moments."""
+"""Values of ``Shard.place`` for the values of a weight; all others are optimizer moments."""
 
 
 def to_parameter_layout(module: nn.Module, matrix: Tensor) -> Tensor:
-    """Turn an ``[o, i]`` tensor into the layout of ``module.weight``, or back (GPT-2's Conv1D stores ``[i, o]``)."""
+    """Convert an ``[o, i]`` tensor to the layout of ``module.weight``, or back (GPT-2's Conv1D stores ``[i, o]``)."""
     return matrix.T if isinstance(module, Conv1D) else matrix
 
 
 def read_weight(module: nn.Module) -> Tensor:
-    """Return a plain module's weight as ``[o, i]``: a view of the parameter, not to be written to."""
+    """Return a plain module's weight as ``[o, i]``: a view of the parameter, which must not be modified."""
     return to_parameter_layout(module, module.get_parameter("weight").detach())
 
 
@@ -48,7 +48,7 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 
 @contextmanager
 def weights_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put the modules' weights back afterwards, bit for bit, whatever happens in between."""
+    """Restore the modules' weights bit for bit on exit, even after an error."""
     before = [read_weight(module).clone() for module in modules]
     try:
         yield
@@ -59,24 +59,24 @@ def weights_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Shard:
-    """What this process holds of a parameter's values in one place."""
+    """This process's shard of a parameter, of its master or of one of its optimizer moments."""
 
     place: str
-    """``weight``, ``gathered weight``, ``master``, or the name of an optimizer moment."""
+    """Name of the tensor: ``weight``, ``gathered weight``, ``master``, or the name of an optimizer moment."""
     read: Callable[[], Tensor]
-    """Returns the values."""
+    """Function that returns the values of the shard."""
     write: Callable[[Tensor], Any]
-    """Replaces the values."""
+    """Function that replaces the values of the shard."""
     cut: Callable[[Tensor], Tensor]
-    """Cuts the share out of a whole tensor of the parameter's shape."""
+    """Function that returns the corresponding shard of a full tensor of the parameter's shape."""
 
 
 def shards(parameter: nn.Parameter, optimizer: Optimizer | None = None) -> Iterator[Shard]:
-    """Yield every place in which this process holds values of a parameter.
+    """Yield every shard of a parameter that this process holds.
 
     Args:
-        parameter: plain, a DTensor (FSDP2), or managed by DeepSpeed (ZeRO-1, -2, -3).
-        optimizer: whose moments are wanted; not needed for DeepSpeed, whose parameters know theirs.
+        parameter: a plain parameter, a DTensor (FSDP2), or a parameter managed by DeepSpeed (ZeRO-1, -2, -3).
+        optimizer: optimizer whose moments to include; not needed for DeepSpeed, whose parameters refer to theirs.
     """
     if _is_zero_3(parameter):
         yield from _zero_3_shards(parameter)
@@ -88,14 +88,14 @@ def shards(parameter: nn.Parameter, optimizer: Optimizer | None = None) -> Itera
         yield _in_place("weight", _local(parameter.data), cut)
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         for name, value in state.items():
-            # A moment that is factored (Adafactor) holds no value of any one weight.
+            # A factored moment (Adafactor) has no entries for single weights.
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 yield _in_place(name, _local(value), cut)
 
 
 @torch.no_grad()
 def zero_pruned(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | None = None) -> None:
-    """Set what ``keep`` (bool, the parameter's shape) prunes to zero, in every place that this process holds."""
+    """Zero the entries that ``keep`` (bool, the parameter's shape) prunes, in every shard of this process."""
     for share in shards(parameter, optimizer):
         values = share.read()
         share.write(values.masked_fill_(~share.cut(keep).to(values.device), 0.0))
@@ -103,10 +103,10 @@ def zero_pruned(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | No
 
 @torch.no_grad()
 def count_revived(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | None = None) -> dict[str, int]:
-    """Return how many values that ``keep`` prunes are not exactly zero in this process, by place.
+    """Return the number of entries that ``keep`` prunes but that are not exactly zero on this process, by place.
 
-    Optimizer state without a negative value anywhere scales steps (second moments, Adamax's norms, Rprop's step sizes)
-    and gives them no direction: a weight whose gradient is zero does not move by it, so it is not looked at.
+    Optimizer state without negative values only scales steps (second moments, Adamax's norms, Rprop's step sizes) and
+    does not determine their direction: it cannot move a weight whose gradient is zero, so it is not checked.
     """
     revived = {}
     for share in shards(parameter, optimizer):
@@ -118,30 +118,30 @@ def count_revived(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | 
 
 
 def mask_gradient(parameter: nn.Parameter, keep: Tensor) -> None:
-    """Set the gradient of what ``keep`` prunes to zero, in this process's share of it; nothing if there is none."""
+    """Zero the gradient of entries that ``keep`` prunes, in this process's shard; a no-op without a gradient."""
     if parameter.grad is not None:
         gradient = _local(parameter.grad)
         gradient.copy_(keep_only(gradient, _cut_like(parameter)(keep).to(gradient.device)))
 
 
 def sets_sharded_gradients(parameter: nn.Parameter) -> bool:
-    """Tell whether the gradient is written by the strategy (FSDP2), so that hooks on the parameter never run."""
+    """Return whether the strategy (FSDP2) writes the gradient, so that hooks on the parameter never run."""
     return isinstance(parameter, DTensor)
 
 
 def is_managed(parameter: nn.Parameter) -> bool:
-    """Tell whether a strategy holds the parameter in other places than an ordinary tensor."""
+    """Return whether a strategy stores the parameter differently from a plain tensor."""
     return isinstance(parameter, DTensor) or _is_zero(parameter) or _is_zero_3(parameter)
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
-    """Return the shape of the whole parameter."""
+    """Return the shape of the full, unsharded parameter."""
     return tuple(parameter.ds_shape if _is_zero_3(parameter) else parameter.shape)
 
 
 @torch.no_grad()
 def full_tensor_of(parameter: nn.Parameter) -> Tensor:
-    """Return the whole values, of the float32 master if there is one; every process must call it."""
+    """Gather and return the full tensor, from the float32 master if there is one; every process must call this."""
     if _is_zero_3(parameter):
         with _gathered(parameter):
             live = parameter.detach().clone()
@@ -153,7 +153,7 @@ def full_tensor_of(parameter: nn.Parameter) -> Tensor:
 
 @torch.no_grad()
 def write_full_tensor(parameter: nn.Parameter, value: Tensor) -> None:
-    """Replace the values, and those of the float32 master; every process must call it with the same ``value``."""
+    """Replace the values of parameter and float32 master; every process must call this with the same ``value``."""
     for share in shards(parameter):
         if share.place in _VALUES:
             held = share.read()
@@ -161,7 +161,7 @@ def write_full_tensor(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def unsharded_twin(model: nn.Module) -> nn.Module:
-    """Return a new model of the same config and the same modules, whose weights no strategy holds; adapters lack."""
+    """Return a new model with the same config and modules, with unsharded weights and without adapters."""
     plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     twin: nn.Module = plain(model.config)
     if any(isinstance(module, Experts) for module in model.modules()):
@@ -170,13 +170,13 @@ def unsharded_twin(model: nn.Module) -> nn.Module:
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that a checkpoint holds, such as a router's bias, by name."""
+    """Return the buffers that are saved in a checkpoint, such as a router's bias, by name."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def copy_buffers(model: nn.Module, twin: nn.Module) -> None:
-    """Give a twin the model's buffers, which no strategy shards: values that are not trained, but may be learned."""
+    """Copy the model's buffers, which no strategy shards, to a twin; buffers may contain learned values."""
     buffers = dict(model.named_buffers())
     for name, buffer in twin.named_buffers():
         buffer.data = buffers[name].data.clone()
@@ -184,10 +184,10 @@ def copy_buffers(model: nn.Module, twin: nn.Module) -> None:
 
 @contextmanager
 def full_model(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model with whole weights: itself, or a copy if a strategy holds its weights elsewhere.
+    """Yield the model with full weights: the model itself, or a gathered copy if a strategy manages its weights.
 
-    The copy has the float32 masters if there are any. It takes the memory of the whole model in every process. What
-    is written to it stays there: ``write_full_tensor`` takes it back.
+    The copy has the values of the float32 masters if there are any, and takes the memory of the full model on every
+    process. Changes to the copy are not written back; use ``write_full_tensor`` for that.
     """
     if not any(is_managed(parameter) for parameter in model.parameters()):
         yield model
@@ -219,7 +219,7 @@ def _cut_like(parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
     if not isinstance(parameter, DTensor):
         return _whole
     mesh, placements = parameter.device_mesh, parameter.placements
-    # Every process holds the whole tensor already, so none is sent.
+    # Every process already has the full tensor, so nothing is communicated.
     return lambda tensor: distribute_tensor(
         tensor.detach().to(parameter.device), mesh, placements, src_data_rank=None
     ).to_local()
@@ -247,7 +247,7 @@ def _fp32(parameter: nn.Parameter) -> Tensor:
 
 def _zero_shards(parameter: Any) -> Iterator[Shard]:
     mapping = internals.fragments(parameter)
-    if mapping is None:  # the master lies in other processes
+    if mapping is None:  # the master is on other processes
         return
     address = mapping.lp_fragment_address
 
@@ -255,7 +255,7 @@ def _zero_shards(parameter: Any) -> Iterator[Shard]:
         return tensor.reshape(-1).narrow(0, address.start, address.numel)
 
     yield _in_place("master", mapping.get_hp_fragment(), cut)
-    for name in mapping.optim_fragment or {}:  # there are none before the first step
+    for name in mapping.optim_fragment or {}:  # empty before the first step
         yield _in_place(name, mapping.get_hp_fragment(name), cut)
 
 
@@ -270,13 +270,13 @@ def _zero_3_shards(parameter: Any) -> Iterator[Shard]:
     held = parameter.ds_tensor
 
     def cut(tensor: Tensor) -> Tensor:
-        # Shares are equally long, so the last ones may reach beyond the parameter.
+        # Shards have equal length, so the last ones may extend beyond the parameter.
         start = held.numel() * distributed.get_rank(parameter.ds_process_group)
         flat = tensor.reshape(-1)[start : start + held.numel()]
         return nn.functional.pad(flat, (0, held.numel() - flat.numel()))
 
     yield _in_place("weight", held.data, cut)
-    if parameter.numel():  # it is gathered just now, or small enough to be kept whole
+    if parameter.numel():  # currently gathered, or small enough to stay gathered
         yield _in_place("gathered weight", parameter.data, _whole)
     if not parameter.requires_grad or not internals.in_training(parameter):
         return
