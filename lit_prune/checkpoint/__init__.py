@@ -1,1 +1,1 @@
-"""Layer 2: everything on disk: atomic folders, masks, safe loading of checkpoints, PEFT."""
+"""Layer 2: files on disk: atomic writes, masks, safe loading of checkpoints, PEFT."""

@@ -1,4 +1,4 @@
-"""Sparse models on disk: the weights that are kept, one after another, and one bit for each that could be."""
+"""Bitmask format of sparse models on disk: the kept weights in sequence, and one bit per weight."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _FORMAT = "lit-prune bitmask: NAME.kept in the order of the bits of NAME.mask, l
 
 
 def save_bitmask(path: Path, model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
-    """Write all of a model's parameters and persistent buffers, those with a mask without their pruned weights.
+    """Write a model's parameters and persistent buffers; for parameters with a mask, only the kept weights.
 
-    Takes ``kept · bytes of the dtype + weights / 8`` bytes for a tensor with a mask. What is tied is written once.
+    A tensor with a mask takes ``kept · bytes of the dtype + weights / 8`` bytes. Tied parameters are written once.
 
     Args:
         path: file to write.
-        model: its pruned weights are exactly zero.
+        model: model whose pruned weights are exactly zero.
         masks: keep masks by parameter name.
     """
     tensors: dict[str, Tensor] = {}
@@ -50,12 +50,12 @@ def save_bitmask(path: Path, model: nn.Module, masks: Mapping[str, PackedMask]) 
 
 
 def read_bitmask(path: str | Path) -> dict[str, Tensor]:
-    """Return every tensor of a bitmask file by name, whole, bit for bit as it was; a folder may be given for its file.
+    """Return every tensor of a bitmask file, or of the folder that contains it, by name, bit for bit as before saving.
 
     >>> model.load_state_dict(read_bitmask("out/small"))  # doctest: +SKIP
 
     Raises:
-        InputError: if there is no such file, or it holds something else.
+        InputError: if there is no such file, or it has another format.
     """
     with opened(path, BITMASK_FILE, _FORMAT, "a bitmask model is") as (handle, metadata):
         try:
@@ -78,13 +78,13 @@ def opened(path: str | Path, name: str, mark: str, what: str) -> Iterator[tuple[
     """Open a safetensors file whose ``format`` is ``mark``; yield its handle and its metadata.
 
     Args:
-        path: the file, or a folder that holds it under ``name``.
-        name: its usual name.
-        mark: what its metadata must say.
-        what: is asked of it, for errors.
+        path: the file, or a folder that contains it as ``name``.
+        name: default name of the file.
+        mark: required value of ``format`` in the metadata.
+        what: description of the file, for errors.
 
     Raises:
-        InputError: if there is no such file, or it holds something else.
+        InputError: if there is no such file, or it has another format.
     """
     file = Path(path).expanduser()
     file = inside(file, name) if file.is_dir() else file

@@ -1,4 +1,4 @@
-"""The configs that lie beside a model's weights, where it is not transformers that writes or reads these."""
+"""Configs stored with a model's weights, for formats that transformers does not write or read itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_prune.errors import InputError
 
 
 def save_configs(folder: Path, model: Any) -> None:
-    """Write a model's config and, if it can generate, its generation config, as ``save_pretrained`` does."""
+    """Write a model's config and, if it can generate, its generation config, like ``save_pretrained``."""
     model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -20,23 +20,23 @@ def save_configs(folder: Path, model: Any) -> None:
 
 
 def load_generation_config(folder: Path, model: Any) -> None:
-    """Give a model the generation config of its folder, if there is one."""
+    """Load a model's generation config from its folder, if there is one."""
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def read_config(location: str | Path, pretrained: str, trust_remote_code: bool, weights_per_byte: int = 1) -> Any:
-    """Read a model's config, before anything is allocated.
+    """Read and check a model's config before anything is allocated.
 
     Args:
         location: folder, or name on the hub.
-        pretrained: the name of the model, for errors.
-        trust_remote_code: whether code that comes with the model may run.
-        weights_per_byte: how many weights a byte of the model's files can stand for, at most.
+        pretrained: name of the model, for errors.
+        trust_remote_code: whether to run code that comes with the model.
+        weights_per_byte: maximum number of weights per byte of the model's files.
 
     Raises:
-        InputError: the model is an encoder and a decoder, far larger than its files, asks for code of a hub, or names
-            weights outside of its folder.
+        InputError: if the model is an encoder-decoder, is far larger than its files, requires code from a hub, or
+            refers to weights outside its folder.
     """
     config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lit_prune.errors import DiskError, InputError, first_line
 
 @contextmanager
 def replacing_folder(path: Path, find_other: Callable[[Path], str | None] = lambda _: None) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` that takes its place in the end; a killed run leaves the old or none.
+    """Yield a temporary sibling of ``path`` that replaces it on exit; a killed run leaves the old folder or none.
 
     Args:
-        path: the folder.
-        find_other: returns the name of a file in the old folder that was not written to it by this project, for which
-            the old folder is kept; None if there is none.
+        path: folder to write.
+        find_other: function that returns the name of a file in the old folder that was not written by this project,
+            in which case the old folder is kept; None if there is none.
     """
     path = path.absolute()
     with _explained(path):
@@ -58,7 +58,7 @@ def replacing_folder(path: Path, find_other: Callable[[Path], str | None] = lamb
             f"{str(path)!r} cannot be written: {first_line(error)}; the finished result is in {str(temporary)!r}"
         ) from error
     if old.exists() and (other := find_other(old)):
-        kept = path.with_name(f".{path.name}.kept-{os.getpid()}")  # a name that no clean-up removes
+        kept = path.with_name(f".{path.name}.kept-{os.getpid()}")  # a name that the clean-up does not match
         old.rename(kept)
         warnings.warn(
             f"{str(kept)!r} is the former folder: it holds {other!r}, which was put there meanwhile", stacklevel=3
@@ -68,7 +68,7 @@ def replacing_folder(path: Path, find_other: Callable[[Path], str | None] = lamb
 
 
 def _clear_up(path: Path) -> None:
-    """Remove what killed runs had begun to write, and put back what they had moved aside; others may be at work."""
+    """Remove partial folders of killed runs, and restore folders that they had moved aside; skip running processes."""
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
         found = re.fullmatch(re.escape(f".{path.name}.writing-") + r"(\d+)(-old)?", left.name)
         if found is None or _runs(int(found[1])) or left.is_symlink():
@@ -80,9 +80,9 @@ def _clear_up(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Tell whether a process of this machine runs."""
+    """Return whether a process is running on this machine."""
     if process == os.getpid():
-        return False  # an earlier attempt of this very process
+        return False  # an earlier attempt of this process
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -93,7 +93,7 @@ def _runs(process: int) -> bool:
 
 
 def _new_mode(folder: Path) -> int:
-    """Return the mode that a new file gets; safetensors makes files that nobody else may read."""
+    """Return the default mode of a new file; safetensors creates files that only the owner can read."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -102,7 +102,7 @@ def _new_mode(folder: Path) -> int:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary sibling, flush it, and rename it to ``path``."""
+    """Call ``write`` with a temporary sibling of ``path``, flush the file, and rename it to ``path``."""
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def _flush(file: Path) -> None:
 
 
 def as_json(content: Any) -> str:
-    """Return plain data as JSON, which has no NaN and no infinity: they become null."""
+    """Return plain data as JSON; NaN and infinity, which JSON does not support, become null."""
     return json.dumps(_finite(content), indent=1, allow_nan=False)
 
 
@@ -149,7 +149,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raise ``InputError`` that names it if it holds something else."""
+    """Read a JSON file; raise an ``InputError`` that names the file if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -163,14 +163,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_tensors_in_order(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on its content alone, atomically; meant for small files.
+    """Write a safetensors file whose bytes depend only on its content, atomically; for small files.
 
-    safetensors puts the metadata into the header in an order that changes from process to process.
+    safetensors itself writes the metadata in an order that differs between processes.
     """
     content = save(dict(tensors), dict(metadata))
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight bytes
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of eight bytes
     ordered = len(header).to_bytes(8, "little") + header + content[8 + length :]
     write_atomically(path, lambda temporary: temporary.write_bytes(ordered))
 
@@ -195,7 +195,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; raise ``InputError`` that names it if it holds something else."""
+    """Open a safetensors file; raise an ``InputError`` that names the file if it has another format."""
     try:
         with safe_open(path, framework="pt") as handle:
             yield handle

@@ -1,4 +1,4 @@
-"""Digests of models and of calibration data: the identity of a run."""
+"""Digests of models and calibration data, for the identity of a run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from lit_prune.sharding.block_store import BlockStore, store_of
 from lit_prune.sharding.parameters import persistent_buffers
 
 _NOT_COMPUTED = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "name_or_path")
-"""Values of a config that change with where and how a model was saved."""
+"""Config values that depend on where and how a model was saved, and do not affect its computations."""
 
 
 _PIECE = 2**24
-"""Values that are hashed at once."""
+"""Number of values to hash at once."""
 
 
 def model_fingerprint(model: nn.Module, store: BlockStore | None = None) -> str:
     """Return a digest of the model's config, and of name, shape, dtype and values of parameters and persistent buffers.
 
-    A value that is NaN or infinite is an ``InputError``.
-
     Args:
-        model: the model.
-        store: of its blocks; None = the model itself, or as it says.
+        model: model to hash.
+        store: store of the model's blocks; None = the model's own store, or the model itself.
+
+    Raises:
+        InputError: if a value is NaN or infinite.
     """
     store, values = store or store_of(model), {}
     for part in store.parts(model):
@@ -44,7 +45,7 @@ def model_fingerprint(model: nn.Module, store: BlockStore | None = None) -> str:
 
 
 def _config(model: nn.Module) -> bytes:
-    """Return the values of a transformers config that its computations depend on."""
+    """Return the values of a transformers config that affect the model's computations."""
     config: Any = getattr(model, "config", None)
     values = config.to_diff_dict() if config is not None else {}
     kept = {name: value for name, value in values.items() if name not in _NOT_COMPUTED and not name.startswith("_")}
@@ -56,7 +57,7 @@ def _values(name: str, tensor: Tensor) -> bytes:
     values = tensor.detach()
     check_finite(name, values, "the model")
     digest = hashlib.sha256()
-    for piece in values.reshape(-1).split(_PIECE):  # copied: a storage that NumPy has seen cannot be resized any more
+    for piece in values.reshape(-1).split(_PIECE):  # copied, because NumPy makes a storage non-resizable
         digest.update(piece.to("cpu", copy=True).view(torch.uint8).numpy().data)
     return digest.digest()
 

@@ -1,4 +1,4 @@
-"""What lies in a model's folder, checked before a library reads it."""
+"""Checks of the files in a model's folder before a library reads them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _OBJECTS = ("config.json", "generation_config.json")
 _TOKENIZER_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "tekken.json")
 _TOKENIZER_ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")
-"""Files whose values become arguments of a tokenizer, which opens those that name a file."""
+"""Files whose values become arguments of a tokenizer, which opens a value that is a file name."""
 _NOT_OPENED = ("name_or_path", "special_tokens_map_file")
-"""Values that record an earlier location of a tokenizer; no file is opened by them."""
+"""Values that record an earlier location of a tokenizer, and are never opened."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def check_folder(folder: Path, pretrained: str) -> None:
-    """Check the files of a model: that they can be read, lie in its folder, and are what their names say.
+    """Check that the files of a model are readable, are inside its folder, and have the format of their name.
 
-    Links within the folder are fine, and those of the hub's cache, from ``snapshots/x/`` to ``blobs/``.
+    Links within the folder are permitted, as are those of the hub's cache, from ``snapshots/x/`` to ``blobs/``.
 
     Args:
-        folder: of the model.
-        pretrained: its name, for errors.
+        folder: folder of the model.
+        pretrained: name of the model, for errors.
 
     Raises:
-        InputError: a file cannot be read, is damaged, or lies elsewhere; or the weights are an adapter's.
+        InputError: if a file is unreadable, damaged or outside the folder, or if the weights belong to an adapter.
     """
     asked = f"model.pretrained is {pretrained!r}"
     if not (folder / "config.json").is_file():
@@ -52,7 +52,7 @@ def check_folder(folder: Path, pretrained: str) -> None:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raise ``InputError`` if a folder has no tokenizer, or a damaged one."""
+    """Raise ``InputError`` if the tokenizer of a folder is missing or damaged."""
     if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
         raise InputError(
             f"the tokenizer of {str(folder)!r} cannot be loaded (the folder has none); copy the files of its tokenizer "
@@ -72,7 +72,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file in a model's folder; raise ``InputError`` if a link on the way leads out of it."""
+    """Return the path of a file in a model's folder; raise ``InputError`` if a link in the path leads outside it."""
     root, path = folder.resolve(), folder / name
     places = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
     target = path.resolve()
@@ -87,14 +87,14 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_size(folder: Path, config: Any, weights_per_byte: int = 1) -> None:
-    """Raise ``InputError`` if a config asks for a matrix that is larger than all weight files together.
+    """Raise ``InputError`` if a matrix of a config is larger than all weight files combined.
 
-    A model would be built with random weights of that size before anyone notices that they are not in the files.
+    Otherwise random weights of that size would be allocated before they are found to be missing from the files.
 
     Args:
-        folder: of the model.
-        config: its config, as transformers reads it.
-        weights_per_byte: how many weights a byte of a file can stand for, at most.
+        folder: folder of the model.
+        config: config of the model, as read by transformers.
+        weights_per_byte: maximum number of weights per byte of a file.
     """
     config = config.get_text_config()
     sizes = {
@@ -126,7 +126,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _check_arguments(folder: Path, file: Path) -> None:
-    """Raise ``InputError`` if a tokenizer would be given the name of a file outside of its folder."""
+    """Raise ``InputError`` if an argument of a tokenizer is the name of a file outside its folder."""
     content = _read_object(file)
     positional = content.get("init_inputs")
     arguments = [value for name, value in content.items() if name not in _NOT_OPENED]
@@ -139,11 +139,11 @@ def _check_arguments(folder: Path, file: Path) -> None:
 
 
 def _outside(folder: Path, name: str) -> Path | None:
-    """Return the file that a name stands for, here or in a folder, if it is outside of the folder."""
+    """Return the file of a name, relative to the working directory or to a folder, if it is outside the folder."""
     root = folder.resolve()
     try:
         targets = [path.resolve() for path in (Path(name), folder / name) if path.is_file()]
-    except (OSError, ValueError):  # no name of a file
+    except (OSError, ValueError):  # not a file name
         return None
     return next((target for target in targets if not target.is_relative_to(root)), None)
 

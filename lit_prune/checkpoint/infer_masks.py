@@ -1,4 +1,4 @@
-"""Masks read off the zeros of a model, for those who have nothing else."""
+"""Keep masks inferred from the zeros of a model, if no saved masks are available."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lit_prune.sharding.parameters import full_tensor_of
 
 
 def masks_of_zeros(model: nn.Module) -> dict[str, PackedMask]:
-    """Return keep masks by parameter name that prune what is exactly zero in the linear layers of the decoder blocks.
+    """Return keep masks by parameter name that prune the exact zeros in the linear layers of the decoder blocks.
 
-    A weight that is zero by chance is taken for pruned; masks that were saved are not.
+    A weight that is zero by chance is treated as pruned; prefer saved masks, which do not have this ambiguity.
 
     Raises:
         InputError: if no weight is zero.

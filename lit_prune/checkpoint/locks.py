@@ -1,4 +1,4 @@
-"""Locks on files. They end with the process that holds them, however it ends."""
+"""File locks, which are released when the process that holds them ends for any reason."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pathlib import Path
 from lit_prune.errors import InputError
 
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What file systems answer that have no locks."""
+"""Error numbers of file systems that do not support locks."""
 
 
 @contextmanager
 def locked(path: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock while the context lasts; nothing waits for a lock.
+    """Hold a lock within the context; never waits for a lock.
 
     Args:
-        path: file that stands for the lock; it is there while the lock is held, and after a kill.
-        refusal: the message if another run holds it.
+        path: lock file, which exists while the lock is held, and remains after a kill.
+        refusal: error message if another run holds the lock.
 
     Raises:
-        InputError: another run holds the lock.
-        OSError: the file cannot be made.
+        InputError: if another run holds the lock.
+        OSError: if the file cannot be created.
     """
     handle = _acquire(path)
     if handle is None:
@@ -34,7 +34,7 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock goes: whoever has opened this file sees that it is another one
+        path.unlink(missing_ok=True)  # before unlocking, so that others see that it was replaced
         _release(handle)
 
 
@@ -54,12 +54,12 @@ def _acquire(path: Path) -> int | None:
             return handle
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             return handle
-        os.close(handle)  # its holder has just removed it
+        os.close(handle)  # the previous holder has just removed it
 
 
 def _release(handle: int) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # a forked process may have the file open too
+        fcntl.flock(handle, fcntl.LOCK_UN)  # a forked process may also have the file open
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
@@ -69,7 +69,7 @@ def _release(handle: int) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep other runs from an output folder, and from the files beside it, while this one works on it."""
+    """Lock an output folder and its temporary siblings against other runs within the context."""
     made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

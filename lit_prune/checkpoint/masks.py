@@ -1,4 +1,4 @@
-"""Keep masks on disk, and whether a model holds them."""
+"""Keep masks on disk, and the check that a model satisfies them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FORMAT = "lit-prune keep masks, one bit per weight, least significant bit first
 
 
 def save_masks(path: Path, masks: Mapping[str, PackedMask]) -> None:
-    """Write keep masks by parameter name: uint8 bits, the shapes in the metadata."""
+    """Write keep masks by parameter name, as uint8 bits with the shapes in the metadata."""
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     bits = {name: mask.bits.cpu().contiguous() for name, mask in masks.items()}
     metadata = {"format": _FORMAT, "shapes": json.dumps(shapes)}
@@ -29,7 +29,7 @@ def save_masks(path: Path, masks: Mapping[str, PackedMask]) -> None:
 
 
 def load_masks(path: str | Path) -> dict[str, PackedMask]:
-    """Read keep masks by parameter name; a pruned folder may be given for its ``masks.safetensors``."""
+    """Read keep masks by parameter name, from a ``masks.safetensors`` file or the pruned folder that contains it."""
     with opened(path, MASKS_FILE, _FORMAT, "masks are") as (handle, metadata):
         try:
             shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
@@ -41,9 +41,9 @@ def load_masks(path: str | Path) -> dict[str, PackedMask]:
 
 
 def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
-    """Raise ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero.
+    """Raise a ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero.
 
-    A mask of a parameter that the model does not have, or of another shape, is an ``InputError``.
+    Raises ``InputError`` if the model lacks a parameter with a mask, or if its shape differs.
     """
     store, parameters = store_of(model), dict(model.named_parameters())
     for name, mask in masks.items():

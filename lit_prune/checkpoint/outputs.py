@@ -1,4 +1,4 @@
-"""Where a run writes: whether it may, and whether it can."""
+"""Checks of the output folder or file of a run: permission, overwriting and disk space."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_prune.checkpoint.masks import MASKS_FILE
 from lit_prune.errors import DiskError, InputError, first_line
 
 PRUNED, ANALYSIS = "config.json", "analysis.json"
-"""The file by which a folder of each kind is known."""
+"""File that identifies a folder of each kind."""
 _TOKENIZERS = (
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*spm*.model", "spiece.model", "sentencepiece*.model", "chat_template.*", "additional_chat_templates"),
@@ -28,23 +28,23 @@ _FILES = {
     ),
     ANALYSIS: ("analysis.json", "*.png"),
 }
-"""Shell patterns over all that is written to a folder of each kind."""
+"""Shell patterns over the names of all files written to a folder of each kind."""
 _LONGEST = 200
-"""Bytes of a folder's name: file systems allow 255, and temporary names add to it."""
+"""Maximum length of a folder's name in bytes: file systems allow 255, and temporary names are longer."""
 
 
 def check_output(folder: str | Path, overwrite: bool, kind: str = PRUNED, reads: Iterable[str | Path] = ()) -> Path:
-    """Return the folder that a run may write, links resolved.
+    """Return the output folder of a run with links resolved, if the run may write it.
 
     Args:
-        folder: where.
-        overwrite: whether an earlier result of the same kind may be replaced; nothing else ever is.
-        kind: of folder, ``PRUNED`` or ``ANALYSIS``.
-        reads: files and folders that the run reads; names that do not exist here are passed over.
+        folder: output folder.
+        overwrite: whether an earlier result of the same kind may be replaced; other content is never replaced.
+        kind: kind of folder, ``PRUNED`` or ``ANALYSIS``.
+        reads: files and folders that the run reads; names that do not exist locally are ignored.
 
     Raises:
-        InputError: the folder exists and is kept, holds other files, equals, contains or lies in something that is
-            read, or could not be made.
+        InputError: if the folder exists and ``overwrite`` is off, contains other files, equals, contains or is inside
+            a file or folder that is read, or cannot be created.
     """
     path = _resolved(folder)
     if path.exists() and not path.is_dir():
@@ -69,7 +69,7 @@ def check_output(folder: str | Path, overwrite: bool, kind: str = PRUNED, reads:
 
 
 def check_folder_for(option: str, folder: str | Path) -> None:
-    """Raise ``InputError`` that names the option if files cannot be written to a folder, or it cannot be made."""
+    """Raise an ``InputError`` that names the option if a folder cannot be created or written to."""
     try:
         path = Path(folder).expanduser().absolute()
         parent = path if path.exists() else _existing_parent(path)
@@ -81,13 +81,13 @@ def check_folder_for(option: str, folder: str | Path) -> None:
 
 
 def check_space(folder: str | Path, model: nn.Module, copies: int = 1, replaced: Path | None = None) -> None:
-    """Raise ``DiskError`` if the disk of ``folder`` has no room for ``copies`` of the model and its masks.
+    """Raise ``DiskError`` if the disk of ``folder`` lacks space for ``copies`` of the model and its masks.
 
     Args:
-        folder: where they go.
-        model: the model.
-        copies: how many.
-        replaced: folder whose files are among the copies already, such as the journal of a run that goes on.
+        folder: output folder.
+        model: model to write.
+        copies: number of copies.
+        replaced: folder whose files are already part of the copies, such as the journal of a resumed run.
     """
     needed = copies * sum(p.numel() * p.element_size() + p.numel() // 8 for p in model.parameters())
     if replaced is not None and replaced.is_dir():
@@ -98,7 +98,7 @@ def check_space(folder: str | Path, model: nn.Module, copies: int = 1, replaced:
 
 
 def find_other(folder: Path, kind: str = PRUNED) -> str | None:
-    """Return the name of a file in a folder that is not written to folders of its kind; None if there is none."""
+    """Return the name of a file in a folder that does not belong to folders of its kind; None if there is none."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not any(
@@ -109,16 +109,17 @@ def find_other(folder: Path, kind: str = PRUNED) -> str | None:
 
 
 def check_file(output: str | Path, suffix: str, overwrite: bool, reads: Iterable[str | Path] = ()) -> Path:
-    """Return the file that a command may write.
+    """Return the output file of a command with links resolved, if the command may write it.
 
     Args:
-        output: the file.
-        suffix: how its name has to end, such as ``.json``.
+        output: output file.
+        suffix: required suffix of the file name, such as ``.json``.
         overwrite: whether an existing file may be replaced.
         reads: files and folders that the command reads; no file in them is replaced.
 
     Raises:
-        InputError: it exists and is kept, is or lies in something that is read, or cannot be written.
+        InputError: if the file exists and ``overwrite`` is off, is or is inside a file or folder that is read, or
+            cannot be written.
     """
     path = _resolved(output)
     if path.suffix != suffix:
@@ -156,11 +157,11 @@ def _resolved(folder: str | Path) -> Path:
 
 
 def _existing(name: str | Path) -> Path | None:
-    """Return a local file or folder, links resolved; None if there is none of that name."""
+    """Return a local file or folder with links resolved; None if there is none of that name."""
     try:
         path = Path(name).expanduser().resolve()
         return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # a name on the hub can be anything
+    except (OSError, RuntimeError, ValueError):  # hub names can be any string
         return None
 
 

@@ -1,4 +1,4 @@
-"""Plain adapters as PEFT stores them."""
+"""Plain adapters in the format of PEFT."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[dict[str, str | bytes]]:
-    """Take the adapters off, masked ones merged; yield the files of the plain ones, by name below the model folder.
+    """Merge masked adapters and remove plain ones within the context; yield the PEFT files of the plain adapters.
 
-    ``PeftModel.from_pretrained(model, "OUTPUT/adapter")`` of the package ``peft`` puts them on the pruned model. All
-    have the rank and scale of the first; the ``LoRA`` of a training gives no others.
+    The files are by name relative to the model folder; ``PeftModel.from_pretrained(model, "OUTPUT/adapter")`` of the
+    package ``peft`` adds the adapters to the pruned model. All adapters must have the rank and scale of the first,
+    which is always true for ``LoRA``.
     """
     files = _files({name: layer for name, layer in adapted_layers(model).items() if layer.keep is None})
     with merged(model):
@@ -30,12 +31,12 @@ def without_adapters(model: nn.Module) -> Iterator[dict[str, str | bytes]]:
 
 
 def has_adapters(folder: str | Path) -> bool:
-    """Tell whether plain adapters lie beside a saved model."""
+    """Return whether plain adapters are stored with a saved model."""
     return (Path(folder).expanduser() / FOLDER).is_dir()
 
 
 def adapter_files(folder: str | Path) -> dict[str, str | bytes]:
-    """Return the files of plain adapters that lie beside a saved model, by name below its folder."""
+    """Return the files of plain adapters stored with a saved model, by name relative to its folder."""
     files = [Path(folder).expanduser() / FOLDER / name for name in (_CONFIG, _WEIGHTS)]
     for file in files:
         if file.is_symlink() or (file.exists() and not file.is_file()):

@@ -1,4 +1,4 @@
-"""Plain data, as JSON has it, read as what type hints say."""
+"""Conversion of plain data, as from JSON, to the types of type hints."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _NEEDED = {float: "a number", int: "a whole number", str: "a string", list: "a l
 
 
 def typed(value: Any, hint: Any, name: str) -> Any:
-    """Return plain data as the type of a hint.
+    """Convert plain data to the type of a hint.
 
     Args:
         value: numbers, strings, booleans, None, and lists and dicts of them.
         hint: ``Any``, a scalar type, ``X | None`` in this order, ``list``, ``dict`` or ``tuple`` with arguments, a
             dataclass, a ``NamedTuple`` or a ``TypedDict``. JSON has no NaN: None is NaN if a number is expected.
-        name: of the value, for errors.
+        name: name of the value, for errors.
 
     Raises:
-        TypeError: names the first part that is of another type, is missing or is unknown.
+        TypeError: if a part has another type, is missing or is unknown; names the first such part.
     """
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Any or (value is None and NoneType in inner):
@@ -38,7 +38,7 @@ def typed(value: Any, hint: Any, name: str) -> Any:
 
 
 def _parts(value: Any, kind: Any, inner: tuple[Any, ...], name: str) -> Any:
-    """Return what has parts, each as the type of its hint; None if it is of another kind."""
+    """Convert the parts of a container to the types of their hints; None if the value is of another kind."""
     if isinstance(value, dict) and kind is dict:
         return {key: typed(part, inner[1], f"{name}.{key}") for key, part in value.items()}
     if isinstance(value, dict) and (is_dataclass(kind) or is_typeddict(kind) or hasattr(kind, "_fields")):
@@ -51,7 +51,7 @@ def _parts(value: Any, kind: Any, inner: tuple[Any, ...], name: str) -> Any:
 
 
 def _required(kind: Any) -> Iterable[str]:
-    """Return the names of the fields that have no default."""
+    """Return the names of the fields without a default."""
     if is_dataclass(kind):
         return [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
     return kind.__required_keys__ if is_typeddict(kind) else [n for n in kind._fields if n not in kind._field_defaults]
@@ -60,16 +60,16 @@ def _required(kind: Any) -> Iterable[str]:
 def typed_fields(
     values: Mapping[str, Any], hints: Mapping[str, Any], required: Iterable[str], prefix: str = ""
 ) -> dict[str, Any]:
-    """Return fields by name, each as the type of its hint; there may be no others.
+    """Convert fields by name to the types of their hints; unknown fields are an error.
 
     Args:
         values: plain data by name.
         hints: types by name.
-        required: names of those that must be there.
-        prefix: of the names, for errors.
+        required: names of the required fields.
+        prefix: prefix of the names, for errors.
 
     Raises:
-        TypeError: as ``typed``.
+        TypeError: as for ``typed``.
     """
     if lacking := [name for name in required if name not in values]:
         raise TypeError(f"{prefix}{lacking[0]} is missing")
@@ -79,5 +79,5 @@ def typed_fields(
 
 
 def _is_whole(value: Any) -> bool:
-    """Tell whether a value is a whole number of a usual size; in JSON it can have hundreds of digits."""
+    """Return whether a value is an integer of ordinary size; in JSON an integer can have hundreds of digits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63

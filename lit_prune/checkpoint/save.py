@@ -1,4 +1,4 @@
-"""Write a pruned model, or an analysis, as one folder, all or nothing."""
+"""Write a pruned model or an analysis atomically as one folder."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from lit_prune.ops import PackedMask
 from lit_prune.sharding.offload import disk_store_of, save_lazily
 
 Format = Literal["hf", "hf-sharded", "bitmask"]
-"""How the weights are stored: as transformers saves them, in files of a bounded size, or kept weights and one bit for
-each weight."""
+"""Format of the weights: as saved by transformers, in files of limited size, or the kept weights and one bit per
+weight."""
 REPORT_FILE = "pruning.json"
 
 
@@ -39,20 +39,20 @@ def save_pruned(
     to: Format = "hf",
     shard_size: str = "1GB",
 ) -> Path:
-    """Write a model, its masks and ``documents`` (file name to content) as one folder, all or nothing.
+    """Write a model, its masks and ``documents`` (file name to content) atomically as one folder.
 
     Args:
-        folder: Where.
-        model: Whose pruned weights are exactly zero.
-        tokenizer: Its tokenizer, if any.
+        folder: Output folder.
+        model: Model whose pruned weights are exactly zero.
+        tokenizer: Tokenizer of the model; None = none.
         masks: Keep masks by parameter name.
-        documents: Further files, by name.
+        documents: Contents of additional files, by name.
         overwrite: Replace the folder if it exists.
-        to: How the weights are laid down.
-        shard_size: Largest file, for ``hf-sharded``.
+        to: Format of the weights.
+        shard_size: Maximum file size for ``hf-sharded``.
 
     Raises:
-        InputError: if the folder exists and ``overwrite`` is off, or the disk has no room.
+        InputError: if the folder exists and ``overwrite`` is off, or the disk lacks space.
         RuntimeError: if a weight that its mask prunes is not exactly zero.
     """
     if to == "bitmask" and disk_store_of(model):
@@ -83,7 +83,7 @@ def _write_model(folder: Path, model: Any, masks: Mapping[str, PackedMask], to: 
 
 
 def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], overwrite: bool = False) -> Path:
-    """Write an analysis (name to content) as one folder, all or nothing; an older one is kept unless ``overwrite``."""
+    """Write an analysis (file name to content) atomically as one folder; replace an older one only if ``overwrite``."""
     path = check_output(folder, overwrite, ANALYSIS)
     with replacing_folder(path, partial(find_other, kind=ANALYSIS)) as temporary:
         _write_documents(temporary, documents)
@@ -93,7 +93,7 @@ def save_documents(folder: str | Path, documents: Mapping[str, str | bytes], ove
 def _write_documents(folder: Path, documents: Mapping[str, str | bytes]) -> None:
     for name, content in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        # A name that is quoted in it may have bytes that are no text.
+        # A quoted file name may contain bytes that are not valid text.
         (folder / name).write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
 
 

@@ -1,12 +1,12 @@
-"""Read training checkpoints, whole or sharded, without running any code that a stranger may have put into them.
+"""Read untrusted training checkpoints, sharded or not, without running code from them.
 
-Unless a checkpoint is trusted, every file to be loaded is checked first: ``.pt`` files and single checkpoints with
-torch's weights-only unpickler, the ``.metadata`` of a sharded checkpoint with one that knows its classes alone, and
-each entry of a ``.distcp`` file that is not a tensor as a weights-only file of its own. Links, paths in ``.metadata``
-and DeepSpeed's ``latest`` may not lead out of the checkpoint's folder.
+Unless a checkpoint is trusted, every file to load is checked first: ``.pt`` files and single-file checkpoints with
+torch's weights-only unpickler, the ``.metadata`` of a sharded checkpoint with an unpickler restricted to its classes,
+and each entry of a ``.distcp`` file that is not a tensor as a separate weights-only file. Links, paths in
+``.metadata`` and DeepSpeed's ``latest`` must not lead outside the checkpoint's folder.
 
-That check is for the message. It is not what keeps code from running: the load itself, by whichever library, goes
-through the same unpicklers (``plain_data_only``).
+This check only provides the error message. The protection is in the load itself, in which every library uses the same
+unpicklers (``plain_data_only``).
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from lit_prune.ops import PackedMask
 from lit_prune.ops.masks import restored_masks
 
 _METADATA = ".metadata"
-"""Pickled index of a folder that torch.distributed.checkpoint has written."""
+"""Pickled index of a folder written by torch.distributed.checkpoint."""
 _EXTRA = "meta.pt"
-"""What Lightning adds to such a folder: loops, callbacks, hyper-parameters."""
+"""File that Lightning adds to such a folder, with loops, callbacks and hyper-parameters."""
 _DEEPSPEED_CLASSES = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
 )
-"""Plain data that DeepSpeed pickles beside tensors."""
+"""Classes of plain data that DeepSpeed pickles in addition to tensors."""
 _METADATA_CLASSES = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
@@ -66,24 +66,24 @@ _METADATA_CLASSES = {
     ),
     "pathlib": ("PosixPath", "WindowsPath"),
 }
-"""All that an index names. No class is among them that could stand for a dict with methods of its own."""
+"""All classes that an index refers to. None of them can be used in place of a dict with methods of its own."""
 _DTYPES = (torch.dtype, torch.layout, torch.memory_format)
 _FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-"""Environment variables of torch that overrule the ``weights_only`` of every caller; both at once are an error."""
+"""Environment variables of torch that override ``weights_only`` of every caller; setting both is an error."""
 _LATEST = "latest"
-"""DeepSpeed's file that names the folder of the newest checkpoint."""
+"""DeepSpeed's file with the folder name of the newest checkpoint."""
 _MODEL = "model."
-"""What the names of the language model's weights begin with in a LitCausalLM."""
+"""Prefix of the names of the language model's weights in a LitCausalLM."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What an export needs of a training checkpoint."""
+    """Contents of a training checkpoint that an export needs."""
 
     weights: dict[str, Tensor]
-    """The language model's weights by name, whole, in CPU memory; float32 masters if there are any."""
+    """Full weights of the language model by name, in CPU memory; float32 masters if there are any."""
     callbacks: dict[str, Any]
-    """State of every callback, by the name of its class."""
+    """State of every callback, by class name."""
 
     @property
     def masks(self) -> dict[str, PackedMask]:
@@ -103,14 +103,14 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
-    """Read a checkpoint of Lightning: one file, or the folder of FSDP2 or of DeepSpeed ZeRO-1, -2 or -3.
+    """Read a Lightning checkpoint: one file, or the folder of FSDP2 or of DeepSpeed ZeRO-1, -2 or -3.
 
     Args:
-        path: the file or folder.
-        trust: run what is pickled in it, even if that is more than plain data.
+        path: file or folder of the checkpoint.
+        trust: load the checkpoint even if it contains more than plain data, which may run code.
 
     Raises:
-        InputError: if there is no such checkpoint, or it holds code and is not trusted.
+        InputError: if there is no such checkpoint, or it contains code and is not trusted.
     """
     path = Path(path).expanduser()
     check_trusted(path, trust)
@@ -133,14 +133,14 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
 
 
 def by_layer(masks: Mapping[str, PackedMask]) -> dict[str, PackedMask]:
-    """Return masks by layer name in place of parameter name."""
+    """Return masks by layer name instead of parameter name."""
     return {name.removesuffix(".weight"): mask for name, mask in masks.items()}
 
 
 def check_trusted(path: str | Path, trust: bool = False) -> None:
-    """Raise ``InputError`` if a checkpoint does not exist, or holds more than plain data and is not trusted.
+    """Raise ``InputError`` if a checkpoint does not exist, or contains more than plain data and is not trusted.
 
-    Files are read with unpicklers that know tensors and plain data alone; what else they name is never imported.
+    Files are read with unpicklers restricted to tensors and plain data; other names in them are never imported.
     """
     path = Path(path).expanduser()
     try:
@@ -156,7 +156,7 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
             _check_file(file)
         except InputError:
             raise
-        except Exception as error:  # a damaged pickle can end in any of them
+        except Exception as error:  # a damaged pickle can raise any type
             raise InputError(
                 f"checkpoint is {str(path)!r}: {file.name} holds more than tensors and plain data, or is damaged "
                 f"({first_line(error)}); if you know where it comes from, add --trust"
@@ -164,7 +164,7 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
 
 
 def check_is_checkpoint(path: str | Path, trust: bool = False) -> None:
-    """Raise ``InputError`` if a file is not a checkpoint of Lightning; folders are looked at when they are loaded."""
+    """Raise ``InputError`` if a file is not a Lightning checkpoint; folders are checked when they are loaded."""
     path = Path(path).expanduser()
     if not path.is_file():
         return
@@ -178,12 +178,13 @@ def check_is_checkpoint(path: str | Path, trust: bool = False) -> None:
 
 
 def check_kept_paths(states: Mapping[str, Any]) -> None:
-    """Raise ``InputError`` if a ``ModelCheckpoint`` would delete, as one of its older files, what is elsewhere.
+    """Raise ``InputError`` if a restored ``ModelCheckpoint`` could delete files outside its folder.
 
-    Lightning deletes what is below the checkpoints' folder by the text of its path, which ``..`` leads out of.
+    Lightning deletes older checkpoints whose path, as text, starts with the checkpoints' folder; a path with ``..``
+    can lead outside.
 
     Args:
-        states: of the callbacks, as a checkpoint has them.
+        states: states of the callbacks in a checkpoint.
     """
     for state in states.values():
         if not isinstance(state, Mapping):
@@ -203,7 +204,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder; raise ``InputError`` if a link or ``latest`` leads out of it."""
+    """Yield every file below a folder; raise ``InputError`` if a link or ``latest`` leads outside it."""
     root = folder.resolve()
     for parent, folders, names in os.walk(root):
         for name in (*folders, *names):
@@ -222,12 +223,12 @@ def _files_of(folder: Path) -> Iterator[Path]:
 
 
 def _is_loaded(file: Path) -> bool:
-    """Tell whether a file is unpickled when its folder is loaded; ``.distcp`` files are, by way of their index."""
+    """Return whether a file is unpickled directly on loading its folder; ``.distcp`` files are read via their index."""
     return file.suffix == ".pt" or file.name.endswith(_METADATA)
 
 
 def _check_file(file: Path) -> None:
-    """Raise an error if a file holds anything but tensors and plain data."""
+    """Raise an error if a file contains anything other than tensors and plain data."""
     if file.name.endswith(_METADATA):
         with file.open("rb") as handle:
             _check_entries(file, _MetadataUnpickler(handle).load())
@@ -236,7 +237,7 @@ def _check_file(file: Path) -> None:
 
 
 def _check_entries(index: Path, metadata: Any) -> None:
-    """Raise an error if a sharded checkpoint's index is not sound, leads out of its folder, or an entry holds code."""
+    """Raise an error if a sharded checkpoint's index is invalid or leads outside its folder, or an entry has code."""
     tables = (getattr(metadata, "state_dict_metadata", None), getattr(metadata, "storage_data", None))
     if type(metadata) is not Metadata or not all(type(table) is dict for table in tables):
         raise pickle.UnpicklingError("it is not an index of a sharded checkpoint")
@@ -259,7 +260,7 @@ def _check_entries(index: Path, metadata: Any) -> None:
 
 
 def _check_bytes(name: str, file: Path, place: Any) -> None:
-    """Raise an error if an entry that is not a tensor holds code."""
+    """Raise an error if an entry that is not a tensor contains code."""
     if getattr(place, "transform_descriptors", None):
         raise pickle.UnpicklingError(f"{name} is compressed")
     if not (place.offset >= 0 and 0 <= place.length <= file.stat().st_size - place.offset):
@@ -275,22 +276,22 @@ def _check_bytes(name: str, file: Path, place: Any) -> None:
 
 @contextmanager
 def plain_data_only(path: str | Path) -> Iterator[None]:
-    """Let whichever library loads a checkpoint in this context read tensors and plain data alone.
+    """Restrict every library that loads a checkpoint within this context to tensors and plain data.
 
-    torch's loader of shards and DeepSpeed unpickle whatever they find, also if ``weights_only`` is asked of them.
+    torch's loader of shards and DeepSpeed unpickle arbitrary classes even with ``weights_only``.
 
     Args:
-        path: the checkpoint that is going to be loaded, which is checked first.
+        path: checkpoint to load, which is checked first.
 
     Raises:
-        InputError: if there is no such checkpoint, or it holds more than plain data.
+        InputError: if there is no such checkpoint, or it contains more than plain data.
     """
     check_trusted(path)
     known = [_class(*name) for file in _files(Path(path).expanduser()) for name in _wanted(file)]
     before = {name: os.environ.pop(name, None) for name in _FORCED}
     read_metadata = FileSystemReader.read_metadata
     try:
-        os.environ[_FORCED[0]] = "1"  # torch.load obeys it whatever its caller says
+        os.environ[_FORCED[0]] = "1"  # torch.load obeys it regardless of its arguments
         FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign, assignment]
         with torch.serialization.safe_globals(known):
             yield
@@ -303,8 +304,8 @@ def plain_data_only(path: str | Path) -> Iterator[None]:
 
 
 def _read_metadata(reader: FileSystemReader, *_: Any, **options: Any) -> Metadata:
-    """Read an index as ``FileSystemReader`` does, with an unpickler that knows its classes alone."""
-    rank = options.get("rank")  # of a process that wrote an index of its own
+    """Read an index like ``FileSystemReader``, with an unpickler restricted to its classes."""
+    rank = options.get("rank")  # rank of a process with an index of its own
     index = Path(reader.path) / f"{'' if rank is None else f'__{rank}'}{_METADATA}"
     with index.open("rb") as handle:
         metadata = _MetadataUnpickler(handle).load()
@@ -315,7 +316,7 @@ def _read_metadata(reader: FileSystemReader, *_: Any, **options: Any) -> Metadat
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the index of a sharded checkpoint and nothing else."""
+    """Unpickler restricted to the classes of a sharded checkpoint's index."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _METADATA_CLASSES.get(module, ()):
@@ -332,7 +333,7 @@ def _load(file: Path, trust: bool = False) -> Any:
 
 
 def _wanted(file: Path) -> list[tuple[str, str]]:
-    """Return those of DeepSpeed's plain classes that a file names; they need DeepSpeed to be installed."""
+    """Return the plain classes of DeepSpeed that a file refers to; they require DeepSpeed to be installed."""
     if file.name.endswith(_METADATA) or not zipfile.is_zipfile(file):
         return []
     named = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))

@@ -1,4 +1,4 @@
-"""Private names of DeepSpeed: it has public functions for the masters and moments of ZeRO-3 alone, one by one."""
+"""Private names of DeepSpeed, whose public functions cover only single masters and moments of ZeRO-3."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch import Tensor
 
 
 def is_managed(parameter: Any) -> bool:
-    """Tell whether ZeRO-1 or -2 manages a parameter."""
+    """Return whether ZeRO-1 or -2 manages a parameter."""
     return hasattr(parameter, "_hp_mapping")
 
 
 def fragments(parameter: Any) -> Any:
-    """Return this process's share of a parameter's master and moments under ZeRO-1 and -2; None if it has none."""
+    """Return this process's shard of a parameter's master and moments under ZeRO-1 and -2; None if it has none."""
     return parameter._hp_mapping
 
 
 def in_training(parameter: Any) -> bool:
-    """Tell whether a parameter under ZeRO-3 has a master."""
+    """Return whether a parameter under ZeRO-3 has a master."""
     return hasattr(parameter, "_z3_optimizer")
 
 
 def state_of_group(parameter: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Return the flat master that a parameter under ZeRO-3 is part of, and the optimizer's state of it.
+    """Return the flat master that contains a parameter under ZeRO-3, and the optimizer state of that master.
 
-    The public functions want the name of a moment; the names are found here.
+    Used to find the names of the moments, which the public functions require.
     """
     optimizer = parameter._z3_optimizer
     group = optimizer.grad_position[optimizer.get_param_id(parameter)][0]

@@ -4,47 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
-OVERRIDDEN = {
-    "LightningCLI": ("_parse_ckpt_path", "_set_seed"),
-    "RichProgressBar": ("_get_train_description",),
-}
-"""Methods that are overridden: ``LightningCLI`` has no hook between parsing and seeding, and reads a checkpoint's
-hyperparameters before it can be checked; ``RichProgressBar`` has no other place for the epoch's name."""
+OVERRIDDEN = {"LightningCLI": ("_parse_ckpt_path", "_set_seed")}
+"""Methods overridden by ``PruningCLI``, because Lightning has no hook between parsing and seeding, and reads a
+checkpoint's hyperparameters before it can be checked."""
 
 
 def subparser(cli: Any, subcommand: str | None) -> Any:
-    """Return the parser of a subcommand, or of the program if it is None; the public one is always the latter."""
+    """Return the parser of a subcommand, or of the program if None; the public attribute is always the latter."""
     return cli._parser(subcommand)
 
 
 def config_value(cli: Any, config: Any, key: str) -> Any:
-    """Return a value of the configuration of the subcommand that runs, or of the whole if there is none."""
+    """Return a configuration value of the running subcommand, or of the whole configuration if there is none."""
     return cli._get(config, key)
 
 
 def save_if_best(checkpoint: Any, trainer: Any) -> None:
-    """Have a ``ModelCheckpoint`` save the model of step 0, at which its own hooks save nothing."""
+    """Make a ``ModelCheckpoint`` save the model at step 0, at which its own hooks save nothing."""
     metrics = checkpoint._monitor_candidates(trainer)
     if checkpoint.monitor in metrics:
         checkpoint._save_topk_checkpoint(trainer, metrics)
 
 
 def average_model(callback: Any) -> Any:
-    """Return the averaged module of a ``WeightAveraging``, None before training; no hook is called when it changes."""
+    """Return the averaged module of a ``WeightAveraging``; None before training. No hook is called when it changes."""
     return callback._average_model
 
 
 def shard_over_all_processes(strategy: Any) -> None:
-    """Make a ``ModelParallelStrategy`` shard over all processes; by itself it splits matrices within a node."""
+    """Make a ``ModelParallelStrategy`` shard over all processes; by default it splits matrices within a node."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
     strategy._tensor_parallel_size = 1
 
 
 def use_gloo(strategy: Any) -> None:
-    """Set the backend of a strategy whose constructor takes none."""
+    """Set the gloo backend of a strategy whose constructor has no such argument."""
     strategy._process_group_backend = "gloo"
 
 
 def join_deepspeed_group(strategy: Any) -> None:
-    """Join DeepSpeed's process group; ``DeepSpeedStrategy.setup_environment`` does so too, and refuses CPUs."""
+    """Join DeepSpeed's process group like ``DeepSpeedStrategy.setup_environment``, which rejects CPUs."""
     strategy._init_deepspeed_distributed()

@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
-    """Return what fused experts do with the outputs of their gate and up matrices; some models have their own."""
+    """Return the function that fused experts apply to the outputs of gate and up matrices, which differs by model."""
     return experts._apply_gate
 
 
 def ignored_keys(model: Any) -> tuple[str, ...]:
-    """Return patterns of weights that may be in a model's files without a place in it."""
+    """Return patterns of weights that may be in a model's files but are not part of the model."""
     return tuple(model._keys_to_ignore_on_load_unexpected or ())
 
 
 def has_adapter(model: Any) -> bool:
-    """Tell whether a model was loaded from a folder with an adapter, which transformers puts on without being asked."""
+    """Return whether a model was loaded from a folder with an adapter, which transformers applies automatically."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))

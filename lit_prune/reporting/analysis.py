@@ -1,4 +1,4 @@
-"""How prunable is each layer? Spectra, their metrics and the allocations they lead to; nothing is changed."""
+"""Analysis of how prunable each layer is: spectra, their metrics and the resulting allocations."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ _SHOWN = ("alpha_peak", "alpha_mid", "stable_rank", "entropy")
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """One layer's spectrum in numbers."""
+    """Metrics of one layer's spectrum."""
 
     name: str
-    """Dotted module name in the model."""
+    """Dotted module name within the model."""
     block: int
-    """Index of its decoder block."""
+    """Index of the layer's decoder block."""
     shape: tuple[int, int]
-    """``(o, i)``."""
+    """Shape of the weight, ``(o, i)``."""
     metrics: dict[str, float]
-    """Every metric of ``ops.spectrum.METRICS``."""
+    """Value of every metric in ``ops.spectrum.METRICS``, by name."""
     tail: PowerLaw
-    """The fit of ``alpha_peak``."""
+    """Power-law fit of ``alpha_peak``."""
 
 
 @dataclass
 class Analysis:
-    """The spectra of a model."""
+    """Analysis of the spectra of a model."""
 
     model: str
     """Fingerprint of the weights."""
     metric: str
-    """The metric that the allocations are made from."""
+    """Name of the metric from which the allocations are computed."""
     layers: list[LayerAnalysis] = field(default_factory=list)
-    """In the order of the model."""
+    """Analyses of the layers, in model order."""
     allocations: dict[float, dict[str, float]] = field(default_factory=dict)
-    """Sparsity of every layer by name, for each target."""
+    """Sparsity of every layer by name, by target sparsity."""
     spectra: dict[str, Tensor] = field(default_factory=dict)
-    """Eigenvalues, ascending, of the layers whose histograms were asked for."""
+    """Ascending eigenvalues of the layers with a histogram, by layer name."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all but the eigenvalues as plain data: the content of ``analysis.json``."""
+        """Return everything except the eigenvalues as plain data, the content of ``analysis.json``."""
         return {
             "model": self.model,
             "metric": self.metric,
@@ -77,7 +77,7 @@ class Analysis:
         }
 
     def table(self) -> Table:
-        """Return a table for a terminal: a row per block, means over its matrices."""
+        """Return a terminal table with a row per block, of means over the block's matrices."""
         table = Table(title=f"Spectra by block; sparsities allocated from {self.metric}")
         for heading in ("block", *_SHOWN, *(f"at {target:.0%}" for target in self.allocations)):
             table.add_column(heading, justify="right")
@@ -94,7 +94,7 @@ class Analysis:
 
 
 def spectra_of(model: nn.Module, targets: Sequence[Target], allocator: Allocator) -> dict[str, Spectrum]:
-    """Return the spectra of the first, middle and last block's first layer, by name; none unless spectra allocate."""
+    """Return the spectra of the first layer in the first, middle and last block; empty if the allocator uses none."""
     prior = allocator.prior if isinstance(allocator, Measured) else allocator
     if not isinstance(prior, AlphaPruning) or not targets:
         return {}
@@ -117,19 +117,19 @@ def analyze(
     histograms: Sequence[str] = (),
     on_layer: Callable[[int], None] = lambda done: None,
 ) -> Analysis:
-    """Work out the spectrum of every target, its metrics, and the allocator's sparsities.
+    """Compute the spectrum of every target layer, its metrics, and the allocator's sparsities.
 
     Args:
-        model: any causal language model; it is not changed.
-        targets: its layers.
-        allocator: whose metric and mapping make the allocations.
-        sparsities: the targets to allocate for.
-        histograms: shell patterns over layer names; the eigenvalues of those layers are kept.
-        on_layer: called with the number of layers done.
+        model: any causal language model; not modified.
+        targets: layers of the model to analyze.
+        allocator: allocator whose metric and mapping determine the allocations.
+        sparsities: target sparsities to allocate for, in [0, 1).
+        histograms: shell patterns over layer names; the eigenvalues of matching layers are kept.
+        on_layer: callback invoked with the number of layers done.
 
     Raises:
-        InputError: if a pattern matches no layer, or a target is no sparsity.
-        NumericalError: if a layer has no spectrum to speak of; it is named.
+        InputError: if a pattern matches no layer, or a target is not a sparsity.
+        NumericalError: if a layer's spectrum is degenerate; names the layer.
     """
     for sparsity in sparsities:
         check_sparsity(sparsity, "a target sparsity")

@@ -1,4 +1,4 @@
-"""Several runs on one page."""
+"""Comparison of several runs on one page."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lit_prune.reporting.summary import method, pattern, sparsity_of_model
 
 
 def compare(runs: Sequence[str], output: str = "compare.html", overwrite: bool = False) -> Path:
-    """Write a page that compares pruned folders: a table, and perplexity against sparsity and seconds.
+    """Write a page that compares pruned folders: a table, and perplexity over sparsity and over seconds.
 
     Args:
-        runs: Folders that ``lit-prune`` wrote.
+        runs: Folders written by ``lit-prune``.
         output: HTML file to write.
         overwrite: Replace the file if it exists.
 
     Raises:
-        InputError: if a folder holds no report, or one of another format.
+        InputError: if a folder contains no report, or a report in another format.
     """
     path = check_file(output, ".html", overwrite, runs)
     page = comparison_page({name: _read(run) for name, run in zip(_names(runs), runs, strict=True)})
@@ -36,7 +36,7 @@ def compare(runs: Sequence[str], output: str = "compare.html", overwrite: bool =
 
 
 def comparison_page(reports: dict[str, PruningReport]) -> str:
-    """Return the page of reports by name."""
+    """Return the HTML page that compares reports, given by name."""
     errors = {name: points for name, report in reports.items() if (points := _errors(report))}
     return render_page(
         "comparison.html",
@@ -49,7 +49,7 @@ def comparison_page(reports: dict[str, PruningReport]) -> str:
 
 
 def _by_protocol(reports: dict[str, PruningReport]) -> dict[tuple[str, int], dict[str, PruningReport]]:
-    """Return the evaluated reports by text and window: only perplexities of one text and window compare."""
+    """Group the evaluated reports by text and window, because only perplexities with equal ones are comparable."""
     found: dict[tuple[str, int], dict[str, PruningReport]] = {}
     for name, report in reports.items():
         if "perplexity_after" in report.evaluation:
@@ -116,6 +116,6 @@ def _read(run: str) -> PruningReport:
 
 
 def _names(runs: Sequence[str]) -> list[str]:
-    """Return the folders' names, or their whole paths where two have one name."""
+    """Return the folders' names, or their full paths if two names are equal."""
     names = [Path(run).name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]

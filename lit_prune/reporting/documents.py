@@ -1,4 +1,4 @@
-"""The report on disk: plots, an HTML page and a model card for people, and the data that it is read back from."""
+"""Report files: plots, an HTML page, a model card, and the data from which a report is read back."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from lit_prune.reporting.summary import evaluation_rows, method, pattern, sparsi
 
 PAGE_FILE = "report.html"
 _PLOTS = ("sparsity", "output_error", "block_error", "validation")
-"""Figures that are files too, for the model card."""
+"""Figures that are also written as files, for the model card."""
 
 _DRAWN = (*_PLOTS, "metric", "masks", "seconds")
-"""Figures that the page's template names."""
+"""Figures that the template of the page refers to."""
 _OFF_THE_SCALE = 1e100
-"""Perplexities that are not plotted."""
+"""Perplexities from this value on are not plotted."""
 
 
 def render(report: PruningReport, title: str, to: Format = "hf", adapters: bool = False) -> dict[str, str | bytes]:
-    """Return every document of a pruned model's folder: name to content.
+    """Return every document of a pruned model's folder, as content by file name.
 
     Args:
-        report: what was done.
-        title: of the page and the card.
-        to: the form in which the weights lie there.
-        adapters: whether plain adapters lie beside them.
+        report: report of the pruning.
+        title: title of the page and the model card.
+        to: format of the weights in the folder.
+        adapters: whether the folder contains plain adapters.
     """
     standing_out = outliers(report.layers)
     figures = report_figures(report, standing_out)
@@ -61,13 +61,13 @@ def render(report: PruningReport, title: str, to: Format = "hf", adapters: bool 
 
 
 def read_report(folder: str | Path, masks: Mapping[str, PackedMask]) -> PruningReport | None:
-    """Return the report of a pruned folder, whose masks by parameter name are known; None if it holds no report."""
+    """Return the report of a pruned folder with the given masks by parameter name; None if there is no report."""
     file = inside(Path(folder).expanduser(), REPORT_FILE)
     return PruningReport.from_dict(read_json(file), by_layer(masks), repr(str(file))) if file.is_file() else None
 
 
 def report_figures(report: PruningReport, marked: Sequence[Outlier] = ()) -> dict[str, Figure]:
-    """Return the figures of a report by name, the errors of ``marked`` layers ringed; those without data are absent."""
+    """Return the figures of a report for which there is data, by name; the errors of ``marked`` layers are ringed."""
     figures = {"sparsity": by_block(_by_kind(report, lambda layer: layer.reached), "sparsity", limits=(0, 1))}
     if any(layer.output_error for layer in report.layers):
         errors = _by_kind(report, lambda layer: layer.output_error or 0.0)
@@ -80,7 +80,7 @@ def report_figures(report: PruningReport, marked: Sequence[Outlier] = ()) -> dic
         }
         figures["block_error"] = by_block(blocks, "relative error of the block's output", log=True)
     if report.validation:
-        # A training that diverged has figures that no logarithmic axis takes.
+        # Perplexities of a diverged training exceed the range of a logarithmic axis.
         course = {text: [(s, v) for s, v in points if v < _OFF_THE_SCALE] for text, points in report.validation.items()}
         figures["validation"] = by_block(course, "perplexity", log=True, over="optimizer step")
     if report.metrics:
@@ -98,7 +98,7 @@ def report_figures(report: PruningReport, marked: Sequence[Outlier] = ()) -> dic
 
 
 def _by_kind(report: PruningReport, value: Callable[[LayerReport], float]) -> dict[str, list[tuple[float, float]]]:
-    """Return a curve over the blocks for each kind of layer; a single one if all values are equal."""
+    """Return a curve over the blocks for each kind of layer; a single curve if all values are equal."""
     series: dict[str, list[tuple[float, float]]] = {}
     for layer in report.layers:
         series.setdefault(kind_of(layer.name), []).append((layer.block, value(layer)))
@@ -109,7 +109,7 @@ def _by_kind(report: PruningReport, value: Callable[[LayerReport], float]) -> di
 
 
 def _page(report: PruningReport, title: str, figures: Mapping[str, str], standing_out: Sequence[Outlier]) -> str:
-    """Return the report as a page."""
+    """Return the report as an HTML page."""
     return render_page(
         "report.html",
         title=f"{title}, pruned",
@@ -139,7 +139,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 
 def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, adapters: bool) -> str:
-    """Return the model card of the Hugging Face hub."""
+    """Return the report as a model card for the Hugging Face hub."""
     recipes = report.recipes
     base_model = next((recipe.base_model for recipe in recipes if recipe.base_model), None)
     license = next((recipe.license for recipe in recipes if recipe.license), None)
@@ -176,7 +176,7 @@ def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, a
 
 
 def _results(report: PruningReport) -> list[EvalResult]:
-    """Return the scores of the pruned model for the card's metadata."""
+    """Return the scores of the pruned model for the metadata of the model card."""
     scores = []
     if "perplexity_after" in report.evaluation:
         text, seqlen = report.evaluation["text"], report.evaluation["seqlen"]

@@ -20,11 +20,11 @@ from lit_prune.ops.spectrum import PowerLaw
 from lit_prune.reporting.analysis import Analysis
 
 Points = Sequence[tuple[float, float]]
-"""(block, value) of the layers of one kind."""
+"""(block, value) pairs of the layers of one kind."""
 _INK = "#010203"
-"""Near black in a PNG; the page's own text colour in a page."""
+"""Colour of text and lines: near black in a PNG, replaced by the text colour of the page in an SVG."""
 _COLOURS = ("#3b8bd9", "#e07b39", "#2aa876", "#c44fa0", "#8f7ee7", "#b8a12b", "#4fb3c4", "#d9534f")
-"""Readable on white and on black."""
+"""Colours of curves, readable on white and on black."""
 _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     "axes.prop_cycle": cycler(color=_COLOURS),
@@ -32,20 +32,20 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: small, and in the page's font
+    "svg.fonttype": "none",  # keep text as text, which is smaller and uses the page's font
     "font.family": "sans-serif",
 }
 _WIDTH = 6.0
-"""Inches: on a phone, 390 pixels wide, the text is still readable."""
+"""Width of a figure in inches; its text is readable on a phone, 390 pixels wide."""
 _PIXELS = 128
-"""Sides of a mask's picture, at most."""
+"""Maximum side of a mask's picture, in pixels."""
 _LONGEST = 60
-"""Characters of a name that are shown."""
+"""Maximum number of characters of a name."""
 _P = ParamSpec("_P")
 
 
 def _shown(name: str) -> str:
-    """Return a name so that it is not read as a formula, can be drawn, and is in legends, which pass over ``_x``."""
+    """Escape a name for Matplotlib: no formulas, drawable characters, and no leading ``_``, which legends skip."""
     text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name[:_LONGEST])
     return (" " if text[:1] in ("", "_") else "") + text.replace("$", r"\$")
 
@@ -63,10 +63,10 @@ def _figure(height: float = 3.6, left: float = 0.13, bottom: float = 0.5, top: f
     """Return a figure with fixed margins; a layout engine would take longer than the drawing.
 
     Args:
-        height: inches.
-        left: margin, as a fraction of the width.
-        bottom: margin in inches.
-        top: margin in inches.
+        height: height of the figure in inches.
+        left: left margin, as a fraction of the width.
+        bottom: bottom margin in inches.
+        top: top margin in inches.
     """
     figure = Figure(figsize=(_WIDTH, height))
     figure.subplots_adjust(left=left, right=0.97, bottom=bottom / height, top=1 - top / height, wspace=0.1, hspace=0.2)
@@ -82,7 +82,7 @@ def by_block(
     over: str = "block",
     rings: Points = (),
 ) -> Figure:
-    """Plot values over the blocks, a line per series, with a ring around some of the points."""
+    """Plot values over the blocks, one line per series, with rings around some of the points."""
     figure = _figure()
     axes = figure.add_subplot(xlabel=over, ylabel=label, yscale="log" if log else "linear")
     for name, points in series.items():
@@ -98,7 +98,7 @@ def by_block(
 
 @_styled
 def bars(values: Mapping[str, float], label: str) -> Figure:
-    """Plot a bar for each name, the largest value on top."""
+    """Plot a horizontal bar for each name, the largest value on top."""
     figure = _figure(height=0.8 + 0.35 * len(values), left=0.2)
     axes = figure.add_subplot(xlabel=label)
     ordered = sorted(values.items(), key=lambda item: item[1])
@@ -110,12 +110,12 @@ def bars(values: Mapping[str, float], label: str) -> Figure:
 
 @_styled
 def scatter(points: Mapping[str, tuple[float, float]], across: str, up: str, log: bool = False) -> Figure:
-    """Plot a named point each, ``up`` on a logarithmic axis, ``across`` too if ``log``."""
+    """Plot named points, with a logarithmic ``up`` axis, and a logarithmic ``across`` axis if ``log``."""
     figure = _figure()
     axes = figure.add_subplot(xlabel=across, ylabel=up, yscale="log", xscale="log" if log else "linear")
     for name, (x, y) in points.items():
         axes.plot([x], [y], "o", label=_shown(name))
-    for axis in (axes.yaxis, axes.xaxis) if log else (axes.yaxis,):  # 60 and not 6 x 10^1
+    for axis in (axes.yaxis, axes.xaxis) if log else (axes.yaxis,):  # 60 instead of 6 x 10^1
         axis.set_major_formatter(LogFormatter())
         axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.grid(alpha=0.3, color=_INK, which="both")
@@ -124,7 +124,7 @@ def scatter(points: Mapping[str, tuple[float, float]], across: str, up: str, log
 
 
 def kind_of(name: str) -> str:
-    """Return the last part of a module's name, such as ``q_proj``."""
+    """Return the last component of a module name, such as ``q_proj``."""
     return name.rsplit(".", 1)[-1]
 
 
@@ -147,7 +147,7 @@ def analysis_figures(analysis: Analysis) -> dict[str, Figure]:
 
 @_styled
 def histogram(name: str, values: np.ndarray, tail: PowerLaw) -> Figure:
-    """Plot a spectrum's density with the power law that was fitted to its tail, both axes logarithmic."""
+    """Plot a spectrum's density with the power law fitted to its tail, on logarithmic axes."""
     figure = _figure(top=0.3)
     axes = figure.add_subplot(xlabel="eigenvalue of WᵀW", ylabel="density", xscale="log", yscale="log")
     axes.set_title(_shown(name))
@@ -162,7 +162,7 @@ def histogram(name: str, values: np.ndarray, tail: PowerLaw) -> Figure:
 
 @_styled
 def mask_pictures(masks: Mapping[str, PackedMask], most: int = 8) -> Figure:
-    """Draw keep masks: the colour of a pixel is the fraction of its weights that are kept, with a key below."""
+    """Draw keep masks: the colour of a pixel is the fraction of its weights that are kept, with a colour bar below."""
     chosen = dict(islice(masks.items(), most))
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -182,10 +182,7 @@ def mask_pictures(masks: Mapping[str, PackedMask], most: int = 8) -> Figure:
 
 
 def density(mask: PackedMask) -> np.ndarray:
-    """Return the fraction of kept weights in each cell of a grid of at most 128 x 128 cells, ``[rows, columns]``.
-
-    Cells are as equal as they can be: sides differ by at most one weight.
-    """
+    """Return the fraction of kept weights in each cell of a grid of at most 128 x 128 cells, ``[rows, columns]``."""
     keep = mask.unpack().cpu().numpy()
     keep = keep.reshape(-1, keep.shape[-1])
     starts = [np.arange(cells) * size // cells for size in keep.shape for cells in [min(_PIXELS, size)]]
@@ -202,7 +199,7 @@ def as_png(figure: Figure) -> bytes:
 
 
 def as_svg(figure: Figure) -> Markup:
-    """Return the figure as an SVG element whose lines and text have the colour of the page around it."""
+    """Return the figure as an SVG element whose lines and text have the text colour of the surrounding page."""
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE):
         figure.savefig(

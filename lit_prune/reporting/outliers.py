@@ -1,4 +1,4 @@
-"""Layers whose output error stands out."""
+"""Layers whose output error is an outlier."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from lit_prune.reporting.figures import kind_of
 from lit_prune.reporting.report import LayerReport
 
 _LIMIT = 3.5
-"""Of the modified z-score (Iglewicz and Hoaglin, 1993)."""
+"""Threshold of the modified z-score (Iglewicz and Hoaglin, 1993)."""
 _LEAST_RATIO = 2.0
-"""To the median: among errors that are nearly equal, any difference would be many deviations."""
+"""Minimum ratio to the median, because among nearly equal errors any difference would be many deviations."""
 _FEWEST = 5
-"""Layers of a kind; among fewer, a median says little."""
+"""Minimum number of layers of a kind; the median of fewer is not meaningful."""
 
 
 class Outlier(NamedTuple):
-    """A layer whose output error is far above that of other layers of its kind."""
+    """A layer whose output error is far above the errors of other layers of its kind."""
 
     layer: LayerReport
-    """The layer."""
+    """Report of the layer."""
     ratio: float
-    """Its error over the median error of its kind."""
+    """Error of the layer, as a multiple of the median error of its kind."""
 
 
 def outliers(layers: Iterable[LayerReport]) -> list[Outlier]:
-    """Return the layers whose error is an outlier among those of their kind, the largest ratio first.
+    """Return the layers whose error is an outlier among layers of their kind, the largest ratio first.
 
-    An error is one if the modified z-score of its logarithm, ``0.6745 (x - median) / MAD``, is above 3.5, and the error
-    is at least twice the median. Worked: errors 1, 2, 4, 8, 1024 have the base-2 logarithms 0, 1, 2, 3, 10: median 2,
-    deviations 2, 1, 0, 1, 8 with median (MAD) 1; 1024 scores 0.6745 x 8 = 5.4 and is 256 times the median, 8 scores
-    0.67.
+    An error is an outlier if the modified z-score of its logarithm, ``0.6745 (x - median) / MAD``, is above 3.5, and
+    the error is at least twice the median. Example: errors 1, 2, 4, 8, 1024 have the base-2 logarithms 0, 1, 2, 3, 10:
+    median 2, deviations 2, 1, 0, 1, 8 with median (MAD) 1; 1024 scores 0.6745 x 8 = 5.4 and is 256 times the median, 8
+    scores 0.67.
     """
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Render the templates: pages that are one HTML file each, without a network, and the model card."""
+"""Rendering of the templates: self-contained HTML pages that need no network, and the model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEMPLATES = Environment(
 
 
 def _cell(text: str) -> str:
-    """Return text that stays within one cell of a Markdown table."""
+    """Escape text for one cell of a Markdown table."""
     return " ".join(text.split()).replace("|", r"\|")
 
 
@@ -24,5 +24,5 @@ _TEMPLATES.filters["cell"] = _cell
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a template with its values; in HTML, all but ``Markup`` is escaped."""
+    """Render a template with its values; in HTML, everything except ``Markup`` is escaped."""
     return _TEMPLATES.get_template(template).render(values)

@@ -1,4 +1,4 @@
-"""What happened to every layer, as data."""
+"""Data classes of the pruning report."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from lit_prune.ops import PackedMask
 from lit_prune.ops.spectrum import PowerLaw
 
 _FORMAT = 1
-"""Of ``pruning.json``; docs/pruning.schema.json describes it."""
+"""Format version of ``pruning.json``; see docs/pruning.schema.json."""
 _MOST_BLOCKS = 100_000
 _VERSIONED = ("lit-prune", "torch", "transformers")
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned layer."""
+    """Report of one pruned layer."""
 
     name: str
-    """Dotted module name in the model."""
+    """Dotted module name within the model."""
     block: int
-    """Index of its decoder block."""
+    """Index of the layer's decoder block."""
     shape: tuple[int, int]
-    """``(o, i)``."""
+    """Shape of the weight, ``(o, i)``."""
     asked: float
-    """Sparsity asked for."""
+    """Target sparsity of the layer."""
     reached: float
-    """Fraction of the weights that the mask removes."""
+    """Actual sparsity: fraction of the weights that the mask removes."""
     output_error: float | None
-    """``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` on the calibration set, as the solver left the layer; None if it was not
+    """Relative output error ``||X (W' - W)ᵀ||² / ||X Wᵀ||²`` on the calibration set, after the solver; None if not
     measured."""
     seconds: float
-    """Time to score, solve and write the layer."""
+    """Seconds to score, solve and write the layer."""
     mask: PackedMask = field(repr=False)
-    """Keep mask in the layout of the parameter."""
+    """Keep mask, in the layout of the parameter."""
 
     @property
     def numel(self) -> int:
-        """Number of weights."""
+        """Number of weights in the layer."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -58,13 +58,13 @@ class LayerReport:
         return f"{self.name}.weight"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything but the mask as plain data."""
+        """Return everything except the mask as plain data."""
         names = ("name", "block", "shape", "asked", "reached", "output_error", "seconds")
         return {name: getattr(self, name) for name in names} | {"shape": list(self.shape)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], mask: PackedMask, name: str = "layer") -> LayerReport:
-        """Rebuild what ``as_dict`` returned; raise ``TypeError`` or ``ValueError`` that names the wrong part of it."""
+        """Rebuild a report from ``as_dict``; raise a ``TypeError`` or ``ValueError`` that names the invalid part."""
         layer: LayerReport = typed({**content, "mask": mask}, cls, name)
         if not 0 <= layer.block < _MOST_BLOCKS:
             raise ValueError(f"{name}.block is {layer.block}: it must be from 0 to {_MOST_BLOCKS - 1:,}")
@@ -78,59 +78,59 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ReconstructionReport:
-    """What training did for one block."""
+    """Report of the reconstruction of one block."""
 
     block: int
     """Index of the block."""
     before: float
-    """Mean over calibration tokens of the squared distance from the dense block's output, relative to its squared norm,
-    as the solver left the block."""
+    """Error after the solver: mean over calibration tokens of the squared distance from the dense block's output,
+    relative to its squared norm."""
     after: float
-    """The same after training; equal to ``before`` if it did not help, and the block stayed as it was."""
+    """Error after training; equal to ``before`` if training did not reduce it, so that the block was not changed."""
     seconds: float
-    """Time of both measurements and the training."""
+    """Seconds for both measurements and the training."""
     vectors: list[str]
-    """Names of the norms and biases that were trained beside the pruned weights."""
+    """Names of the norms and biases that were trained in addition to the kept weights."""
 
 
 def changed_parameters(layers: Iterable[LayerReport], reconstructions: Iterable[ReconstructionReport]) -> list[str]:
-    """Return the names of all parameters that may have changed: pruned weights, and what was trained with them."""
+    """Return the names of all parameters that may have changed: pruned weights, and trained norms and biases."""
     return [*(layer.parameter for layer in layers), *(name for done in reconstructions for name in done.vectors)]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
+    """Return the versions of the packages that affect the result."""
     return {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()}
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The eigenvalues of a dense weight, and the power law fitted to their tail."""
+    """Eigenvalues of a dense weight, and the power law fitted to their tail."""
 
     eigenvalues: list[float]
-    """Of ``WᵀW``, ascending."""
+    """Eigenvalues of ``WᵀW``, ascending."""
     tail: PowerLaw
-    """The fit."""
+    """Power law fitted to the tail."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model writes, before it is pruned and after."""
+    """Generated text before and after pruning."""
 
     prompt: str
-    """How both begin."""
+    """Prompt of both texts."""
     before: str
-    """How the dense model goes on."""
+    """Continuation by the dense model."""
     after: str
-    """How the pruned one does."""
+    """Continuation by the pruned model."""
 
 
 Scores = dict[str, dict[str, float]]
-"""By task: each metric, and its standard error as ``METRIC_stderr``."""
+"""Scores by task: each metric, and its standard error as ``METRIC_stderr``."""
 
 
 class TaskScores(TypedDict):
-    """Scores of tasks."""
+    """Scores of tasks before and after pruning."""
 
     before: Scores
     """Of the dense model."""
@@ -139,7 +139,7 @@ class TaskScores(TypedDict):
 
 
 class Evaluation(TypedDict, total=False):
-    """How good the model is; without ``tasks`` if none were run, and empty if nothing was evaluated."""
+    """Evaluation before and after pruning; without ``tasks`` if none were run, and empty if nothing was evaluated."""
 
     perplexity_before: float
     """Of the dense model."""
@@ -148,30 +148,30 @@ class Evaluation(TypedDict, total=False):
     seqlen: int
     """Tokens per window."""
     text: str
-    """What it is measured on."""
+    """Description of the evaluation text."""
     tasks: TaskScores
-    """Of lm-evaluation-harness."""
+    """Scores of lm-evaluation-harness tasks."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The size of a whole model, embeddings and head included; tied parameters count once."""
+    """Size of a whole model, including embeddings and head; tied parameters count once."""
 
     parameters: int
     """Number of parameters."""
     bytes: int
-    """Bytes of the parameters, stored dense."""
+    """Size of the parameters in bytes, stored dense."""
     bitmask_bytes: int
-    """Bytes of the parameters if a pruned layer is stored as its kept weights and one bit per weight."""
+    """Size of the parameters in bytes, with pruned layers stored as their kept weights and one bit per weight."""
 
     def __post_init__(self) -> None:
-        """Validate."""
+        """Validate the values."""
         if min(self.parameters, self.bytes, self.bitmask_bytes) < 1:
             raise ValueError(f"{self}: each number must be at least 1")
 
     @classmethod
     def of(cls, model: nn.Module, masks: Mapping[str, PackedMask]) -> ModelSize:
-        """Measure a model whose pruned parameters have ``masks``, by parameter name."""
+        """Return the size of a model whose pruned parameters have ``masks``, by parameter name."""
         parameters = list(model.parameters())
         dense = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         saved = 0
@@ -182,23 +182,23 @@ class ModelSize:
 
 @dataclass
 class Calibration:
-    """The calibration set."""
+    """Size and origin of the calibration set."""
 
     sequences: int
     """Number of sequences."""
     tokens: int
-    """Number of tokens in all sequences together."""
+    """Total number of tokens in all sequences."""
     text: str | None = None
-    """Name of the text; None if it is unknown."""
+    """Description of the calibration text; None if unknown."""
 
     def __post_init__(self) -> None:
-        """Validate."""
+        """Validate the values."""
         if not 1 <= self.sequences <= self.tokens:
             raise ValueError(f"{self}: there must be a sequence, and a token in each")
 
     @classmethod
     def of(cls, batches: Iterable[Batch]) -> Calibration | None:
-        """Count the sequences and tokens of batches; None if there are none."""
+        """Return the size of a calibration set, given its batches; None if there are none."""
         found = list(batches)
         return cls(sum(map(count_sequences, found)), sum(map(count_tokens, found))) if found else None
 
@@ -209,7 +209,7 @@ class _Method(TypedDict):
 
 
 class _Plan(TypedDict):
-    """What every plan has, and a report speaks of."""
+    """Parts of a plan that a report refers to."""
 
     pattern: _Method
     scorer: _Method | None
@@ -221,58 +221,58 @@ class _Plan(TypedDict):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run was started."""
+    """Command and configuration of a run."""
 
     command: str
-    """The command line."""
+    """Command line of the run."""
     config: str
-    """The whole configuration, as YAML."""
+    """Complete configuration as YAML."""
     base_model: str | None = None
-    """Name of the dense model on the hub; None if it came from elsewhere."""
+    """Name of the dense model on the hub; None if it was loaded from elsewhere."""
     datasets: list[str] = field(default_factory=list)
-    """Names on the hub of the sets that calibrated and trained it."""
+    """Hub names of the calibration and training data sets."""
     license: str | None = None
-    """Licence of the dense model, as its model card names it."""
+    """Licence of the dense model according to its model card; None if unknown."""
 
 
 @dataclass
 class PruningReport:
-    """What a run did: by layer, by stage, and before and after."""
+    """Report of a pruning run: results by layer, seconds by stage, and evaluation before and after."""
 
     identity: dict[str, Any]
-    """``plan`` as plain data, and the fingerprints of ``model`` and ``data``."""
+    """Identity of the run: ``plan`` as plain data, and the fingerprints of ``model`` and ``data``."""
     layers: list[LayerReport] = field(default_factory=list)
-    """The pruned layers, in the order of the model."""
+    """Reports of the pruned layers, in model order."""
     reconstructions: list[ReconstructionReport] = field(default_factory=list)
-    """What training did for each block, if the plan has a reconstruction."""
+    """Reports of the reconstruction of each block; empty if the plan has no reconstruction."""
     allocation: dict[str, float] = field(default_factory=dict)
-    """Sparsity of every layer by name, as the allocator gave it for the plan's own sparsity."""
+    """Sparsity of every layer by name, as allocated for the plan's own sparsity."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage: ``record``, ``calibrate``, ``solve``, ``reconstruct``, ``propagate``."""
     peak_memory: int | None = None
     """Peak memory of the process (of the GPU if one is used), in bytes."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What the allocator measured of every layer's weight, by name; empty if it measures nothing."""
+    """Allocator's metric of every layer's weight, by layer name; empty if the allocator uses none."""
     cached: list[str] = field(default_factory=list)
-    """Names of the files of ``plan.cache`` that were read in place of a computation."""
+    """Names of the files in ``plan.cache`` that were read instead of recomputing their contents."""
     size: ModelSize | None = None
-    """The size of the whole model; None in reports of older versions."""
+    """Size of the whole model; None in reports of older versions."""
     calibration: Calibration | None = None
-    """The calibration set; None if the plan needs no data."""
+    """Size and origin of the calibration set; None if the plan needs no data."""
     evaluation: Evaluation = field(default_factory=Evaluation)
-    """Filled in by whoever evaluates."""
+    """Evaluation before and after pruning; empty until the caller sets it."""
     spectra: dict[str, Spectrum] = field(default_factory=dict)
-    """Of a few layers, by name."""
+    """Spectra of a few layers, by layer name."""
     samples: list[Sample] = field(default_factory=list)
-    """What the model writes."""
+    """Generated text before and after pruning."""
     recipes: list[Recipe] = field(default_factory=list)
-    """How to do it again: the runs that made the model, in order."""
+    """Commands and configurations of the runs that produced the model, in order."""
     validation: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    """Perplexity of each validation text in the training that followed: (optimizer step, perplexity)."""
+    """Perplexity of each validation text during the subsequent training: (optimizer step, perplexity) pairs."""
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
-    """Day of the pruning, such as ``2026-11-24``; empty in reports of older versions."""
+    """Date of the pruning, such as ``2026-11-24``; empty in reports of older versions."""
     versions: dict[str, str] = field(default_factory=versions)
-    """Versions of the packages that the result depends on."""
+    """Versions of the packages that affect the result."""
 
     @property
     def masks(self) -> dict[str, PackedMask]:
@@ -281,26 +281,26 @@ class PruningReport:
 
     @property
     def changed(self) -> list[str]:
-        """Names of all parameters that the run may have changed: the pruned weights, and what was trained with them."""
+        """Names of all parameters that may have changed: pruned weights, and norms and biases trained with them."""
         return changed_parameters(self.layers, self.reconstructions)
 
     @property
     def sparsity(self) -> float:
-        """Fraction of all targeted weights that was removed."""
+        """Fraction of all targeted weights that were removed."""
         return weighted(self.layers, "reached")
 
     def sparsity_by_block(self) -> dict[int, float]:
-        """Return the fraction of each block's targeted weights that was removed, by the block's index."""
+        """Return the fraction of each block's targeted weights that were removed, by block index."""
         return {block: weighted(layers, "reached") for block, layers in self.blocks()}
 
     def mask_change(self, before: PruningReport) -> float:
-        """Return the fraction of all weights that are kept now and were not before, or the other way round."""
+        """Return the fraction of all weights whose mask differs from that in an earlier report."""
         earlier = {name: mask.to("cpu").unpack() for name, mask in before.masks.items()}
         changed = sum(int((mask.to("cpu").unpack() != earlier[name]).sum()) for name, mask in self.masks.items())
         return changed / sum(layer.numel for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain data: the content of ``pruning.json``."""
+        """Return the report as plain data, the content of ``pruning.json``."""
         return {
             "format": _FORMAT,
             "sparsity": self.sparsity,
@@ -333,12 +333,12 @@ class PruningReport:
         """Rebuild a report from ``as_dict`` and the masks by layer name.
 
         Args:
-            content: plain data, from a file or a checkpoint of anyone's.
-            masks: of all its layers.
-            source: of the content, for errors.
+            content: plain data from an untrusted file or checkpoint.
+            masks: keep masks of all layers in the report, by layer name.
+            source: source of the content, for errors.
 
         Raises:
-            InputError: another version wrote it, in another format; or it is damaged.
+            InputError: if the content has another format version, or is damaged.
         """
         check_format(content, source)
         try:
@@ -381,7 +381,7 @@ class PruningReport:
         tokenizer: Any = None,
         overwrite: bool = False,
     ) -> Path:
-        """Write the folder that ``lit-prune prune`` writes: model, tokenizer, masks, report, page and model card.
+        """Write the same folder as ``lit-prune prune``: model, tokenizer, masks, report, page and model card.
 
         >>> report = prune(model, batches, plan)  # doctest: +SKIP
         >>> report.save("pruned", model, tokenizer)  # doctest: +SKIP
@@ -389,11 +389,11 @@ class PruningReport:
         Args:
             folder: Output folder.
             model: The pruned model.
-            tokenizer: Its tokenizer, of transformers; None = the folder has none.
+            tokenizer: Tokenizer of the model, from transformers; None = none.
             overwrite: Replace the folder if it is an earlier result.
 
         Raises:
-            InputError: if the folder exists and ``overwrite`` is off, or the disk has no room.
+            InputError: if the folder exists and ``overwrite`` is off, or the disk lacks space.
             RuntimeError: if a weight that the masks prune is not exactly zero.
         """
         from lit_prune.checkpoint.save import save_pruned
@@ -403,20 +403,20 @@ class PruningReport:
         return save_pruned(folder, model, tokenizer, self.masks, render(self, title), overwrite)
 
     def __str__(self) -> str:
-        """Return the summary as a table of plain text."""
+        """Return the summary as a plain-text table."""
         from lit_prune.reporting.tables import as_text, summary_table
 
         return as_text(summary_table(self))
 
     def _repr_html_(self) -> str:
-        """Return the summary as a table for notebooks."""
+        """Return the summary as an HTML table for notebooks."""
         from lit_prune.reporting.pages import render_page
         from lit_prune.reporting.summary import summary
 
         return render_page("summary.html", rows=summary(self))
 
     def blocks(self) -> list[tuple[int, list[LayerReport]]]:
-        """Return the layers by block, in order."""
+        """Return the layers grouped by block, in order."""
         indices = sorted({layer.block for layer in self.layers})
         return [(index, [layer for layer in self.layers if layer.block == index]) for index in indices]
 
@@ -425,7 +425,7 @@ _IDENTITY = {"plan": dict[str, Any], "model": str, "data": str}
 _LATER = ("cached", "size", "calibration", "date")
 """Fields that reports of older versions lack."""
 _BESIDE = {**_IDENTITY, "format": int, "sparsity": float}
-"""What a file has beside the fields of the report: its identity, and what follows from the rest."""
+"""Fields of a file in addition to those of the report: the identity, the format and derived values."""
 _EVALUATED = {"perplexity_before", "perplexity_after", "seqlen", "text"}
 
 
@@ -437,7 +437,7 @@ def _layer(place: str, content: Mapping[str, Any], masks: Mapping[str, PackedMas
 
 
 def check_format(content: Any, source: str) -> None:
-    """Raise ``InputError`` if a report was written by another version, in another format."""
+    """Raise ``InputError`` if a report has the format of another version."""
     if not isinstance(content, Mapping):
         raise InputError(f"{source} holds no report, but a {type(content).__name__}")
     if content.get("format") != _FORMAT:
@@ -451,7 +451,7 @@ def check_format(content: Any, source: str) -> None:
 
 
 def weighted(layers: Iterable[LayerReport], attribute: str) -> float:
-    """Return the mean of a layer's attribute, weighted by the number of its weights."""
+    """Return the mean of an attribute over layers, weighted by their numbers of weights."""
     layers = list(layers)
     total = sum(layer.numel for layer in layers)
     return sum(getattr(layer, attribute) * layer.numel for layer in layers) / total if total else 0.0

@@ -1,4 +1,4 @@
-"""A report in words and numbers: the method, the verdict, and a line for each figure."""
+"""Text summary of a report: the method, the verdict, and a line for each figure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_prune.reporting.report import Calibration, PruningReport, TaskScores
 
 
 def method(report: PruningReport) -> str:
-    """Return the methods of the plan in a few words, such as ``Wanda + SparseGPT, AlphaPruning``."""
+    """Return a short description of the plan's methods, such as ``Wanda + SparseGPT, AlphaPruning``."""
     plan = report.identity["plan"]
     named = [plan[part]["class_path"] for part in ("scorer", "solver") if plan[part] is not None]
     how = [" + ".join(name for name in named if name != "Zero")]
@@ -20,7 +20,7 @@ def method(report: PruningReport) -> str:
 
 
 def pattern(report: PruningReport) -> str:
-    """Return the pattern of the plan, such as ``2:4`` or ``unstructured, by row``."""
+    """Return a short description of the plan's pattern, such as ``2:4`` or ``unstructured, by row``."""
     found = report.identity["plan"]["pattern"]
     arguments = found["init_args"]
     if found["class_path"] == "NM":
@@ -30,7 +30,7 @@ def pattern(report: PruningReport) -> str:
 
 
 def verdict(report: PruningReport) -> dict[str, str]:
-    """Return the few figures that tell whether a pruning was worth it, by name."""
+    """Return the main figures of a pruning, by name."""
     found = {"method": method(report), "pattern": pattern(report), "sparsity of the targets": f"{report.sparsity:.2%}"}
     if (whole := sparsity_of_model(report)) is not None:
         found["sparsity of the whole model"] = f"{whole:.2%}"
@@ -50,7 +50,7 @@ def verdict(report: PruningReport) -> dict[str, str]:
 
 
 def summary(report: PruningReport) -> list[tuple[str, str]]:
-    """Return a name and a value for each figure of a report."""
+    """Return the name and the value of each figure of a report."""
     lines = [
         ("method", f"{method(report)}; {pattern(report)}"),
         ("sparsity of the targeted weights", f"{report.sparsity:.4%} of {len(report.layers)} layers"),
@@ -74,7 +74,7 @@ def summary(report: PruningReport) -> list[tuple[str, str]]:
 
 
 def evaluation_rows(report: PruningReport) -> list[tuple[str, str, str]]:
-    """Return each figure of the evaluation: its name, and its value before and after."""
+    """Return the name of each figure of the evaluation, and its values before and after pruning."""
     rows = []
     if "perplexity_before" in report.evaluation:
         text = f"perplexity, {report.evaluation['text']}, windows of {report.evaluation['seqlen']} tokens"
@@ -86,14 +86,14 @@ def evaluation_rows(report: PruningReport) -> list[tuple[str, str, str]]:
 
 
 def sparsity_of_model(report: PruningReport) -> float | None:
-    """Return the fraction of all parameters of the model that was removed; None if its size is unknown."""
+    """Return the fraction of all parameters of the model that were removed; None if its size is unknown."""
     if report.size is None:
         return None
     return sum(layer.reached * layer.numel for layer in report.layers) / report.size.parameters
 
 
 def scores_of(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[tuple[str, str, list[str]]]:
-    """Return every task and metric with its scores as text, one for each column."""
+    """Return every task and metric with its scores as text, one per column."""
     found = []
     for task, metrics in next(iter(columns.values()), {}).items():
         for metric in (name for name in metrics if not name.endswith("_stderr")):
@@ -116,7 +116,7 @@ def _calibration(found: Calibration) -> str:
 
 
 def _bytes(count: float) -> str:
-    """Return bytes in the largest unit that gives at least 1, such as ``538 MB``."""
+    """Format a number of bytes in the largest unit in which it is at least 1, such as ``538 MB``."""
     power = max(0, min(3, int(math.log10(count)) // 3))
     value = count / 1000**power
     return f"{value:.{0 if value >= 100 or not power else 1}f} {('bytes', 'kB', 'MB', 'GB')[power]}"

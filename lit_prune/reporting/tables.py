@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables for the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_prune.runtime.sparse_layers import Speed
 
 
 def blocks_table(report: PruningReport) -> Table:
-    """Return a row for every block."""
+    """Return a table with a row for every block."""
     table = Table(title="Pruned blocks")
     headings = ["block", "layers", "weights", "sparsity", "worst output error", "seconds"]
     reconstructed = {done.block: f"{done.before:.4f} to {done.after:.4f}" for done in report.reconstructions}
@@ -38,7 +38,7 @@ def blocks_table(report: PruningReport) -> Table:
 
 
 def summary_table(report: PruningReport) -> Table:
-    """Return the report's summary."""
+    """Return the summary of a report as a table."""
     table = Table(title="Summary", show_header=False)
     for what, value in summary(report):
         table.add_row(what, value)
@@ -46,7 +46,7 @@ def summary_table(report: PruningReport) -> Table:
 
 
 def scores_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """Return the scores of tasks, by column, task and metric, with their standard errors."""
+    """Return a table of the scores of tasks with their standard errors, given by column, task and metric."""
     table = Table(title="Tasks")
     for column in ("task", "metric", *columns):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
@@ -56,7 +56,7 @@ def scores_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Ta
 
 
 def speed_table(figures: Iterable[Speed]) -> Table:
-    """Return the times of layers, dense and sparse."""
+    """Return a table of the timings of layers in dense and sparse form."""
     table = Table(title="One layer of each shape")
     for column in ("layer", "outputs x inputs", "zeros", "tokens", "form", "dense ms", "sparse ms", ""):
         table.add_column(column, justify="left" if column in ("layer", "form", "") else "right")

@@ -1,1 +1,1 @@
-"""Layer 2: run sparse layers, and measure them."""
+"""Layer 2: sparse layers for inference, and their speed."""

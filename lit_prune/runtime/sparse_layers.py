@@ -1,4 +1,4 @@
-"""Zeros that save time: layers as sparse tensors of torch, and how fast they are on this machine."""
+"""Inference with torch's sparse tensors, and its speed on this machine."""
 
 from __future__ import annotations
 
@@ -18,48 +18,51 @@ from lit_prune.ops import PackedMask
 SEMI_STRUCTURED = "2:4 semi-structured"
 CSR = "CSR"
 GAIN = 1.05
-"""A form that is not faster than this by itself gains nothing: so much is noise."""
+"""Minimum speed-up of a sparse form; a smaller one is within the noise of the measurement."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How long one layer takes, dense and sparse."""
+    """Timing of one layer in dense and in sparse form."""
 
     layer: str
-    """The first layer of its shape."""
+    """Name of the layer, the first one of its shape."""
     shape: tuple[int, int]
-    """``(o, i)``."""
+    """Shape of the weight, ``(o, i)``."""
     sparsity: float
-    """Fraction of zeros."""
+    """Fraction of zeros in the weight."""
     tokens: int
-    """Rows of the input."""
+    """Number of rows of the input."""
     form: str
-    """What the zeros are used through."""
+    """Name of the sparse form."""
     dense: float
-    """Seconds with the zeros multiplied."""
+    """Seconds per call in dense form."""
     sparse: float
-    """Seconds in the sparse form."""
+    """Seconds per call in the sparse form."""
 
     @property
     def gain(self) -> float:
-        """How many times faster the sparse form is."""
+        """Speed-up of the sparse form, as the ratio of dense to sparse seconds."""
         return self.dense / self.sparse
 
     @property
     def verdict(self) -> str:
-        """The gain in words."""
+        """Description of the speed-up."""
         return f"{self.gain:.2f} times faster" if self.gain > GAIN else f"no gain ({self.gain:.2f})"
 
 
 def use_semi_structured(model: nn.Module, masks: Mapping[str, PackedMask]) -> list[str]:
-    """Turn every linear layer with a 2:4 mask into a semi-structured tensor of torch, in place; return their names.
+    """Convert the weights of linear layers with a 2:4 mask to torch's semi-structured tensors, in place.
 
     Args:
-        model: on a CUDA device of compute capability 8.0 or newer, in float16 or bfloat16; for inference alone.
+        model: model on a CUDA device of compute capability 8.0 or newer, in float16 or bfloat16; for inference only.
         masks: keep masks by parameter name.
 
+    Returns:
+        Names of the converted layers.
+
     Raises:
-        InputError: if the device or the dtype cannot do that, or no mask is 2:4.
+        InputError: if device or dtype do not support semi-structured sparsity, or no mask is 2:4.
     """
     if has_fused_experts(model):
         raise InputError("the model's experts are fused: call lit_prune.models.experts.take_apart(model) first")
@@ -82,7 +85,7 @@ def use_semi_structured(model: nn.Module, masks: Mapping[str, PackedMask]) -> li
 
 
 def is_two_of_four(mask: PackedMask) -> bool:
-    """Tell whether at most two of every four consecutive inputs are kept."""
+    """Return whether a mask keeps at most two of every four consecutive inputs."""
     keep = mask.unpack()
     return keep.dim() == 2 and keep.shape[1] % 4 == 0 and int(keep.reshape(len(keep), -1, 4).sum(-1).max()) <= 2
 
@@ -90,15 +93,15 @@ def is_two_of_four(mask: PackedMask) -> bool:
 def measure_speed(
     model: nn.Module, masks: Mapping[str, PackedMask], tokens: Sequence[int] = (1, 16, 256), seconds: float = 0.2
 ) -> list[Speed]:
-    """Time one layer of each shape, dense and sparse, on the model's device and in its dtype.
+    """Time one layer of each shape in dense and sparse form, on the model's device and in its dtype.
 
-    Layers whose mask is 2:4 are tried semi-structured if the device can; all others as compressed rows.
+    Layers with a 2:4 mask use the semi-structured form if the device supports it; all others use compressed rows.
 
     Args:
-        model: pruned; left as it is.
+        model: pruned model; not modified.
         masks: keep masks by parameter name.
-        tokens: rows of the input: 1 is generation one token at a time, hundreds are a prompt.
-        seconds: time to spend on each figure, at least.
+        tokens: numbers of input rows to time: 1 as in generation, token by token; hundreds as in a prompt.
+        seconds: minimum duration of each measurement.
 
     Raises:
         InputError: if no linear layer has a mask, or torch cannot multiply sparse rows in the model's dtype.
@@ -134,7 +137,7 @@ def _time_layers(
 
 
 def _sparse(weight: Tensor, mask: PackedMask) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Return the name of the best sparse form of a weight, and the layer in it."""
+    """Return the name of the best sparse form of a weight, and the layer in this form."""
     if is_two_of_four(mask) and _has_semi_structured(weight):
         packed = to_sparse_semi_structured(weight)
         return SEMI_STRUCTURED, lambda x: linear(x, packed)
@@ -156,6 +159,6 @@ def _has_semi_structured(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def _time(call: Callable[[], Tensor], seconds: float) -> float:
-    """Return the median seconds of a call, on as many threads as torch uses."""
+    """Return the median seconds per call, on as many threads as torch uses."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median
