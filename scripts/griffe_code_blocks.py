@@ -1,4 +1,4 @@
-"""Show the ``.. code-block::`` of docstrings as the fenced blocks of Markdown, for the documentation site."""
+"""Convert ``.. code-block::`` in docstrings to fenced code blocks of Markdown, for the documentation site."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BLOCK = re.compile(r"^\.\. code-block:: (\w+)\n\n((?: {4}.*\n?|\n)+)", re.MULTI
 
 
 def fenced(text: str) -> str:
-    """Return a docstring with fenced code blocks."""
+    """Return a docstring with its code blocks fenced."""
 
     def fence(match: re.Match[str]) -> str:
         code = "\n".join(line.removeprefix("    ") for line in match[2].rstrip().splitlines())
@@ -21,9 +21,9 @@ def fenced(text: str) -> str:
 
 
 class CodeBlocks(griffe.Extension):
-    """Rewrites every docstring as it is read."""
+    """Rewrites every docstring when it is loaded."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Rewrite one."""
+        """Rewrite the docstring of one object."""
         if obj.docstring is not None:
             obj.docstring.value = fenced(obj.docstring.value)

@@ -1,7 +1,7 @@
-"""Kill ``lit-prune prune`` with SIGKILL at random moments, and check that ``--resume auto`` ends with the same bits.
+"""Kill ``lit-prune prune`` with SIGKILL at random times, and check that ``--resume auto`` yields the same bits.
 
-One run is timed from its start to its end. Then, for each moment drawn between the two, a run is killed, resumed once,
-and its weights and masks are compared with those of the run that nobody killed.
+One uninterrupted run is timed. Then, for each time drawn at random within its duration, a run is killed, resumed once,
+and its weights and masks are compared with those of the uninterrupted run.
 
     python scripts/kills.py --config recipes/demo --kills 10
 """
@@ -23,14 +23,14 @@ from lit_prune.checkpoint.masks import load_masks
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a pruned folder, masks included."""
+    """Return all tensors of a pruned folder, including masks."""
     files = sorted(folder.glob("model*.safetensors"))
     weights = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
     return weights | {f"mask {name}": mask.bits for name, mask in load_masks(folder).items()}
 
 
 def main() -> None:
-    """Print a line for every kill, and fail where one run's bits differ."""
+    """Print a line for every kill, and fail if the bits of any run differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--kills", type=int, default=10)

@@ -1,7 +1,7 @@
-"""Write the help of every subcommand to lit_prune/help, from where it is shown at once and becomes a page of the docs.
+"""Write the help of every subcommand to lit_prune/help, where the command line and the documentation read it.
 
 python scripts/write_help.py          # after a change of the command line
-python scripts/write_help.py --check  # exit 1 if a file is not what the parser says
+python scripts/write_help.py --check  # exit 1 if a file differs from the parser's help
 """
 
 import io
@@ -23,14 +23,14 @@ WIDTH = 100
 
 
 def made_with() -> str:
-    """Return the versions that the text depends on."""
+    """Return the versions of the packages that affect the text."""
     lightning = ".".join(version("lightning").split(".")[:2])
     python = ".".join(map(str, sys.version_info[:2]))
     return f"Python {python}, jsonargparse {version('jsonargparse')}, lightning {lightning}"
 
 
 def help_of(command: str) -> str:
-    """Return what the parser of a subcommand says."""
+    """Return the help of a subcommand's parser."""
     said = io.StringIO()
     try:
         with redirect_stdout(said):

@@ -1,9 +1,9 @@
-"""Time the pruning engine against its floor: the counted floating-point operations at the rate of matrix products.
+"""Time the pruning engine against a lower bound: the counted floating-point operations at the rate of matrix products.
 
-The floor is that of the forward passes through the blocks, the Gram matrices (from the diagonal up) and the solves,
-over the median rate that products with the model's own weight reach in the same process, just before and just after.
-Attention counts over all positions, as in torch's flop counter. Each row
-runs in a process of its own. Memory is the peak beyond what the process had once the model had computed something.
+The lower bound is the operation count of the forward passes through the blocks, the Gram matrices (upper triangles)
+and the solves, over the median rate of products with the model's own weight, measured in the same process just before
+and just after. Attention is counted over all positions, as in torch's flop counter. Each row runs in a separate
+process. Memory is the peak in excess of the memory of the process after a first forward pass.
 
     python scripts/bench/engine.py --model out/smollm2-135m --calibration valid.txt
 """
@@ -39,7 +39,7 @@ PLANS = {
 
 
 def run(name: str, options: argparse.Namespace) -> Record:
-    """Prune with a method and return its seconds, its floor and its memory."""
+    """Prune with a method and return its seconds, its lower bound and its memory."""
     dtype = getattr(torch, options.dtype)
     model: Any = load_model(options.model, dtype)
     data = TextDataModule(
@@ -47,7 +47,7 @@ def run(name: str, options: argparse.Namespace) -> Record:
     )
     batches, plan = data.calibration_batches(), replace(PLANS[name], device=options.device)
     with torch.no_grad():
-        model(input_ids=batches[0][:1, :8])  # files of weights are in memory only once they have been read
+        model(input_ids=batches[0][:1, :8])  # the weight files are mapped, and in memory only after the first read
     before, rate = peak_memory(), product_rate(model, options)
     expected = preflight(model, batches, plan)
     assert expected is not None
@@ -72,7 +72,7 @@ def run(name: str, options: argparse.Namespace) -> Record:
 
 
 def product_rate(model: Any, options: argparse.Namespace) -> float:
-    """Return the floating-point operations per second of products with the model's widest weight, in its dtype."""
+    """Return the floating-point operations per second of products with the model's widest weight, in its own dtype."""
     weight = max((p for p in model.model.layers[0].parameters() if p.dim() == 2), key=torch.Tensor.numel).detach()
     weight = weight.to(options.device or weight.device)
     inputs = torch.randn(4096, weight.shape[1], device=weight.device).to(weight.dtype)
@@ -109,7 +109,7 @@ def table(records: list[Record]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run the missing rows, then print the table."""
     keep_freed_memory()
     parser = rows.parser(__doc__, "out/bench/engine.jsonl")
     parser.add_argument("--calibration", default="wikitext2", help="text source of the calibration set")

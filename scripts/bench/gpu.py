@@ -1,9 +1,10 @@
-"""What needs a GPU: seconds per stage and peak memory of pruning a LLaMA-7B, 2:4 layers, masked fine-tuning.
+"""GPU benchmarks: seconds per stage and peak memory of pruning a LLaMA-7B, 2:4 layers, masked fine-tuning.
 
-The models are random, in bfloat16, in their real shapes. Pruning holds the 7 B model in CPU memory and works on one
-block at a time on the GPU; the ratio is to the counted floating-point operations at the rate of bfloat16 products
-there. Fine-tuning compares tokens per second and peak memory of a pruned model of 1.1 B parameters with those of the
-same model dense. ``--layers 2 --hidden 256 --device cpu --sequences 2 --seqlen 64 --steps 4`` tries the script.
+The models have random weights in bfloat16 and their real shapes. Pruning keeps the 7 B model in CPU memory and
+processes one block at a time on the GPU; the ratio is relative to the counted floating-point operations at the GPU's
+rate of bfloat16 products. Fine-tuning compares tokens per second and peak memory of a pruned model of 1.1 B parameters
+with those of the same model dense. To try out the script, use
+``--layers 2 --hidden 256 --device cpu --sequences 2 --seqlen 64 --steps 4``.
 
     python scripts/bench/gpu.py
 """
@@ -35,21 +36,21 @@ NAMES = [*(f"prune, {method}" for method in METHODS), "2:4 layers", "train, mask
 
 
 class Clock(Callback):
-    """Notes when each training step ends."""
+    """Records the end time of each training step."""
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Initialize with no times."""
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Note it."""
+        """Record the time."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
 def llama(options: argparse.Namespace, hidden: int, layers: int) -> dict[str, Any]:
-    """Return the config of a random Llama, smaller where the options say so."""
+    """Return the config of a random Llama, smaller if the options specify that."""
     hidden, layers = options.hidden or hidden, options.layers or layers
     return {
         "model_type": "llama",
@@ -95,7 +96,7 @@ def layers(options: argparse.Namespace) -> Record:
 
 
 def training(kind: str, options: argparse.Namespace) -> Record:
-    """Fine-tune the 1.1 B model, pruned and held or dense."""
+    """Fine-tune the 1.1 B model, either pruned with masks kept, or dense."""
     module = LitCausalLM("random", "bfloat16", config=llama(options, 2048, 22), gradient_checkpointing=True)
     data = TextDataModule("random", dataset="embedded", seqlen=options.seqlen, batch_size=options.batch_size)
     clock = Clock()
@@ -112,7 +113,7 @@ def training(kind: str, options: argparse.Namespace) -> Record:
         callbacks=[*(masks if kind == "masked" else []), clock],
     )
     trainer.fit(module, data)
-    steps = clock.ends[options.steps // 10 :]  # the first ones warm up
+    steps = clock.ends[options.steps // 10 :]  # the first steps are warm-up
     seconds = steps[-1] - steps[0]
     tokens = (len(steps) - 1) * options.batch_size * options.seqlen
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
@@ -133,7 +134,7 @@ def table(records: list[Record]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then print the figures."""
+    """Run the missing rows, then print the figures."""
     parser = rows.parser(__doc__, "out/bench/gpu.jsonl")
     parser.set_defaults(seqlen=2048)
     parser.add_argument("--device", default="cuda")

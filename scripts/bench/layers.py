@@ -1,7 +1,7 @@
 """Compare solvers on real layers: relative output error and seconds for every linear layer of a few blocks.
 
-The inputs are the dense model's on a calibration set. The time of the factorisation that layers with the same input
-share is counted where it arises, with the first of them.
+The inputs are those of the dense model on a calibration set. The time of a factorisation shared by layers with the
+same input is counted for the first of them.
 
     python scripts/bench/layers.py --model out/smollm2-135m --calibration valid.txt --blocks 0 14 29
 """
@@ -48,7 +48,7 @@ def compare(target: Target, stats: LayerStats) -> None:
 
 
 def main() -> None:
-    """Print a Markdown table."""
+    """Print the results as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument("--calibration", default="wikitext2", help="text source of the calibration set")

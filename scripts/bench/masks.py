@@ -1,8 +1,8 @@
-"""Measure what keeping masks costs: seconds per training step, with and without it in turns, and memory at rest.
+"""Measure the cost of keeping masks: seconds per training step, with and without masks in turn, and memory at rest.
 
-The model is pruned at the start; then it is trained, and gradients are masked in every other optimizer step. The
-medians of both kinds of steps, which see the same machine, are compared. On a machine whose steps scatter by more than
-the masks cost, the masking of as many gradients, timed alone, is the better figure.
+The model is pruned at the start and then trained, and gradients are masked in every other optimizer step. The medians
+of both kinds of steps, which run under the same conditions, are compared. If the step times vary by more than the cost
+of the masks, the separate timing of masking the same gradients is more accurate.
 
     python scripts/bench/masks.py --model out/smollm2-135m
 """
@@ -26,21 +26,21 @@ from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule
 
 CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
-"""The second is that of this process alone, for machines that do other things too."""
+"""Clocks to use; the second measures only this process, for machines with other load."""
 
 
 class Alternate(Callback):
-    """Lets go of the masks in every other step and times both kinds."""
+    """Disables the masks in every other step and times both kinds of steps."""
 
     def __init__(self, keeper: KeepMasks) -> None:
-        """Keep the callback that is to be measured."""
+        """Store the callback to measure."""
         self.keeper = keeper
         self.masks = keeper.masks
         self.steps: dict[bool, list[dict[str, float]]] = {True: [], False: []}
         self._start: dict[str, float] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Switch, and start the clocks."""
+        """Switch the masks on or off, and start the clocks."""
         self.masks = self.keeper.masks or self.masks
         self.keeper.take(trainer, pl_module, self.masks if trainer.global_step % 2 else {})
         self._start = {name: clock() for name, clock in CLOCKS.items()}
@@ -53,7 +53,7 @@ class Alternate(Callback):
 
 
 def mask_gradients(masks: list[PackedMask], times: int = 5) -> float:
-    """Return the CPU seconds (median) that it takes to mask a gradient for every mask."""
+    """Return the median CPU seconds for masking one gradient per mask."""
     seconds = []
     for _ in range(times):
         total = 0.0

@@ -1,11 +1,11 @@
-"""Prove that masks hold under every strategy, precision and optimizer, in real processes.
+"""Verify that masks hold under every strategy, precision and optimizer, in real processes.
 
 Each cell trains a tiny random Llama for 20 optimizer steps, with accumulation, gradient clipping and weight decay, and
-prunes it at steps 0 and 10. Pruned weights that are not zero are counted after every batch, in every process, in the
-live module, the float32 masters and the optimizer moments; then in the last checkpoint and in the exported folder, read
-back from disk. Each cell runs in processes of its own and appends one line to a JSONL file; a cell whose line is there
-is not run again. The table goes between the markers of a Markdown file. The test suite trains some of the cells, by
-the same code: ``tests/support/cells.py``.
+prunes it at steps 0 and 10. Nonzero pruned weights are counted after every batch, in every process, in the live module,
+the float32 masters and the optimizer moments; then in the last checkpoint and in the exported folder, read back from
+disk. Each cell runs in separate processes and appends one line to a JSONL file; a cell with an existing line is not run
+again. The table is inserted between the markers of a Markdown file. The test suite trains some of the cells with the
+same code: ``tests/support/cells.py``.
 
     python scripts/bench/masks_matrix.py --write docs/masks.md
 """
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from support.cells import OPTIMIZERS, PLACES, STRATEGIES, run
 
 CELLS = [" ".join(cell) for cell in product(STRATEGIES, ("32-true", "bf16-mixed", "bf16-true"), OPTIMIZERS)]
-"""Strategy, precision and optimizer, such as ``ZeRO-2 bf16-mixed AdamW``."""
+"""Names of the cells: strategy, precision and optimizer, such as ``ZeRO-2 bf16-mixed AdamW``."""
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -50,7 +50,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then print or write the table."""
+    """Run the missing cells, then print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/masks"), help="folder of results")
     parser.add_argument("--match", default="*", help="shell pattern of the cells to run, such as 'ZeRO-* 32-true *'")

@@ -1,7 +1,7 @@
-"""How much memory pruning takes: a random Llama of 1.1 B parameters in bfloat16, held in memory and left on disk.
+"""Peak memory of pruning a random Llama of 1.1 B parameters in bfloat16, loaded into memory or offloaded to disk.
 
-Each row is the peak of resident memory of a process of its own, as the system counts it, from its start to the pruned
-model (in memory) or to the written folder (from disk to disk); freed memory is given back.
+Each row is the peak resident memory of a separate process, as reported by the system, from its start to the pruned
+model (in memory) or to the written folder (from disk to disk); freed memory is returned to the system.
 
     python scripts/bench/memory.py
 """
@@ -30,7 +30,7 @@ NAMES = ("in memory", "from disk to disk")
 
 
 def make_model(folder: Path) -> None:
-    """Write the random model, once: the shape of TinyLlama-1.1B."""
+    """Write a random model with the shape of TinyLlama-1.1B, unless it exists."""
     if not (folder / "config.json").is_file():
         config = LlamaConfig(
             hidden_size=2048,
@@ -46,7 +46,7 @@ def make_model(folder: Path) -> None:
 
 
 def run(name: str, options: argparse.Namespace) -> Record:
-    """Prune and return the peak of memory, as a multiple of the weights."""
+    """Prune and return the peak memory, as a multiple of the size of the weights."""
     give_back_freed_memory()
     folder, lazy = options.work / "model", name == NAMES[1]
     model: Any = load_model(str(folder), lazy=options.work / "changes" if lazy else None)
@@ -74,7 +74,7 @@ def table(records: list[Record]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run the missing rows, then print the table."""
     parser = rows.parser(__doc__, "out/bench/memory.jsonl")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=2)

@@ -1,7 +1,7 @@
 """Compare pruning methods on one model: test perplexity, seconds by stage, peak memory.
 
-Each method runs in a process of its own and appends one line to a JSONL file; a method whose line is there is not run
-again, so the script can be stopped and continued. It ends by printing the tables, or puts them into a document.
+Each method runs in a separate process and appends one line to a JSONL file; a method with an existing line is not run
+again, so the script can be interrupted and resumed. At the end it prints the tables or inserts them into a document.
 
     python scripts/bench/methods.py --model out/smollm2-135m --calibration valid.txt --test test.txt
 """
@@ -35,8 +35,7 @@ PATTERNS: dict[str, Pattern] = {
     "4:8": NM(4, 8),
 }
 MIXED = "4:8"
-"""The pattern of which allocators make a mixture, as AlphaPruning's paper does; 2:4 is what hardware knows, so it stays
-as it is."""
+"""Pattern that allocators vary by layer, as in AlphaPruning's paper; 2:4 is fixed, because hardware supports it."""
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"scorer": Magnitude()},
     "Wanda": {"scorer": Wanda()},
@@ -51,9 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
 ON_DENSE_INPUTS: dict[str, dict[str, Any]] = {
     f"{method} on dense inputs": {**METHODS[method], "propagate": "dense"} for method in ("Wanda", "SparseGPT", "ADMM")
 }
-"""What saves one of two forward passes, at 50 and 70 %."""
+"""Methods that save one of two forward passes, compared at 50 and 70 %."""
 BEST = ("ADMM corrected", "ADMM")
-"""The two best methods, which are tried with every allocator."""
+"""The two best methods, which are combined with every allocator."""
 ALLOCATORS: dict[str, Allocator] = {
     "alpha 0.1": AlphaPruning(epsilon=0.1),
     "alpha 0.2": AlphaPruning(),
@@ -68,27 +67,27 @@ ALLOCATORS: dict[str, Allocator] = {
 
 
 class Row(NamedTuple):
-    """What a row compares."""
+    """Settings of one row."""
 
     method: str
-    """One of ``METHODS`` or ``ON_DENSE_INPUTS``; empty = the dense model."""
+    """Name of the method in ``METHODS`` or ``ON_DENSE_INPUTS``; empty = the dense model."""
     pattern: str = ""
     allocator: str = ""
-    """One of ``ALLOCATORS``; empty = uniform."""
+    """Name of the allocator in ``ALLOCATORS``; empty = uniform."""
 
     def __str__(self) -> str:
-        """Return its name."""
+        """Return the name of the row."""
         return " ".join(part for part in self if part) or "dense"
 
     def plan(self) -> PruningPlan:
-        """Return how it prunes."""
+        """Return the pruning plan of the row."""
         allocator = ALLOCATORS[self.allocator] if self.allocator else Uniform()
         how = {**METHODS, **ON_DENSE_INPUTS}[self.method]
         return PruningPlan(PATTERNS[self.pattern], allocator=allocator, output_error=False, **how)
 
 
 def compared() -> dict[str, Row]:
-    """Return all rows by name, what tells most first."""
+    """Return all rows by name, the most informative first."""
     others = [pattern for pattern in PATTERNS if pattern not in ("70%", MIXED)]
     found = [Row("")]
     found += [Row(method, "70%") for method in METHODS]
@@ -129,7 +128,7 @@ def run(name: str, options: argparse.Namespace) -> Record:
 
 
 def tables(records: list[Record]) -> str:
-    """Return perplexities by method and pattern, those of other samples, and seconds and memory, in Markdown."""
+    """Return Markdown tables: perplexities by method and pattern, perplexities of other samples, seconds and memory."""
     found = {(compared()[record["name"]], record["seed"]): record for record in records}
     seeds = sorted({seed for _, seed in found})
     methods = dict.fromkeys((row.method, row.allocator) for row in compared().values() if (row, seeds[0]) in found)
@@ -166,7 +165,7 @@ def _perplexity(record: Record | None) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run the missing rows, then print the tables."""
     parser = rows.parser(__doc__, "out/bench/methods.jsonl")
     parser.add_argument("--calibration", default="wikitext2", help="text source of the calibration set")
     parser.add_argument("--sequences", type=int, default=32)

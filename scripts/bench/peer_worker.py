@@ -1,4 +1,4 @@
-"""Prune a model with one method and write it, with the seconds and the peak memory; started by peers.py."""
+"""Prune a model with one method and write it, with seconds and peak memory; started by peers.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPARSITY = 0.5
 
 
 def ours(model: Any, tokens: torch.Tensor, method: str, half: bool) -> None:
-    """Prune with lit-prune, in batches of two sequences, and with freed memory kept, as its command line does."""
+    """Prune with lit-prune, in batches of two sequences, and keep freed memory, as its command line does."""
     from contextlib import nullcontext
     from functools import partial
 
@@ -33,7 +33,7 @@ def ours(model: Any, tokens: torch.Tensor, method: str, half: bool) -> None:
 
 
 def theirs(model: Any, tokens: torch.Tensor, method: str) -> None:
-    """Prune with llm-compressor, as its examples do."""
+    """Prune with llm-compressor, as in its examples."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -50,7 +50,7 @@ def theirs(model: Any, tokens: torch.Tensor, method: str) -> None:
 
 
 def main() -> None:
-    """Prune, write the folder, and its figures beside it."""
+    """Prune, and write the folder and the figures."""
     parser = argparse.ArgumentParser()
     parser.add_argument("who", choices=("ours", "theirs"))
     parser.add_argument("--model", required=True)

@@ -1,8 +1,8 @@
-"""Prune the same model, with the same sequences, here and with llm-compressor: seconds, peak memory, perplexity.
+"""Compare lit-prune with llm-compressor on the same model and sequences: seconds, peak memory, perplexity.
 
-llm-compressor lives in a virtual environment of its own, where ``pip install llmcompressor==0.14.0`` has put it. Every
-row runs in a process of its own, with the same calibration tokens. Seconds are those of pruning alone. The pruned
-models are evaluated here, on the same windows. With several ``--seed``, one after the other, the table has medians.
+llm-compressor must be installed in a separate virtual environment by ``pip install llmcompressor==0.14.0``. Every row
+runs in a separate process, with the same calibration tokens. Seconds include only the pruning. The pruned models are
+evaluated by this script, on the same windows. After runs with several values of ``--seed``, the table has medians.
 
     python scripts/bench/peers.py --peer venv-peer/bin/python --calibration valid.txt --test test.txt
 """
@@ -29,12 +29,12 @@ WORKER = Path(__file__).with_name("peer_worker.py")
 
 
 def names() -> list[str]:
-    """Return what to compare."""
+    """Return the names of the rows."""
     return [f"{method}: {who}" for method in METHODS for who in (OURS, OURS_HALF, THEIRS)]
 
 
 def run(name: str, options: argparse.Namespace) -> Record:
-    """Prune in a process of its own, and evaluate here."""
+    """Prune in a separate process, and evaluate in this one."""
     method, _, who = name.partition(": ")
     folder = options.work / name.replace(": ", "-").replace(", ", "-").replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def table(records: list[Record]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run the missing rows, then print the table."""
     parser = rows.parser(__doc__, "out/bench/peers.jsonl")
     parser.add_argument("--peer", type=Path, required=True, help="Python that has llm-compressor")
     parser.add_argument("--calibration", default="wikitext2", help="text source of the calibration set")

@@ -1,10 +1,10 @@
-"""Compare ways to recover a pruned model within a budget of time: test perplexity, tokens, minutes, peak memory.
+"""Compare recovery methods for a pruned model within a time budget: test perplexity, tokens, minutes, peak memory.
 
-The default recipe prunes; its model, and the one with reconstruction on top, are kept in the work folder, and each
-recovery begins with one of them. Nine tenths of the training text train and calibrate, the last tenth validates. A
-minute is what two cores do in one, 120 seconds of processor time, so that ``--jobs`` and whatever else runs change no
-budget. Each row runs in a process of its own and appends one line to a JSONL file; a row whose line is there is not run
-again, so the script can be stopped and continued. It ends by printing the table.
+The model is pruned with the default recipe; the result, with and without additional reconstruction, is kept in the work
+folder, and each recovery starts from one of them. Nine tenths of the training text are for training and calibration,
+the last tenth for validation. A minute is one minute of two cores, 120 seconds of processor time, so that ``--jobs``
+and other load do not affect the budget. Each row runs in a separate process and appends one line to a JSONL file; a row
+with an existing line is not run again, so the script can be interrupted and resumed. At the end it prints the table.
 
     python scripts/bench/recovery.py --model out/smollm2-135m --train valid.txt --test test.txt
 """
@@ -41,7 +41,7 @@ from lit_prune.training.recovery import Everything, LoRA, NormsAndBiases, Traina
 from lit_prune.training.schedules import WarmupCosine
 
 CORE_SECONDS = 120
-"""Processor time in a minute of two cores."""
+"""Processor seconds in one minute of two cores."""
 STARTS: dict[str, Reconstruction | None] = {
     "one-shot": None,
     "reconstructed": Reconstruction(),
@@ -59,11 +59,11 @@ class Recovery:
     start: str = "one-shot"
     minutes: float = 10
     steps: int | None = None
-    """In place of minutes; more than ``Budget`` times."""
+    """Number of steps instead of minutes; more than the steps that ``Budget`` times."""
 
 
 def distillation(teacher: str) -> Distillation:
-    """Return the default mix of losses."""
+    """Return a distillation loss with the default weights."""
     return Distillation(teacher, language_model=0.5, logits=1.0, hidden=1.0, dtype="float32")
 
 
@@ -75,12 +75,12 @@ RECOVERIES = {
     "full, 100 steps": Recovery(2e-4, steps=100),
     "best": Recovery(2e-4, loss=distillation, start="reconstructed", minutes=22),
 }
-"""The ways to compare; the best begins after 8 minutes of pruning and reconstruction, and so takes half an hour."""
+"""Recoveries to compare; with 8 minutes of pruning and reconstruction before it, the best takes half an hour."""
 DENSE = "dense"
 
 
 def names() -> list[str]:
-    """Return what to compare; what others begin with comes first, so that several jobs find it finished."""
+    """Return the names of the rows; starting points come first, so that parallel jobs find them finished."""
     patterns = [pattern for pattern in PATTERNS if pattern != MIXED]
     starts = [f"{pattern} {start}" for start in ("one-shot", "reconstructed") for pattern in patterns]
     starts += ["70% reconstructed, 40 steps"]
@@ -91,31 +91,31 @@ def names() -> list[str]:
 
 
 class Budget(Callback):
-    """Sets the number of steps, so that training without validation takes so many minutes of two cores, or as given."""
+    """Sets the number of steps to the given one, or so that training takes the given minutes without validation."""
 
     WARM_UP, LOOK = 2, 10
-    """Steps before those that are timed, and how many these are."""
+    """Number of steps before timing starts, and number of timed steps."""
 
     def __init__(self, minutes: float, steps: int | None = None) -> None:
-        """Keep the budget."""
+        """Store the budget."""
         self.seconds = CORE_SECONDS * minutes
         self.steps = steps
         self.spent = 0.0
         self._start = 0.0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Start the clock."""
+        """Start timing the step."""
         self._start = time.process_time()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Stop the clock; set the steps when enough of them have been timed."""
+        """Stop timing the step; set the number of steps after enough of them have been timed."""
         self.spent += time.process_time() - self._start
         if trainer.global_step == self.WARM_UP:
             self._before = self.spent
         elif trainer.global_step == self.WARM_UP + self.LOOK:
             possible = self.WARM_UP + (self.seconds - self._before) / (self.spent - self._before) * self.LOOK
             every = int(trainer.val_check_interval)
-            steps = self.steps or max(round(possible / every), 1) * every  # so that the last weights are validated
+            steps = self.steps or max(round(possible / every), 1) * every  # so that the last step is validated
             trainer.fit_loop.epoch_loop.max_steps = steps
             for config in trainer.lr_scheduler_configs:
                 assert isinstance(config.scheduler, WarmupCosine)
@@ -123,7 +123,7 @@ class Budget(Callback):
 
 
 def run(name: str, options: argparse.Namespace) -> Record:
-    """Prune, or recover what has been pruned, and evaluate."""
+    """Prune, or recover a pruned model, and evaluate."""
     if name == DENSE:
         module = LitCausalLM(options.model, dtype="float32")
         module.configure_model()
@@ -135,7 +135,7 @@ def run(name: str, options: argparse.Namespace) -> Record:
 
 
 def prune_one(pattern: str, way: str, options: argparse.Namespace) -> Record:
-    """Prune with the default recipe, save and evaluate; all that begin with a pattern share one allocation."""
+    """Prune with the default recipe, save and evaluate; all starting points of a pattern share one allocation."""
     first = options.work / pattern / "one-shot" / "pruning.json"
     allocation = None if way == "one-shot" else read_json(first)["allocation"]
     module = LitCausalLM(options.model, dtype="float32")
@@ -157,7 +157,7 @@ def prune_one(pattern: str, way: str, options: argparse.Namespace) -> Record:
 
 
 def recover(pattern: str, way: str, options: argparse.Namespace) -> Record:
-    """Train what has been pruned, and evaluate the best of it; what the same does to the dense model says the rest."""
+    """Train a pruned model, or the dense one as a control, and evaluate its best checkpoint."""
     recovery, recovered = RECOVERIES[way], options.work / pattern / way
     folder = options.model if pattern == DENSE else str(options.work / pattern / recovery.start)
     module = LitCausalLM(
@@ -176,7 +176,7 @@ def recover(pattern: str, way: str, options: argparse.Namespace) -> Record:
         max_steps=1_000_000,
         gradient_clip_val=1.0,
         val_check_interval=options.val_every,
-        limit_val_batches=16 // options.batch_size,  # 16 windows tell which checkpoint is the best
+        limit_val_batches=16 // options.batch_size,  # 16 windows suffice to select the best checkpoint
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
@@ -198,7 +198,7 @@ def recover(pattern: str, way: str, options: argparse.Namespace) -> Record:
 
 
 def evaluate(module: LitCausalLM, options: argparse.Namespace) -> Record:
-    """Return the perplexities of the test text and of another one."""
+    """Return the perplexities of the test text and of a second text."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     found = {}
     for name, source in (("perplexity", options.test), ("embedded", "embedded")):
@@ -208,11 +208,11 @@ def evaluate(module: LitCausalLM, options: argparse.Namespace) -> Record:
 
 
 def text(options: argparse.Namespace) -> TextDataModule:
-    """Return the training text, its last tenth for validation."""
+    """Return a data module with the training text, whose last tenth is for validation."""
     lines = options.train.read_text().splitlines(keepends=True)
     train, validation = options.work / "train.txt", options.work / "validation.txt"
     for file, part in ((train, lines[: len(lines) * 9 // 10]), (validation, lines[len(lines) * 9 // 10 :])):
-        write_atomically(file, partial(Path.write_text, data="".join(part)))  # the rows of other jobs read it too
+        write_atomically(file, partial(Path.write_text, data="".join(part)))  # other jobs read it too
     return TextDataModule(
         options.model,
         train=str(train),
@@ -244,7 +244,7 @@ def table(records: list[Record]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run the missing rows, then print the table."""
     parser = rows.parser(__doc__, "out/bench/recovery.jsonl")
     parser.add_argument("--train", type=Path, required=True, help=".txt file to calibrate and train on")
     parser.add_argument("--batch-size", type=int, default=2)

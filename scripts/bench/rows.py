@@ -1,4 +1,4 @@
-"""Rows of a comparison, each measured in a process of its own and kept in a JSONL file, so that it can be continued."""
+"""Rows of a comparison, each measured in a separate process and saved to a JSONL file, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 def parser(description: str | None, results: str) -> argparse.ArgumentParser:
-    """Return the options that every comparison has."""
+    """Return a parser with the options common to all comparisons."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="out/smollm2-135m", help="Hugging Face folder or hub name")
     options.add_argument("--seqlen", type=int, default=512)
@@ -38,19 +38,19 @@ def parser(description: str | None, results: str) -> argparse.ArgumentParser:
 
 
 def read(results: Path) -> list[Record]:
-    """Return what has been measured so far."""
+    """Return the records measured so far."""
     return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
 
 
 def append(results: Path, record: Mapping[str, Any]) -> None:
-    """Write a record behind the others."""
+    """Append a record to the results."""
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def show(text: str, document: Path | None) -> None:
-    """Print Markdown, or put it into a document, between the marks of the script that runs."""
+    """Print Markdown, or insert it into a document between the markers of the running script."""
     if document is None:
         print(text)
         return
@@ -66,12 +66,12 @@ def show(text: str, document: Path | None) -> None:
 def measure(
     names: Sequence[str], run: Callable[[str], Record], options: argparse.Namespace, keep_freed: bool = True
 ) -> list[Record]:
-    """Run the missing rows, each in a process of its own, and return all; ``--only`` and ``--list`` end here.
+    """Run the missing rows, each in a separate process, and return all records; exit with ``--only`` or ``--list``.
 
     Args:
-        names: of all rows.
-        run: returns what is measured of one.
-        options: of the command line.
+        names: names of all rows.
+        run: function that measures and returns one row.
+        options: command-line options.
         keep_freed: whether the rows' processes keep freed memory, as the command line does.
     """
     if options.only:

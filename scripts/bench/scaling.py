@@ -1,9 +1,9 @@
-"""How the cost of pruning grows: with processes, sequences, blocks and width; on random Llamas.
+"""Scaling of the cost of pruning with processes, sequences, blocks and width, on random Llamas.
 
-Every figure is the seconds of one run in processes of its own, one thread each. The exponent of a series is the slope
-of log(seconds) over log(size), by least squares. Two processes are started as torchrun does it, with gloo. Their result
-is compared with that of one process in float64, on two blocks: in float32, or after more of them, sums in another order
-are enough to prune other weights, where many are as good as each other.
+Every figure is the duration in seconds of one run in separate processes with one thread each. The exponent of a series
+is the slope of log(seconds) over log(size), by least squares. Two processes are started like by torchrun, with gloo.
+Their result is compared with that of one process in float64, on two blocks: in float32, or after more blocks, a
+different order of summation is sufficient to prune other weights if many are nearly equally good.
 
     python scripts/bench/scaling.py
 """
@@ -48,7 +48,7 @@ SERIES = {
 
 
 def cases() -> dict[str, dict[str, Any]]:
-    """Return what is measured: for each method and series, one size that varies and the usual others."""
+    """Return the cases to measure: for each method and series, one size varies and the others have their defaults."""
     found = {}
     for method in PLANS:
         for name, sizes in SERIES.items():
@@ -119,7 +119,7 @@ def random_model(case: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def sample_of_logits(case: dict[str, Any], tokens: torch.Tensor) -> list[float]:
-    """Return some of the logits of a model of two blocks that is pruned in float64 with these tokens."""
+    """Return a sample of the logits of a model with two blocks, pruned in float64 with these tokens."""
     model = random_model({**case, "blocks": 2}, torch.float64)
     prune(model, [tokens], PLANS[case["method"]])
     with torch.no_grad():
@@ -127,7 +127,7 @@ def sample_of_logits(case: dict[str, Any], tokens: torch.Tensor) -> list[float]:
 
 
 def table(records: list[Record]) -> str:
-    """Return the records as Markdown: for each method and series the seconds, and what they say."""
+    """Return the records as Markdown: the seconds of each method and series, and the conclusion."""
     lines = ["| method | series | seconds | |", "|---|---|---|---|"]
     for method in PLANS:
         for series in SERIES:
@@ -155,7 +155,7 @@ def _verdict(series: str, records: list[Record]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run the missing cases, then print the table."""
     if sys.argv[1:2] == ["--worker"]:
         work(json.loads(sys.argv[2]), Path(sys.argv[4]))
         return

@@ -1,4 +1,4 @@
-"""Work and memory of pruning Llama models of 1, 7 and 70 billion weights, from their configs; no weight is allocated.
+"""Work and memory of pruning Llama models of 1, 7 and 70 billion weights, from their configs, without allocating them.
 
 python scripts/bench/sizing.py
 """

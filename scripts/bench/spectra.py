@@ -1,6 +1,6 @@
-"""Time the spectra and tail fits of all linear layers of a model against the plain way, and compare the alphas.
+"""Time the spectra and tail fits of all linear layers of a model against a reference, and compare the alphas.
 
-The plain way is ``torch.linalg.svdvals`` of each matrix and a Python loop over the candidates for the tail's beginning.
+The reference is ``torch.linalg.svdvals`` of each matrix and a Python loop over the candidates for the tail's start.
 
     python scripts/bench/spectra.py --model out/smollm2-135m
 """
@@ -24,7 +24,7 @@ from lit_prune.sharding.parameters import read_weight
 
 
 def plain_alpha(values: Tensor, candidates: list[int]) -> float:
-    """Fit the tail from each candidate in turn; the smallest Kolmogorov-Smirnov distance wins."""
+    """Fit the tail from each candidate in turn; return the alpha with the smallest Kolmogorov-Smirnov distance."""
     best, alpha = float("inf"), float("nan")
     logs = values.log()
     for first in candidates:
@@ -38,7 +38,7 @@ def plain_alpha(values: Tensor, candidates: list[int]) -> float:
 
 
 def plain_peak(weight: Tensor) -> float:
-    """Return alpha_peak (corrected) the plain way."""
+    """Return the reference value of alpha_peak (corrected)."""
     values = torch.linalg.svdvals(weight.double()).square().flip(0)
     logs = values.log10().float()
     peak = int(torch.histc(logs, 100).argmax())
@@ -48,7 +48,7 @@ def plain_peak(weight: Tensor) -> float:
 
 
 def plain_full(weight: Tensor) -> float:
-    """Return alpha_full the plain way."""
+    """Return the reference value of alpha_full."""
     values = torch.linalg.svdvals(weight.double()).square().flip(0)
     return plain_alpha(values, list(range(len(values) - 1)))
 
@@ -67,7 +67,7 @@ def main() -> None:
     }
     for name, (ours, plain) in metrics.items():
         start = time.perf_counter()
-        mine = list(in_parallel(ours, weights))  # as AlphaPruning does it
+        mine = list(in_parallel(ours, weights))  # as in AlphaPruning
         middle = time.perf_counter()
         theirs = [plain(weight) for weight in weights]
         seconds, plain_seconds = middle - start, time.perf_counter() - middle
