@@ -63,7 +63,7 @@ def load_model(
         if not extra:
             read_config(location, pretrained, trust_remote_code)
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        with quiet_transformers():  # transformers prints a table of what is reported below in one line
+        with quiet_transformers():  # transformers prints a table; the errors are reported below in one line
             loaded: Any = AutoModelForCausalLM.from_pretrained(location, **extra, **options)
         model, found = loaded
         if has_adapter(model):

@@ -133,18 +133,18 @@ class TaskScores(TypedDict):
     """Scores of tasks before and after pruning."""
 
     before: Scores
-    """Of the dense model."""
+    """Scores of the dense model."""
     after: Scores
-    """Of the pruned one."""
+    """Scores of the pruned model."""
 
 
 class Evaluation(TypedDict, total=False):
     """Evaluation before and after pruning; without ``tasks`` if none were run, and empty if nothing was evaluated."""
 
     perplexity_before: float
-    """Of the dense model."""
+    """Perplexity of the dense model."""
     perplexity_after: float
-    """Of the pruned one."""
+    """Perplexity of the pruned model."""
     seqlen: int
     """Tokens per window."""
     text: str

@@ -62,7 +62,7 @@ class ADMM(Solver):
     schedule: Literal["continuation", "cubic"] = "continuation"
     """Schedule of the mask selection: ``continuation`` in ρ, or the paper's ``cubic`` rise of the sparsity."""
     mask: Literal["gradual", "fixed"] = "gradual"
-    """Mask selection: anew in every iteration (``gradual``), or once at the start (``fixed``), from the score, or from
+    """Mask selection: in every iteration (``gradual``), or once at the start (``fixed``), from the score, or from
     ``|Ŵ|`` without a scorer."""
     polish: int | None = None
     """Number of conjugate-gradient steps at the end; null = 4 for the continuation and none for the others."""
@@ -213,7 +213,7 @@ class ADMM(Solver):
         if progress == 1 or (self.as_released and by_matrix):
             return reached(magnitude)
         sparsity = pattern.sparsity * (1 - (1 - progress) ** 3)
-        if isinstance(pattern, NM):  # weights that N:M keeps in the end are excluded from the start
+        if isinstance(pattern, NM):  # weights that N:M keeps are never pruned on the way
             magnitude = magnitude.masked_fill(pattern.mask(magnitude), float("inf"))
         groups = magnitude.reshape(1, -1) if counts is None else magnitude
         return drop_smallest(groups, int(sparsity * groups.shape[1])).reshape(magnitude.shape)

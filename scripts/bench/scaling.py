@@ -1,7 +1,7 @@
 """Scaling of the cost of pruning with processes, sequences, blocks and width, on random Llamas.
 
 Every figure is the duration in seconds of one run in separate processes with one thread each. The exponent of a series
-is the slope of log(seconds) over log(size), by least squares. Two processes are started like by torchrun, with gloo.
+is the slope of log(seconds) over log(size), by least squares. Two processes are started as by torchrun, with gloo.
 Their result is compared with that of one process in float64, on two blocks: in float32, or after more blocks, a
 different order of summation is sufficient to prune other weights if many are nearly equally good.
 
