@@ -153,7 +153,13 @@ class LitCausalLM(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start timing the batch."""
-        self._batch_start = time.perf_counter()
+        self._batch_start = self._clock()
+
+    def _clock(self) -> float:
+        """Return the time in seconds once the device has finished all submitted work."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Log the tokens per second, summed over all processes."""
