@@ -36,7 +36,8 @@ class PruningTrainer(Trainer):
         check_callbacks(callbacks)
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(TrainingProgress())
-        super().__init__(**{**kwargs, "callbacks": callbacks})
+        kwargs["callbacks"] = callbacks
+        super().__init__(**kwargs)  # the command line finds the parent's arguments by this very form
         check_averages(self)
 
     def fit(  # type: ignore[override]

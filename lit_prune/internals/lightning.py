@@ -8,8 +8,8 @@ OVERRIDDEN = {
     "LightningCLI": ("_parse_ckpt_path", "_set_seed"),
     "RichProgressBar": ("_get_train_description",),
 }
-"""Overridden methods: ``LightningCLI`` has no hook between parsing and seeding, and reads a checkpoint's hyperparameters
-before it can be checked; ``RichProgressBar`` has no other place for the epoch's name."""
+"""Overridden methods: ``LightningCLI`` has no hook between parsing and seeding, and reads a checkpoint's
+hyperparameters before it can be checked; ``RichProgressBar`` has no other place for the epoch's name."""
 
 
 def subparser(cli: Any, subcommand: str | None) -> Any:
