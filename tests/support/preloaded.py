@@ -4,7 +4,7 @@ import io
 from contextlib import redirect_stdout, suppress
 
 import support.docstrings  # noqa: F401
-from lit_prune.cli import main
+from lit_prune.cli import build
 
 _COMMANDS = (
     ["prune", "--model.pretrained", "random", "--plan", "admm", "--plan.allocator", "AlphaPruning"],
@@ -13,4 +13,4 @@ _COMMANDS = (
 
 for _command in _COMMANDS:
     with redirect_stdout(io.StringIO()), suppress(SystemExit):
-        main([*_command, "--print_config"])
+        build([*_command, "--print_config"])  # main would also set what a process inherits, such as malloc
