@@ -38,8 +38,10 @@ _FIRST_OF_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?=\.[A-Za-z_])")
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    answer = _answer(arguments)
     try:
-        status = _run(args)
+        status = _run(arguments) if answer is None else _show(answer)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader closed the pipe, as in "| head"
@@ -47,26 +49,38 @@ def main(args: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-def _run(args: Sequence[str] | None) -> int:
-    arguments = list(sys.argv[1:] if args is None else args)
+def _answer(arguments: Sequence[str]) -> str | None:
+    """Return the answer to a request that needs no model; None for any other."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(overview())
-    elif arguments[0] == "--version":
-        print(f"lit-prune {lit_prune.__version__}")
-    elif arguments[1:] in (["-h"], ["--help"]) and (written := written_help(arguments[0])):
-        print(written, end="")
-    elif arguments[0] == "recipes":
-        print(recipes())
-    else:
-        try:
-            sys.meta_path.append(OwnModules(arguments))
-            from lit_prune.cli import main as run
+        return overview()
+    if arguments[0] == "--version":
+        return f"lit-prune {lit_prune.__version__}"
+    if arguments[1:] in (["-h"], ["--help"]) and (written := written_help(arguments[0])):
+        return written.rstrip("\n")
+    return recipes() if arguments[0] == "recipes" else None
 
-            return run(arguments)
-        except KeyboardInterrupt:  # before signal handlers are installed: importing torch takes seconds
-            print("lit-prune: stopped by SIGINT", file=sys.stderr)
-            return 128 + signal.SIGINT
-    return 0
+
+def _show(answer: str) -> int:
+    try:
+        print(answer, flush=True)
+        return 0
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # such as a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"lit-prune: error: the output cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        sys.meta_path.append(OwnModules(arguments))
+        from lit_prune.cli import main as run
+
+        return run(arguments)
+    except KeyboardInterrupt:  # before signal handlers are installed: importing torch takes seconds
+        print("lit-prune: stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 class OwnModules(MetaPathFinder):

@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import lit_prune.callbacks  # noqa: F401 - registers its class names for YAML
 from lit_prune.arguments import overridden, pattern_value, prepare
 from lit_prune.callbacks import Prune
-from lit_prune.cli_errors import ArgumentsError, did_you_mean, explain
+from lit_prune.cli_errors import ArgumentsError, did_you_mean, explain, printable
 from lit_prune.errors import InputError
 from lit_prune.internals.lightning import config_value, subparser
 from lit_prune.malloc import keep_freed_memory
@@ -128,6 +128,7 @@ class PruningCLI(LightningCLI):
         """Build model, data and trainer, and store the command and configuration in the trainer."""
         with _mistakes(self.arguments):
             super().instantiate_classes()
+        self.datamodule.use_tokenizer_of(self.model)
         parser = subparser(self, self.subcommand)
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         self.trainer.quiet = config.quiet  # type: ignore[attr-defined]
@@ -161,12 +162,11 @@ class PruningCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Default the data's tokenizer to the model's; disable progress bar and model summary for ``--quiet``."""
+        """Disable progress bar and model summary for ``--quiet``; refuse a scheduler without a class."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        if config.data.tokenizer is None:
-            config.data.tokenizer = config.model.pretrained
-            if config.data.trust_remote_code is None:
-                config.data.trust_remote_code = config.model.trust_remote_code
+        scheduler = config.model.lr_scheduler
+        if scheduler is not None and scheduler.class_path == "typing.Union":  # what the parser makes of {}
+            raise InputError("model.lr_scheduler is {}: name a class, such as WarmupCosine, or null for constant rates")
         if config.quiet:
             config.trainer.enable_progress_bar = config.trainer.enable_model_summary = False
 
@@ -215,7 +215,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         message, status = explain(error)
-        print(f"lit-prune: error: {message}", file=sys.stderr)
+        print(f"lit-prune: error: {printable(message)}", file=sys.stderr)
         return status
     except Interrupted as stop:
         print(f"lit-prune: {stop}", file=sys.stderr)

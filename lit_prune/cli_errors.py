@@ -8,9 +8,13 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from jsonargparse import ArgumentError
+from lightning.pytorch import callbacks, loggers, strategies
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
+from torch import optim
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+import lit_prune.callbacks
+import lit_prune.training
 from lit_prune.allocators import METHODS as ALLOCATORS
 from lit_prune.errors import DiskError, InputError, NumericalError, first_line
 from lit_prune.pruning import Reconstruction
@@ -70,6 +74,11 @@ def one_line(error: BaseException) -> str:
     """Return an error's message on one line, shortened if it is long."""
     words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
+
+
+def printable(message: str) -> str:
+    """Escape control characters, which a file's names of tensors may hold and a terminal obeys."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def _refusal_of_library(error: BaseException) -> str | None:
@@ -144,11 +153,18 @@ def _reason(text: str, path: Sequence[str], message: str) -> str:
     if match := _UNKNOWN_CLASS.match(text):
         known = _KNOWN.get(path[-1], [])
         choices = f"use {', '.join(known)}, or" if known else "use the name of a known class, or"
-        return f"there is no class {match['name']!r}; {choices} a full import path"
+        near = "" if known else did_you_mean(match["name"], _classes())
+        return f"there is no class {match['name']!r}; {choices} a full import path{near}"
     choices = ", ".join(_LITERALS.findall(message))
     if choices and "Subtypes:" in message and text.startswith("Expected a <class") and "Got value" not in text:
         return f"give one of {choices}"
     return text
+
+
+def _classes() -> set[str]:
+    """Return the names of the classes that options other than a plan's take."""
+    modules = (lit_prune.callbacks, lit_prune.training, callbacks, loggers, strategies, optim, optim.lr_scheduler)
+    return {name for module in modules for name in dir(module) if isinstance(getattr(module, name), type)}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

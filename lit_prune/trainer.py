@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lit_prune.callbacks import TrainingProgress
 from lit_prune.callbacks.combinations import check_averages, check_callbacks
 from lit_prune.commands import analyze, evaluate, export, prune, speed
-from lit_prune.commands.checks import check_checkpoint, check_folders, check_settings
+from lit_prune.commands.checks import check_checkpoint, check_durations, check_folders, check_settings
 from lit_prune.reporting.report import Recipe
 
 
@@ -34,6 +34,7 @@ class PruningTrainer(Trainer):
         callbacks = kwargs.get("callbacks") or []
         callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
         check_callbacks(callbacks)
+        check_durations(kwargs)
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(TrainingProgress())
         kwargs["callbacks"] = callbacks
@@ -83,6 +84,7 @@ class PruningTrainer(Trainer):
             datamodule: Data module with the evaluation text.
             trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
+        check_folders(self)
         weights_only = check_checkpoint(self, ckpt_path, trust)
         return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
@@ -105,5 +107,6 @@ class PruningTrainer(Trainer):
             datamodule: Data module with the evaluation text.
             trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
+        check_folders(self)
         weights_only = check_checkpoint(self, ckpt_path, trust)
         return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)

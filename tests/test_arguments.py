@@ -12,6 +12,7 @@ import yaml
 from lit_prune import __main__ as command
 from lit_prune.arguments import Prepared, overridden, prepare
 from lit_prune.cli import build, main
+from lit_prune.cli_errors import printable
 from lit_prune.errors import InputError
 from lit_prune.pruning import PruningPlan
 from lit_prune.recipes import shipped
@@ -231,6 +232,20 @@ def test_help_is_shown_at_once_and_is_that_of_the_parser() -> None:
 def made_with(script: Path) -> str:
     program = f"import runpy; print(runpy.run_path({str(script)!r})['made_with']())"
     return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux that is always full")
+@pytest.mark.parametrize("request_", ["--help", "--version", "recipes"])
+def test_a_full_disk_is_one_line(request_: str) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "lit_prune", request_]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "lit-prune: error: the output cannot be written (No space left on device)\n"
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal() -> None:
+    assert printable("no \x1b[31mweight\n of ö") == "no \\x1b[31mweight\\n of ö"
 
 
 def test_a_closed_pipe_ends_the_command_without_a_word() -> None:

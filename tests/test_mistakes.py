@@ -159,7 +159,11 @@ PLAN = [
     ("allocator: {class_path: AlphaPruning, init_args: {metric: beta}}", "trainer.callbacks: Prune: plan.allocator:"),
 ]
 DATA = [
-    ("prune --data.dataset nowhere.txt", "the text source is 'nowhere.txt': there is no such file"),
+    ("prune --data.dataset nowhere.txt", "data.dataset: the text is 'nowhere.txt': there is no such file"),
+    (
+        "prune --plan wanda --trainer.callbacks null --data.calibration nowhere.txt",
+        "data.calibration: the text is 'nowhere.txt': there is no such file",
+    ),
     ("prune --data.dataset {at}", "a folder: name one of its files"),
     ("prune --data.dataset {at}/list.yaml", ": it must end in .txt, .raw, .md, .jsonl, .parquet"),
     ("prune --data.dataset {at}/short.txt", "tokens, fewer than one sequence of 8: give a longer text"),
@@ -181,8 +185,8 @@ DATA = [
     ("prune --data.num_workers -1", "data.num_workers is -1: it must be from 0 to 512"),
     ("prune --data.seed -1", "data.seed is -1: it must be from 0 to 2^63 - 1"),
     ("prune --data.documents short", "data.documents: Expected a typing.Literal['joined', 'long']."),
-    ("prune --data.tokenizer nowhere/at/all", "model.pretrained is 'nowhere/at/all': there is no such file or"),
-    ("validate --data.other_val nothing.txt", "the text source is 'nothing.txt': there is no such file"),
+    ("prune --data.tokenizer nowhere/at/all", "data.tokenizer is 'nowhere/at/all': there is no such file or"),
+    ("validate --data.other_val nothing.txt", "data.other_val: the text is 'nothing.txt': there is no"),
     ("validate --data.other_val '[a.txt, b/a.txt]'", "data.other_val is ['a.txt', 'b/a.txt']: two texts have one"),
     (
         "prune --model.config '{{model_type: gpt2, n_embd: 8, n_layer: 1, n_head: 2, n_positions: 4}}'",
@@ -273,7 +277,6 @@ TRAINING = [
     ("prune --trainer.profiler banana", "When passing string value for the `profiler` parameter of"),
     ("prune --trainer.limit_test_batches 1.5", "You have passed invalid value 1.5 for limit_test_batches, it"),
     ("prune --trainer.limit_test_batches banana", "trainer.limit_test_batches: Expected a <class "),
-    ("fit --trainer.max_time banana", "`Timer(duration='banana')` is not a valid duration. Expected a"),
     (
         "fit --trainer.max_steps 1 --trainer.accumulate_grad_batches -1",
         "trainer.accumulate_grad_batches is -1: it must be 1",
@@ -332,6 +335,26 @@ TRAINING = [
     (
         "fit --trainer.max_steps 1 --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor banana",
         "Early stopping conditioned on metric `banana` which is not",
+    ),
+    ("fit --trainer.max_time '{{a: 1}}'", "trainer.max_time is {'a': 1}: give DD:HH:MM:SS, such as"),
+    ("fit --trainer.max_time '{{days: -1}}'", "trainer.max_time is {'days': -1}: give DD:HH:MM:SS, such as"),
+    ("fit --trainer.max_time banana", "trainer.max_time is 'banana': give DD:HH:MM:SS, such as"),
+    (f"{FIT} --trainer.val_check_interval '{{{{a: 1}}}}'", "trainer.val_check_interval is {'a': 1}: give"),
+    (f"{FIT} --model.lr_scheduler '{{{{}}}}'", "model.lr_scheduler is {}: name a class, such as WarmupCosine"),
+    (f"{FIT} --trainer.callbacks+=Exprt", "there is no class 'Exprt'; use the name of a known class, or a full import"),
+    (f"{FIT} --trainer.callbacks+=Exprt", "did you mean Export?"),
+    (f"{FIT} --trainer.callbacks+=ModelChekpoint", "did you mean ModelCheckpoint?"),
+    (
+        f"{FIT} --model.loss Distillation --model.loss.teacher nowhere/at/all",
+        "Distillation.teacher is 'nowhere/at/all': there is no such file or folder",
+    ),
+    (
+        "validate --trainer.logger true --trainer.default_root_dir {at}/short.txt",
+        "trainer.default_root_dir or a logger's folder is ",
+    ),
+    (
+        "test --trainer.logger true --trainer.default_root_dir {at}/short.txt",
+        "trainer.default_root_dir or a logger's folder is ",
     ),
     (
         "fit --trainer.max_steps 1 --trainer.callbacks+=FindLearningRate --trainer.callbacks.steps 1",

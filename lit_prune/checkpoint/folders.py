@@ -12,7 +12,7 @@ from lit_prune.errors import InputError
 
 _OBJECTS = ("config.json", "generation_config.json")
 _TOKENIZER_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "tekken.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "tekken.json")
 _TOKENIZER_ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")
 """Files whose values become arguments of a tokenizer, which opens a value that is a file name."""
 _NOT_OPENED = ("name_or_path", "special_tokens_map_file")
@@ -53,7 +53,7 @@ def check_folder(folder: Path, pretrained: str) -> None:
 
 def check_tokenizer_files(folder: Path) -> None:
     """Raise ``InputError`` if the tokenizer of a folder is missing or damaged."""
-    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+    if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         raise InputError(
             f"the tokenizer of {str(folder)!r} cannot be loaded (the folder has none); copy the files of its tokenizer "
             "into the folder"
@@ -73,10 +73,9 @@ def check_tokenizer_files(folder: Path) -> None:
 
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a file in a model's folder; raise ``InputError`` if a link in the path leads outside it."""
-    root, path = folder.resolve(), folder / name
-    places = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    path = folder / name
     target = path.resolve()
-    if not any(target.is_relative_to(place) for place in places):
+    if not _belongs(target, folder):
         raise InputError(
             f"{str(folder)!r}: {str(target)!r}, to which the link {name!r} leads, is outside of the folder; copy it "
             "into the folder"
@@ -84,6 +83,13 @@ def inside(folder: Path, name: str) -> Path:
     if path.is_symlink() and not target.exists():
         raise InputError(f"{str(folder)!r}: the link {name!r} leads to {str(target)!r}, which is not there")
     return path
+
+
+def _belongs(target: Path, folder: Path) -> bool:
+    """Return whether a resolved path is in a folder or, in the hub's cache, in the folder that its links lead to."""
+    root = folder.resolve()
+    places = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    return any(target.is_relative_to(place) for place in places)
 
 
 def check_size(folder: Path, config: Any, weights_per_byte: int = 1) -> None:
@@ -140,12 +146,11 @@ def _check_arguments(folder: Path, file: Path) -> None:
 
 def _outside(folder: Path, name: str) -> Path | None:
     """Return the file of a name, relative to the working directory or to a folder, if it is outside the folder."""
-    root = folder.resolve()
     try:
         targets = [path.resolve() for path in (Path(name), folder / name) if path.is_file()]
     except (OSError, ValueError):  # not a file name
         return None
-    return next((target for target in targets if not target.is_relative_to(root)), None)
+    return next((target for target in targets if not _belongs(target, folder)), None)
 
 
 def _check_weight_map(folder: Path, index: Path) -> None:

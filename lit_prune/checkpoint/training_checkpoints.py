@@ -254,9 +254,24 @@ def _check_entries(index: Path, metadata: Any) -> None:
         if isinstance(metadata.state_dict_metadata.get(entry.fqn), BytesStorageMetadata):
             _check_bytes(entry.fqn, file, place)
     entries = [entry for entry in metadata.state_dict_metadata.values() if isinstance(entry, TensorStorageMetadata)]
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            _check_chunks(name, entry)
     needed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
     if needed > (there := sum(file.stat().st_size for file in files)):
         raise pickle.UnpicklingError(f"its tensors would take {needed:,} bytes, and its files have {there:,}")
+
+
+def _check_chunks(name: str, entry: TensorStorageMetadata) -> None:
+    """Raise an error if the chunks of a tensor do not cover it: what is between them would keep an arbitrary value."""
+    covered = 0
+    for chunk in entry.chunks:
+        ends = [start + length for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if not all(0 <= start <= end <= size for start, end, size in zip(chunk.offsets, ends, entry.size, strict=True)):
+            raise pickle.UnpicklingError(f"a chunk of {name} is outside of the tensor")
+        covered += math.prod(chunk.sizes)
+    if covered != math.prod(entry.size):
+        raise pickle.UnpicklingError(f"the chunks of {name} hold {covered:,} of its {math.prod(entry.size):,} values")
 
 
 def _check_bytes(name: str, file: Path, place: Any) -> None:

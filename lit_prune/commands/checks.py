@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,6 +20,24 @@ if TYPE_CHECKING:
     from lit_prune.trainer import PruningTrainer
 
 _NOT_ZERO = ("val_check_interval", "limit_train_batches")
+_DURATIONS = ("max_time", "val_check_interval")
+_UNITS = ("weeks", "days", "hours", "minutes", "seconds")
+_CLOCK = re.compile(r"\d+:\d\d:\d\d:\d\d")
+_LONGEST = 10**6
+"""Upper bound of a number of weeks, days and so on; ``timedelta`` ends at 10^9 days."""
+
+
+def check_durations(settings: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` for an invalid duration among the Trainer's arguments; Lightning's error names no option."""
+    for name in _DURATIONS:
+        value = settings.get(name)
+        units = value if isinstance(value, Mapping) else {}
+        invalid = set(units) - set(_UNITS) or any(not 0 <= amount < _LONGEST for amount in units.values())
+        if invalid or (isinstance(value, str) and not _CLOCK.fullmatch(value)):
+            raise InputError(
+                f"trainer.{name} is {value!r}: give DD:HH:MM:SS, such as '00:12:00:00' for half a day, or units "
+                f"among {', '.join(_UNITS)}, such as {{hours: 12}}"
+            )
 
 
 def check_settings(trainer: PruningTrainer) -> None:

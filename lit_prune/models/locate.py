@@ -63,6 +63,15 @@ def locate(pretrained: str) -> tuple[str, dict[str, str]]:
 
 
 @contextmanager
+def asked_as(option: str) -> Iterator[None]:
+    """Name the ``option`` of a model or tokenizer instead of ``model.pretrained`` in an ``InputError``."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("model.pretrained is", f"{option} is", 1)) from error
+
+
+@contextmanager
 def explained(pretrained: str, remedy: str = MODEL_REMEDY) -> Iterator[None]:
     """Convert errors of transformers on loading a model to a one-line ``InputError`` that ends with ``remedy``."""
     try:

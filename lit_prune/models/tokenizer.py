@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -14,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lit_prune.checkpoint.folders import check_tokenizer_files
+from lit_prune.checkpoint.folders import TOKENIZER_FILES, check_tokenizer_files
 from lit_prune.models.locate import MODEL_REMEDY, RANDOM, explained, hub_model, locate
 
 
@@ -25,7 +26,10 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrain
     remedy = "copy the files of its tokenizer into the folder" if hub_model(pretrained) is None else MODEL_REMEDY
     with explained(pretrained, remedy):
         location, extra = locate(pretrained)
-        if not extra:
+        if hub_model(pretrained) is not None:
+            files = snapshot_download(pretrained, allow_patterns=[*TOKENIZER_FILES, "*.json"])
+            check_tokenizer_files(Path(files))
+        elif not extra:
             check_tokenizer_files(Path(location))
         return AutoTokenizer.from_pretrained(location, **extra, trust_remote_code=trust_remote_code)
 

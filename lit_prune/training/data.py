@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,11 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError
 from lit_prune.models.limits import check_tokens
+from lit_prune.models.locate import asked_as
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.options import as_list
 from lit_prune.training.parts import NAMES, Split
 from lit_prune.training.resumable import ResumableLoader
 from lit_prune.training.text_sources import hub_name, local_path, name_of, read_documents
+
+if TYPE_CHECKING:
+    from lit_prune.training.module import LitCausalLM
 
 _MOST = 2**31 - 1
 _MOST_WORKERS = 512
@@ -127,8 +131,9 @@ class TextDataModule(LightningDataModule):
                 "are more than any calibration needs; the papers take 128 x 2,048"
             )
         other_val = as_list(other_val)
-        named = {"dataset": dataset, "train": train, "val": val, "test": test, "calibration": calibration}
-        for name, source in [*named.items(), *(("other_val", source) for source in other_val)]:
+        named = {"train": train, "val": val, "test": test, "calibration": calibration, "dataset": dataset}
+        self._options = [*named.items(), *(("other_val", source) for source in other_val)]
+        for name, source in self._options:
             if source is not None and not source.strip():
                 raise InputError(f"data.{name} is {source!r}: name a text source, such as wikitext2 or a .txt file")
         names = validation_names(other_val)
@@ -153,13 +158,22 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.max_windows = max_windows
         self.other_val = other_val
-        self.trust_remote_code = bool(trust_remote_code)
+        self.trust_remote_code = trust_remote_code
+        self._tokenizer_option = "data.tokenizer"
+
+    def use_tokenizer_of(self, model: LitCausalLM) -> None:
+        """Use the tokenizer of a model, unless the data has one of its own."""
+        if self.tokenizer is None:
+            self.tokenizer, self._tokenizer_option = model.pretrained, "model.pretrained"
+            if self.trust_remote_code is None:
+                self.trust_remote_code = model.trust_remote_code
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise InputError("data.tokenizer is null: name the model that the text is for")
-        return load_tokenizer(self.tokenizer, self.trust_remote_code)
+        with asked_as(self._tokenizer_option):
+            return load_tokenizer(self.tokenizer, bool(self.trust_remote_code))
 
     @property
     def test_text(self) -> str:
@@ -276,19 +290,25 @@ class TextDataModule(LightningDataModule):
             tokens = self._encode("\n\n".join(self._read(source, split)))
             if len(tokens) < self.seqlen:
                 raise InputError(
-                    f"{self._part(source, split)} has {len(tokens)} tokens, fewer than one sequence of {self.seqlen}: "
+                    f"{self._part(source, split)} {len(tokens)} tokens, fewer than one sequence of {self.seqlen}: "
                     "give a longer text or lower --data.seqlen"
                 )
             self._tokenized[source, split] = tokens
         return self._tokenized[source, split]
 
     def _read(self, source: str, split: Split) -> list[str]:
-        return read_documents(source, split, self.text_column, self.search_limit, self._divided(source))
+        try:
+            return read_documents(source, split, self.text_column, self.search_limit, self._divided(source))
+        except InputError as error:
+            raise InputError(f"data.{self._option(source)}: {error}") from error
+
+    def _option(self, source: str) -> str:
+        """Return the name of the option that a source was given for."""
+        return next(name for name, given in self._options if given == source)
 
     def _part(self, source: str, split: Split) -> str:
-        if not self._divided(source):
-            return f"the text source {source!r}"
-        return f"the {NAMES[split]}, for {split}, of the text source {source!r}"
+        part = f"of which {NAMES[split]}, for {split}, has" if self._divided(source) else "which has"
+        return f"data.{self._option(source)} is {source!r}, {part}"
 
     def _encode(self, text: str) -> Tensor:
         return torch.tensor(self._tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)

@@ -15,6 +15,7 @@ from lit_prune.checkpoint.files import load_tensors, save_tensors
 from lit_prune.checkpoint.fingerprints import data_fingerprint, model_fingerprint
 from lit_prune.errors import InputError
 from lit_prune.models.load import load_model
+from lit_prune.models.locate import asked_as
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.training.strategies import Sharding
 
@@ -98,7 +99,8 @@ class Teacher:
         return Truth(log_probabilities, tokens.long())
 
     def _load(self) -> Any:
-        return load_model(self.pretrained, self.dtype, None, self.trust_remote_code).requires_grad_(False)
+        with asked_as("Distillation.teacher"):
+            return load_model(self.pretrained, self.dtype, None, self.trust_remote_code).requires_grad_(False)
 
     def _run(self, input_ids: Tensor) -> Truth:
         if self.model is None:

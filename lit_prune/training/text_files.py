@@ -28,14 +28,14 @@ def read_file(path: Path, column: str) -> list[str]:
         InputError: if the file cannot be read, or contains no text.
     """
     if path.suffix not in SUFFIXES:
-        raise InputError(f"the text source is {str(path)!r}: it must end in {', '.join(SUFFIXES)}")
+        raise InputError(f"the text is {str(path)!r}: it must end in {', '.join(SUFFIXES)}")
     if path.suffix in _TEXTS:
         documents = [_decoded(path)]
     else:
         rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
         documents = list(texts_of(rows, column, str(path)))
     if not any(document.strip() for document in documents):
-        raise InputError(f"the text source {str(path)!r} is empty: give a file that holds text")
+        raise InputError(f"the text {str(path)!r} is empty: give a file that holds text")
     return documents
 
 
@@ -60,14 +60,14 @@ def _decoded(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"the text source {str(path)!r} is not UTF-8 (byte 0x{error.object[error.start]:02X} at {error.start}): "
+            f"the text {str(path)!r} is not UTF-8 (byte 0x{error.object[error.start]:02X} at {error.start}): "
             "convert it, such as with iconv -f LATIN1 -t UTF-8 (or -f UTF-16)"
         ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
     if "\0" in text:
         raise InputError(
-            f"the text source {str(path)!r} holds NUL characters, as binary files and UTF-16 do: give a text in UTF-8"
+            f"the text {str(path)!r} holds NUL characters, as binary files and UTF-16 do: give a text in UTF-8"
         )
     return text
 
@@ -96,4 +96,4 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _unreadable(path: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or first_line(error)
-    return InputError(f"the text source {str(path)!r} cannot be read ({reason})")
+    return InputError(f"the text {str(path)!r} cannot be read ({reason})")

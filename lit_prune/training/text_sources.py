@@ -82,11 +82,11 @@ def read_documents(source: str, split: Split, column: str, limit: int, divided: 
         return _embedded(split)
     path = local_path(source)
     if path is None and Path(source).suffix in SUFFIXES:
-        raise InputError(f"the text source is {source!r}: there is no such file")
+        raise InputError(f"the text is {source!r}: there is no such file")
     if path is None:
         return _read_hub(source, split, column, limit)
     if path.is_dir():
-        raise InputError(f"the text source is {source!r}, a folder: name one of its files")
+        raise InputError(f"the text is {source!r}, a folder: name one of its files")
     documents = read_file(path, column)
     return part_of(documents, split) if divided else documents
 
@@ -116,6 +116,6 @@ def _explained(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(
-            f"the text source {source!r} cannot be read ({first_line(error)}); without a hub in reach, give the path "
+            f"the text {source!r} cannot be read ({first_line(error)}); without a hub in reach, give the path "
             "of a .txt, .jsonl or .parquet file, or 'embedded'"
         ) from error

@@ -277,6 +277,23 @@ def test_the_links_of_the_hubs_cache_are_followed(folder: Path, tmp_path: Path) 
     load_tokenizer(str(snapshot))
 
 
+def test_a_tokenizer_of_the_hub_opens_no_file_of_this_machine(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "hub" / "models--a--b"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("123")
+    (model / "snapshots").mkdir()
+    folder.rename(model / "snapshots" / "123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_tokenizer("a/b")("word")["input_ids"]
+    file, secret = model / "snapshots" / "123" / "tokenizer_config.json", tmp_path / "secret"
+    secret.write_text("secret")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_file": str(secret)}))
+    with pytest.raises(InputError, match=r"secret', which tokenizer_config\.json names, is outside of the folder"):
+        load_tokenizer("a/b")
+
+
 def test_a_link_among_adapters_is_not_handed_on(folder: Path) -> None:
     link_the_adapter(folder)
     with pytest.raises(InputError, match="is a link or a folder"):

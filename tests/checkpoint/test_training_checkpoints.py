@@ -84,6 +84,21 @@ def test_a_folder_with_code_is_refused_and_not_run(name: str, tmp_path: Path) ->
     assert not mark.exists()
 
 
+def test_a_tensor_with_a_gap_between_its_chunks_is_refused(tmp_path: Path) -> None:
+    """torch would leave what was in memory there."""
+    folder = write_sharded(tmp_path / "last.ckpt")
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    (chunk,) = index.state_dict_metadata["state_dict.model.layer.weight"].chunks
+    chunk.sizes = torch.Size([1, 3])
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(InputError, match=r"the chunks of state_dict\.model\.layer\.weight hold 3 of its 6 values"):
+        read_checkpoint(folder)
+    chunk.offsets = torch.Size([2, 0])
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(InputError, match="a chunk of .* is outside of the tensor"):
+        read_checkpoint(folder)
+
+
 @pytest.mark.parametrize("named", ["torch.load", "torch.hub.load", "builtins.eval", "pathlib.os", "nowhere.nothing"])
 def test_metadata_names_no_function(named: str, tmp_path: Path) -> None:
     module, name = named.rsplit(".", 1)

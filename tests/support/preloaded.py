@@ -3,7 +3,8 @@
 import io
 from contextlib import redirect_stdout, suppress
 
-import support.docstrings  # noqa: F401
+import support.docstrings
+import support.tokens  # noqa: F401
 from lit_prune.cli import build
 
 _COMMANDS = (

@@ -97,9 +97,9 @@ def test_long_documents_are_looked_for_within_bounds(tmp_path: Path) -> None:
 def test_a_text_shorter_than_one_sequence_is_refused(use: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("too short")
-    with pytest.raises(InputError, match=r"a\.txt' has 9 tokens, fewer than one sequence of 32"):
+    with pytest.raises(InputError, match=r"a\.txt', which has 9 tokens, fewer than one sequence of 32"):
         getattr(module(**{{"test_": "test", "calib": "calibration", "train": "train"}[use[:5]]: str(path)}), use)()
-    with pytest.raises(InputError, match=r"^the .* tenths?, for (train|test), of the text source .* has \d tokens"):
+    with pytest.raises(InputError, match=r"^data\.dataset is .* of which .* tenths?, for (train|test), has \d tokens"):
         getattr(module(dataset=str(path)), use)()
 
 
