@@ -95,7 +95,7 @@ def test_a_tensor_with_a_gap_between_its_chunks_is_refused(tmp_path: Path) -> No
         read_checkpoint(folder)
     chunk.offsets = torch.Size([2, 0])
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(InputError, match="a chunk of .* is outside of the tensor"):
+    with pytest.raises(InputError, match=r"a chunk of .* is outside of the tensor"):
         read_checkpoint(folder)
 
 
