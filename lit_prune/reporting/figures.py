@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from markupsafe import Markup
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -59,7 +60,7 @@ def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
     return styled
 
 
-def _figure(height: float = 3.6, left: float = 0.13, bottom: float = 0.5, top: float = 0.1) -> Figure:
+def _figure(height: float = 3.6, left: float = 0.15, bottom: float = 0.5, top: float = 0.1) -> Figure:
     """Return a figure with fixed margins; a layout engine would take longer than the drawing.
 
     Args:
@@ -71,6 +72,18 @@ def _figure(height: float = 3.6, left: float = 0.13, bottom: float = 0.5, top: f
     figure = Figure(figsize=(_WIDTH, height))
     figure.subplots_adjust(left=left, right=0.97, bottom=bottom / height, top=1 - top / height, wspace=0.1, hspace=0.2)
     return figure
+
+
+class _PlainNumbers(LogFormatter):
+    """Labels the ticks of a logarithmic axis with 60 and 0.06 instead of 6 x 10^1 and 6e-02."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.3g}" if super().__call__(x, pos) else ""  # the parent class chooses which ticks have a label
+
+
+def _plain_numbers(axis: Axis) -> None:
+    axis.set_major_formatter(_PlainNumbers())
+    axis.set_minor_formatter(_PlainNumbers(minor_thresholds=(2, 0.5)))
 
 
 @_styled
@@ -91,6 +104,8 @@ def by_block(
         axes.plot([block for block, _ in rings], [value for _, value in rings], "o", ms=9, mfc="none", mec=_INK)
     if limits is not None:
         axes.set_ylim(*limits)
+    if log:
+        _plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3, color=_INK)
     axes.legend(ncols=4, fontsize="small")
     return figure
@@ -115,9 +130,9 @@ def scatter(points: Mapping[str, tuple[float, float]], across: str, up: str, log
     axes = figure.add_subplot(xlabel=across, ylabel=up, yscale="log", xscale="log" if log else "linear")
     for name, (x, y) in points.items():
         axes.plot([x], [y], "o", label=_shown(name))
-    for axis in (axes.yaxis, axes.xaxis) if log else (axes.yaxis,):  # 60 instead of 6 x 10^1
-        axis.set_major_formatter(LogFormatter())
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    _plain_numbers(axes.yaxis)
+    if log:
+        _plain_numbers(axes.xaxis)
     axes.grid(alpha=0.3, color=_INK, which="both")
     axes.legend(ncols=2, fontsize="small")
     return figure
@@ -156,6 +171,8 @@ def histogram(name: str, values: np.ndarray, tail: PowerLaw) -> Figure:
     law = (tail.alpha - 1) / tail.lambda_min * (grid / tail.lambda_min) ** -tail.alpha
     axes.plot(grid, law * tail.tail / len(values), "--", label=f"alpha {tail.alpha:.2f}, KS {tail.distance:.3f}")
     axes.axvline(tail.lambda_min, color="grey", linewidth=0.8)
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
     axes.legend()
     return figure
 
