@@ -3,8 +3,10 @@
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,47 +14,45 @@ from torch import Tensor, nn
 
 from lit_prune.allocators import AlphaPruning
 from lit_prune.errors import DiskError, InputError
-from lit_prune.ops import NM, Pattern, Unstructured
-from lit_prune.pruning import PruningPlan, journal, prune
+from lit_prune.ops import NM, Unstructured
+from lit_prune.pruning import PruningPlan, Reconstruction, journal, prune
 from lit_prune.pruning.progress import OnProgress, Position
 from lit_prune.reporting.report import versions
 from lit_prune.scorers import Wanda
-from lit_prune.solvers import SparseGPT
+from lit_prune.solvers import ADMM, SparseGPT
 from support.killed import KilledError, kill_at
+
+TRAINED = PruningPlan(Unstructured(0.6), solver=ADMM(), correction=0.3, reconstruction=Reconstruction(40, rate=0.1))
+PLANS = {
+    "SparseGPT": (PruningPlan(Unstructured(0.5), solver=SparseGPT()), (2, "solve")),
+    "corrected": (PruningPlan(NM(2, 4), solver=SparseGPT(), correction=0.5), (2, "solve")),
+    "trained, while it solves": (TRAINED, (1, "solve")),
+    "trained, while it trains": (TRAINED, (1, "reconstruct")),
+}
+"""Plans, and the block and stage in which a run is killed."""
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=repr)
-@pytest.mark.parametrize("correction", [0.0, 0.5])
+@pytest.mark.parametrize("name", PLANS)
 def test_a_killed_run_resumes_to_the_same_bits(
-    model_type: str,
-    pattern: Pattern,
-    correction: float,
-    tiny_model: Callable[..., nn.Module],
-    tokens: list[Tensor],
-    tmp_path: Path,
+    model_type: str, name: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
 ) -> None:
-    plan = PruningPlan(pattern, solver=SparseGPT(), correction=correction)
-    straight = tiny_model(model_type)
+    plan, (block, stage) = PLANS[name]
+    straight, resumed = tiny_model(model_type), tiny_model(model_type)
     expected = prune(straight, tokens, plan)
 
     with pytest.raises(KilledError):
-        prune(tiny_model(model_type), tokens, plan, journal_folder=tmp_path, on_progress=kill_at(2, "solve"))
+        prune(tiny_model(model_type), tokens, plan, journal_folder=tmp_path, on_progress=kill_at(block, stage))
     stages: list[tuple[int, str]] = []
-    resumed = tiny_model(model_type)
-    report = prune(
-        resumed,
-        tokens,
-        plan,
-        journal_folder=tmp_path,
-        resume=True,
-        on_progress=lambda p: stages.append((p.block, p.stage)),
-    )
-    assert [s for s in stages if s[1] == "solve"] == [(2, "solve")]
+    options: Any = {"journal_folder": tmp_path, "on_progress": lambda p: stages.append((p.block, p.stage))}
+    report = prune(resumed, tokens, plan, **options, resume=True)
+    assert [s for s in stages if s[1] == "solve"] == [(left, "solve") for left in range(block, 3)]
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
-    for name, mask in expected.masks.items():
-        assert torch.equal(mask.unpack(), report.masks[name].unpack())
+    for layer, mask in expected.masks.items():
+        assert torch.equal(mask.unpack(), report.masks[layer].unpack())
     assert [layer.reached for layer in report.layers] == [layer.reached for layer in expected.layers]
+    errors = [[(done.before, done.after, done.vectors) for done in r.reconstructions] for r in (expected, report)]
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
@@ -103,6 +103,14 @@ def test_resuming_something_else_is_refused_and_named(
     prune(tiny_model(), tokens, plan, journal_folder=tmp_path)
     with pytest.raises(InputError, match=r"plan\.pattern\.init_args\.sparsity was 0\.5 and is now 0\.6"):
         prune(tiny_model(), tokens, plan.at(0.6), journal_folder=tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"plan\.reconstruction was None and is now"):
+        prune(
+            tiny_model(),
+            tokens,
+            replace(plan, reconstruction=TRAINED.reconstruction),
+            journal_folder=tmp_path,
+            resume=True,
+        )
     with pytest.raises(InputError, match="data was"):
         prune(tiny_model(), tokens[:1], plan, journal_folder=tmp_path, resume=True)
     with pytest.raises(InputError, match="model was"):

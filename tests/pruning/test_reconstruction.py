@@ -1,7 +1,6 @@
 """What is left of a pruned block learns to give the dense block's outputs."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +20,6 @@ from lit_prune.pruning.progress import Position
 from lit_prune.reporting.documents import render
 from lit_prune.reporting.tables import blocks_table
 from lit_prune.scorers import Magnitude, Wanda
-from lit_prune.solvers import ADMM
-from support.killed import KilledError, kill_at
 from support.rounding import network
 
 TRAINED = Reconstruction(steps=40, rate=0.1)
@@ -230,35 +227,6 @@ def test_the_stage_is_timed_and_announced(tiny_model: Callable[..., nn.Module], 
     report = prune(tiny_model(), tokens, plan_of(), on_progress=seen.append)
     assert [p.stage for p in seen if p.block == 1] == ["calibrate", "solve", "reconstruct", "propagate"]
     assert report.seconds["reconstruct"] >= sum(done.seconds for done in report.reconstructions) > 0
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-@pytest.mark.parametrize("stage", ["solve", "reconstruct"])
-def test_a_killed_run_resumes_to_the_same_bits(
-    model_type: str, stage: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
-) -> None:
-    plan = PruningPlan(Unstructured(0.6), solver=ADMM(), correction=0.3, reconstruction=TRAINED)
-    straight, resumed = tiny_model(model_type), tiny_model(model_type)
-    expected = prune(straight, tokens, plan)
-
-    with pytest.raises(KilledError):
-        prune(tiny_model(model_type), tokens, plan, journal_folder=tmp_path, on_progress=kill_at(1, stage))
-    trained: list[int] = []
-
-    def note(position: Position) -> None:
-        if position.stage == "reconstruct":
-            trained.append(position.block)
-
-    report = prune(resumed, tokens, plan, journal_folder=tmp_path, resume=True, on_progress=note)
-    assert trained == [1, 2]
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
-    errors = [[(done.before, done.after, done.vectors) for done in r.reconstructions] for r in (expected, report)]
-    assert errors[0] == errors[1]
-    with pytest.raises(InputError, match=r"plan\.reconstruction\.init_args\.steps was 40 and is now 41"):
-        other = PruningPlan(
-            Unstructured(0.6), solver=ADMM(), correction=0.3, reconstruction=Reconstruction(steps=41, rate=0.1)
-        )
-        prune(tiny_model(model_type), tokens, other, journal_folder=tmp_path, resume=True)
 
 
 def test_a_step_takes_some_sequences_of_a_batch(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:

@@ -1,6 +1,4 @@
-"""The embedded text tokenised once in a process: hundreds of tests read it, always with the byte tokenizer."""
-
-from functools import cache
+"""The embedded text tokenised once in a process: hundreds of tests read it, and nearly all with the byte tokenizer."""
 
 from torch import Tensor
 
@@ -9,16 +7,17 @@ from lit_prune.training import TextDataModule
 _LONG = 10_000
 """Characters; shorter texts are those that a test has written."""
 _encode = TextDataModule._encode
-_texts = TextDataModule(tokenizer="random")
-
-
-@cache
-def _tokens(text: str) -> Tensor:
-    return _encode(_texts, text)
+_known: dict[tuple[str, str], Tensor] = {}
 
 
 def _encode_once(data: TextDataModule, text: str) -> Tensor:
-    return _tokens(text).clone() if data.tokenizer == "random" and len(text) > _LONG else _encode(data, text)
+    backend = getattr(data._tokenizer, "backend_tokenizer", None)
+    if len(text) <= _LONG or backend is None:
+        return _encode(data, text)
+    key = backend.to_str(), text
+    if key not in _known:
+        _known[key] = _encode(data, text)
+    return _known[key].clone()
 
 
 TextDataModule._encode = _encode_once  # type: ignore[method-assign]
