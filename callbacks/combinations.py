@@ -17,7 +17,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
     kinds = Counter(type(callback) for callback in callbacks if type(callback).__module__.startswith(__package__ or ""))
     for kind, count in kinds.items():
         if count > 1:
-            raise InputError(f"trainer.callbacks has {count} of {kind.__name__}: leave one")
+            raise InputError(f"trainer.callbacks has {count} of {kind.__name__}: keep one")
 
 
 def check_averages(trainer: Trainer) -> None:

@@ -34,7 +34,7 @@ class FindLearningRate(LearningRateFinder):
         if not 0 < lowest < highest:
             raise InputError(f"FindLearningRate tries from {lowest} to {highest}: it must be 0 < lowest < highest")
         if steps < 20:
-            raise InputError(f"FindLearningRate.steps is {steps}: fewer than 20 say nothing")
+            raise InputError(f"FindLearningRate.steps is {steps}: it must be at least 20")
         super().__init__(min_lr=lowest, max_lr=highest, num_training_steps=steps, update_attr=False)
         self.found: float | None = None
         """Learning rate found; None before the test."""

@@ -220,8 +220,8 @@ class KeepMasks(Callback):
             mine, other = restored.get(name), given.get(name)
             if mine is None or other is None or not torch.equal(mine.bits.cpu(), other.bits):
                 raise InputError(
-                    f"cannot go on from this checkpoint: it was written with another mask of {name} than that of "
-                    f"KeepMasks.masks, {self.source!r}; give the same masks, or begin anew without --ckpt_path"
+                    f"cannot resume from this checkpoint: it was written with another mask of {name} than that of "
+                    f"KeepMasks.masks, {self.source!r}; give the same masks, or start again without --ckpt_path"
                 )
 
     def _kept(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter, PackedMask]]:

@@ -111,13 +111,13 @@ class Prune(Callback):
         if self.report is None and trainer.global_step > self.schedule.last:
             raise InputError(
                 f"the checkpoint is of step {trainer.global_step}, after the last pruning of the schedule (step "
-                f"{self.schedule.last}), and holds no masks: give a checkpoint that Prune was part of, or begin anew "
+                f"{self.schedule.last}), and holds no masks: give a checkpoint of a run with Prune, or start again "
                 "without --ckpt_path"
             )
         if self.schedule.last > 0 and adapted_layers(pl_module.get_submodule("model")):
             raise InputError(
-                f"the schedule prunes until step {self.schedule.last}, and adapters train: a pruning would not see "
-                "what they have learned; prune at step 0 (OneShot), or train Everything"
+                f"the schedule prunes until step {self.schedule.last}, and adapters are trained: a pruning would "
+                "ignore their updates; prune at step 0 (OneShot), or train Everything"
             )
         self._prune_if_due(trainer, pl_module)
 
@@ -232,8 +232,8 @@ class Prune(Callback):
         with restoring(self):
             if found := list(differences(state_dict.get("asked", self._asked()), self._asked())):
                 raise InputError(
-                    f"cannot go on from this checkpoint: {'; '.join(found[:3])}; give the plan and schedule that it "
-                    "was written with, or begin anew without --ckpt_path"
+                    f"cannot resume from this checkpoint: {'; '.join(found[:3])}; give the plan and schedule that it "
+                    "was written with, or start again without --ckpt_path"
                 )
             self.pruned_at = state_dict["pruned_at"]
             masks = restored_masks(state_dict["masks"], state_dict["mask_shapes"])

@@ -25,9 +25,7 @@ class ValidateAtStart(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise ``InputError`` if validation is disabled."""
         if stage == "fit" and not trainer.limit_val_batches:
-            raise InputError(
-                "trainer.limit_val_batches is 0, so ValidateAtStart has nothing to do: leave one of them out"
-            )
+            raise InputError("trainer.limit_val_batches is 0, so ValidateAtStart has nothing to do: remove one of them")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the validation loop in the same way as between two training steps."""

@@ -1,4 +1,4 @@
-"""lit-prune: prune large language models, keep the masks, recover what was lost.
+"""lit-prune: prune large language models, keep the masks, recover the accuracy.
 
 Public names are imported lazily, so that ``import lit_prune.ops`` needs only torch.
 """

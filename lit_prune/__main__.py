@@ -18,16 +18,15 @@ import lit_prune
 
 COMMANDS = {
     "prune": "Prunes a model once, evaluates it before and after, and saves it as a Hugging Face folder.",
-    "analyze": "Tells how prunable each layer is, from the spectra of the weights; nothing is changed.",
-    "fit": "Trains a model, pruning it when the schedule of a Prune callback says so.",
+    "analyze": "Reports the prunability of each layer from its weight spectrum; changes nothing.",
+    "fit": "Trains a model and prunes it on schedule.",
     "validate": "Evaluates a model on the validation text.",
     "test": "Evaluates a model on the test text.",
-    "evaluate": "Runs tasks of lm-evaluation-harness on a model; for its perplexity, see validate and test.",
-    "speed": "Times one layer of each shape, with its zeros multiplied and in a sparse form of torch, on this machine.",
-    "export": "Turns a training checkpoint, sharded or not, or a pruned folder into a folder to hand on; masks are "
-    "verified.",
-    "compare": "Sets pruned folders side by side on one page.",
-    "recipes": "Lists the configurations that ship: name, summary and path.",
+    "evaluate": "Runs lm-evaluation-harness tasks on a model; validate and test measure its perplexity.",
+    "speed": "Times one layer of each shape on this machine, dense and in torch's sparse formats.",
+    "export": "Converts a training checkpoint or a pruned folder to a folder for publication, and verifies the masks.",
+    "compare": "Compares pruned folders on one page.",
+    "recipes": "Lists the shipped configurations: name, summary and path.",
 }
 """Subcommands and their summaries."""
 _CONFIGURATION = re.compile(r"[^\s=:'\",\[\]{}]+\.ya?ml\b")
@@ -141,7 +140,7 @@ def overview() -> str:
         """\
         usage: lit-prune COMMAND [-c CONFIG ...] [--OPTION VALUE ...]
 
-        Prune large language models, keep the masks, recover what was lost.
+        Prune large language models, keep the masks, recover the accuracy.
 
         {commands}
 

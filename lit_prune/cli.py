@@ -48,11 +48,11 @@ SUBCOMMANDS = {
     "test": {"model", "dataloaders", "datamodule"},
 }
 _PLAN_HELP = (
-    "What to prune, how far and how: the name of a plan that ships (lit-prune recipes), a YAML file, or the parts. "
-    "In short: --sparsity 0.6 for --plan.pattern.sparsity, --pattern 2:4 for a pattern N:M. prune without a plan takes "
-    "best, or best_nm for a pattern N:M, and analyze takes alphapruning."
+    "Pruning plan: the name of a shipped plan (see lit-prune recipes), a YAML file, or its parts. --sparsity 0.6 is "
+    "short for --plan.pattern.sparsity 0.6, and --pattern 2:4 for an N:M pattern. Default: best for prune (best_nm for "
+    "an N:M pattern), alphapruning for analyze."
 )
-_SCHEDULE_HELP = "When fit prunes, in optimizer steps; null = once, at the start."
+_SCHEDULE_HELP = "Optimizer steps at which fit prunes; null = once, at the start."
 
 _UNKNOWN_SUBCOMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)'")
 _UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)")
@@ -148,7 +148,9 @@ class PruningCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if plan is not None:
             if any(isinstance(callback, Prune) for callback in callbacks):
-                raise InputError("plan is given, and trainer.callbacks has a Prune with a plan of its own: leave one")
+                raise InputError(
+                    "plan is given, and trainer.callbacks has a Prune with its own plan: remove one of them"
+                )
             callbacks = [Prune(plan, schedule), *callbacks]
         elif schedule is not None:
             raise InputError("schedule is given without a plan: name one with --plan, such as --plan wanda")
@@ -226,7 +228,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _compare(arguments: Sequence[str]) -> None:
     """Run ``compare``, the only subcommand of this parser without model, data and trainer."""
     parser = ArgumentParser(
-        prog="lit-prune compare", description="Set pruned folders side by side on one page.", exit_on_error=False
+        prog="lit-prune compare", description="Compare pruned folders on one page.", exit_on_error=False
     )
     parser.add_argument("runs", nargs="+", help="Folders that lit-prune wrote.")
     parser.add_argument("--output", default="compare.html", help="HTML file to write.")
@@ -287,7 +289,7 @@ def _refuse_repeated_keys(node: yaml.Node | None) -> None:
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in {key for key in keys if keys.count(key) > 1}:
-            raise yaml.YAMLError(f"the key {key!r} stands twice")
+            raise yaml.YAMLError(f"the key {key!r} appears twice")
         for _, value in node.value:
             _refuse_repeated_keys(value)
     elif isinstance(node, yaml.SequenceNode):

@@ -65,7 +65,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if refusal := _refusal_of_library(error):
         return refusal, _MISTAKE
     return (
-        f"unexpected {type(error).__name__} ({one_line(error)}); --debug shows where, and a report of it is welcome",
+        f"unexpected {type(error).__name__} ({one_line(error)}); --debug shows the traceback; please report it",
         _UNEXPECTED,
     )
 
@@ -100,16 +100,16 @@ def _of_child(report: str) -> tuple[str, int]:
     known = name.rpartition(".")[2] in (InputError.__name__, DiskError.__name__, NumericalError.__name__)
     if known:
         return message, _MISTAKE
-    return f"unexpected error in another process ({last}); --debug shows where", _UNEXPECTED
+    return f"unexpected error in another process ({last}); --debug shows the traceback", _UNEXPECTED
 
 
 def _of_killed_child(error: ProcessExitedException) -> str:
     if error.signal_name is None:
-        return f"process {error.error_index} ended with status {error.exit_code}, and said why above"
+        return f"process {error.error_index} ended with status {error.exit_code}; its error is above"
     ended = f"process {error.error_index} was ended by {error.signal_name}"
     if error.signal_name == "SIGKILL":
-        return f"{ended}, mostly because memory was short: lower --trainer.devices, or the size of the batches"
-    return f"{ended}; with --trainer.devices 1 it may say why"
+        return f"{ended}, usually because memory ran out: lower --trainer.devices, or the size of the batches"
+    return f"{ended}; --trainer.devices 1 may show the error"
 
 
 def _innermost(message: str) -> str:

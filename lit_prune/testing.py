@@ -50,7 +50,7 @@ def check_scorer(scorer: Scorer) -> None:
     Raises:
         AssertionError: if the contract is violated; names the requirement.
     """
-    _require(isinstance(scorer, Scorer), f"{scorer!r} is no Scorer: derive its class from lit_prune.scorers.Scorer")
+    _require(isinstance(scorer, Scorer), f"{scorer!r} is not a Scorer: derive its class from lit_prune.scorers.Scorer")
     _require(scorer.needs <= COLLECTABLE, f"needs are {set(scorer.needs)}: of {set(COLLECTABLE)} only")
     for dtype in (torch.float32, torch.bfloat16):
         weight, stats, _ = make_layer(dtype)
@@ -75,7 +75,7 @@ def check_solver(solver: Solver) -> None:
     Raises:
         AssertionError: if the contract is violated; names the requirement.
     """
-    _require(isinstance(solver, Solver), f"{solver!r} is no Solver: derive its class from lit_prune.solvers.Solver")
+    _require(isinstance(solver, Solver), f"{solver!r} is not a Solver: derive its class from lit_prune.solvers.Solver")
     _require(solver.needs <= COLLECTABLE, f"needs are {set(solver.needs)}: of {set(COLLECTABLE)} only")
     for scored in (True,) if solver.needs_score else (True, False):
         for dtype in (torch.float32, torch.bfloat16):
@@ -105,7 +105,7 @@ def check_allocator(allocator: Allocator) -> None:
     """
     _require(
         isinstance(allocator, Allocator),
-        f"{allocator!r} is no Allocator: derive its class from lit_prune.allocators.Allocator",
+        f"{allocator!r} is not an Allocator: derive its class from lit_prune.allocators.Allocator",
     )
     low, high = getattr(allocator, "min_sparsity", 0.0), getattr(allocator, "max_sparsity", 1.0)
     for target in TARGETS:

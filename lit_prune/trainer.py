@@ -50,7 +50,7 @@ class PruningTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         trust: bool = False,
     ) -> None:
-        """Trains a model, pruning it when the schedule of a Prune callback says so.
+        """Trains a model and prunes it on schedule.
 
         Args:
             model: The language model.

@@ -87,7 +87,7 @@ ARGUMENTS = [
     ("prune -c {at}/list.yaml", "Unexpected config: - 1"),
     ("prune -c {at}/text.yaml", "Unexpected config: just words"),
     ("prune -c {at}/tabs.yaml", "Problems parsing config: while scanning for the next token"),
-    ("prune -c {at}/twice.yaml", "Problems parsing config: the key 'data' stands twice"),
+    ("prune -c {at}/twice.yaml", "Problems parsing config: the key 'data' appears twice"),
     ("prune -c {at}/unknown_empty.yaml", "Unexpected config: modle:"),
     ("prune -c {at}/unknown.yaml", "Subcommand 'prune' does not accept option 'modle.pretrained'"),
     ("prune -c {at}/python.yaml", "Problems parsing config: could not determine a constructor for"),
@@ -271,7 +271,7 @@ TRAINING = [
     ("fit --trainer.max_steps 1 --trainer.min_steps -7", "trainer.min_steps is -7: it must be 0"),
     (
         "fit --trainer.max_steps 1 --trainer.logger true --trainer.default_root_dir {at}/short.txt/x",
-        "short.txt/x', where no file can be written: name another folder",
+        "short.txt/x', in which no file can be written: name another folder",
     ),
     ("prune --trainer.callbacks '[]'", "trainer.callbacks has 0 Prune callbacks: exactly one is needed"),
     ("prune --trainer.profiler banana", "When passing string value for the `profiler` parameter of"),
@@ -358,7 +358,7 @@ TRAINING = [
     ),
     (
         "fit --trainer.max_steps 1 --trainer.callbacks+=FindLearningRate --trainer.callbacks.steps 1",
-        "FindLearningRate.steps is 1: fewer than 20 say nothing",
+        "FindLearningRate.steps is 1: it must be at least 20",
     ),
 ]
 
@@ -424,7 +424,9 @@ def test_an_unexpected_error_is_one_line_that_says_so(
 
     monkeypatch.setattr("lit_prune.commands.prune.continuations", fail)
     command = ["prune", "-c", str(at / "config.yaml")]
-    is_one_line("unexpected ZeroDivisionError (division by zero); --debug shows where", capsys, command, status=1)
+    is_one_line(
+        "unexpected ZeroDivisionError (division by zero); --debug shows the traceback", capsys, command, status=1
+    )
     with pytest.raises(ZeroDivisionError):
         main([*command, "--resume", "never", "--debug"])
 
@@ -439,9 +441,9 @@ def test_a_flag_may_have_its_value_behind_it(at: Path, tmp_path_factory: pytest.
 @pytest.mark.parametrize(
     ("exit_code", "signal", "said"),
     [
-        (-9, "SIGKILL", "process 1 was ended by SIGKILL, mostly because memory was short: lower --trainer.devices"),
-        (-11, "SIGSEGV", "process 1 was ended by SIGSEGV; with --trainer.devices 1 it may say why"),
-        (3, None, "process 1 ended with status 3, and said why above"),
+        (-9, "SIGKILL", "process 1 was ended by SIGKILL, usually because memory ran out: lower --trainer.devices"),
+        (-11, "SIGSEGV", "process 1 was ended by SIGSEGV; --trainer.devices 1 may show the error"),
+        (3, None, "process 1 ended with status 3; its error is above"),
     ],
 )
 def test_the_end_of_another_process_is_explained(exit_code: int, signal: str | None, said: str) -> None:

@@ -120,7 +120,7 @@ def test_finished_blocks_are_kept_unless_told_otherwise(
     assert main([*command, "--output", str(out), "--resume"]) == 2
     assert "run.record' is damaged; start again with --resume never" in capsys.readouterr().err
     assert main([*command, "--output", str(out)]) == 2
-    assert "has 1 finished blocks of a stopped run: go on from them with --resume auto" in capsys.readouterr().err
+    assert "has 1 finished blocks of a stopped run: resume from them with --resume auto" in capsys.readouterr().err
     assert (journal / "block_0000.record").read_text() == "nonsense"
     assert main([*command, "--output", str(out), "--resume", "never"]) == 0
     assert os.listdir(tmp_path) == ["out"]

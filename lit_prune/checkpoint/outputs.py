@@ -77,7 +77,7 @@ def check_folder_for(option: str, folder: str | Path) -> None:
     except (OSError, RuntimeError, ValueError):
         possible = False
     if not possible:
-        raise InputError(f"{option} is {str(folder)[:_LONGEST]!r}, where no file can be written: name another folder")
+        raise InputError(f"{option} is {str(folder)[:_LONGEST]!r}, which is not writable: name another folder")
 
 
 def check_space(folder: str | Path, model: nn.Module, copies: int = 1, replaced: Path | None = None) -> None:

@@ -159,7 +159,7 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
         except Exception as error:  # a damaged pickle can raise any type
             raise InputError(
                 f"checkpoint is {str(path)!r}: {file.name} holds more than tensors and plain data, or is damaged "
-                f"({first_line(error)}); if you know where it comes from, add --trust"
+                f"({first_line(error)}); if you trust its origin, add --trust"
             ) from error
 
 
@@ -193,9 +193,7 @@ def check_kept_paths(states: Mapping[str, Any]) -> None:
         single = [state.get(f"{name}_model_path") for name in ("best", "kth_best", "last")]
         for name in [*(kept if isinstance(kept, Mapping) else ()), *single]:
             if isinstance(name, str) and ".." in Path(name).parts:
-                raise InputError(
-                    f"the checkpoint names {name!r} as a file of its own, and may not lead out of its folder with '..'"
-                )
+                raise InputError(f"the checkpoint names {name!r} as its own file: '..' must not lead out of its folder")
 
 
 def _files(path: Path) -> list[Path]:
@@ -212,7 +210,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise InputError(
                     f"checkpoint is {str(folder)!r}: {str(path.relative_to(root))!r} is a link to "
-                    f"{str(path.resolve())!r}, outside of it; copy what it needs into the folder"
+                    f"{str(path.resolve())!r}, outside of it; copy its target into the folder"
                 )
         yield from (Path(parent, name) for name in names)
     latest = root / _LATEST

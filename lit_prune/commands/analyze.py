@@ -38,7 +38,7 @@ def analyze(
     sparsities: Sequence[float] | float = (0.5, 0.6, 0.7, 0.8),
     histograms: Sequence[str] | str = (),
 ) -> None:
-    """Tells how prunable each layer is, from the spectra of the weights; nothing is changed.
+    """Reports the prunability of each layer from its weight spectrum; changes nothing.
 
     The metric and its mapping are taken from the AlphaPruning allocator of the Prune callback, if there is one.
 

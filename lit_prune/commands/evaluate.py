@@ -32,7 +32,7 @@ def evaluate(
     output: str | None = None,
     overwrite: bool = False,
 ) -> Scores:
-    """Runs tasks of lm-evaluation-harness on a model; for its perplexity, see validate and test.
+    """Runs lm-evaluation-harness tasks on a model; validate and test measure its perplexity.
 
     Args:
         trainer: Trainer whose device is used.

@@ -32,7 +32,7 @@ def export(
     overwrite: bool = False,
     trust: bool = False,
 ) -> None:
-    """Turns a training checkpoint, sharded or not, or a pruned folder into a folder to hand on; masks are verified.
+    """Converts a training checkpoint or a pruned folder to a folder for publication, and verifies the masks.
 
     Args:
         trainer: Trainer, whose strategy is not used.

@@ -141,7 +141,7 @@ def _evaluated(
 def _check_trainer(trainer: PruningTrainer) -> None:
     if isinstance(trainer.strategy, (DeepSpeedStrategy, ModelParallelStrategy)):
         raise InputError(
-            f"trainer.strategy is {type(trainer.strategy).__name__}: to prune once, use ddp, where every process "
+            f"trainer.strategy is {type(trainer.strategy).__name__}: to prune once, use ddp, in which every process "
             "holds the model whole, or ddp and model.lazy; or prune in lit-prune fit, with the schedule OneShot"
         )
     if trainer.limit_test_batches == 0:

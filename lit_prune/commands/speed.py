@@ -32,7 +32,7 @@ def speed(
     output: str | None = None,
     overwrite: bool = False,
 ) -> list[Speed]:
-    """Times one layer of each shape, with its zeros multiplied and in a sparse form of torch, on this machine.
+    """Times one layer of each shape on this machine, dense and in torch's sparse formats.
 
     Args:
         trainer: Trainer whose device is used.

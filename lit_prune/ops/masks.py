@@ -253,7 +253,7 @@ class PackedMask:
     def pack(cls, keep: Tensor) -> PackedMask:
         """Pack a bool mask of any shape."""
         if keep.dtype != torch.bool:
-            raise InputError(f"a mask is {keep.dtype}: bool is needed, True for what is kept")
+            raise InputError(f"a mask is {keep.dtype}: bool is needed, True for kept weights")
         flat = keep.reshape(-1).to(torch.uint8)
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
         return cls((flat << _bit_positions(keep.device)).sum(1, dtype=torch.uint8), tuple(keep.shape))

@@ -45,7 +45,7 @@ class LayerStats:
         self._drift: Tensor | None = None
         self._gradients: Mapping[str, Tensor] = {}
         self._factors: dict[tuple[str, float], Any] = {}
-        self._last_reader = False
+        self._last_use = False
 
     @classmethod
     def from_inputs(cls, inputs: Tensor, gradients: Tensor | None = None) -> LayerStats:
@@ -177,7 +177,7 @@ class LayerStats:
             )
         return self._sum_sq
 
-    def make_up_for_drift(self, weight: Tensor, strength: float) -> Tensor:
+    def correct_drift(self, weight: Tensor, strength: float) -> Tensor:
         """Return the weight ``[o, i]`` that compensates for the drift of the inputs from those of the dense model.
 
         With these inputs X and the dense model's inputs D, it fits the outputs ``D Wᵀ`` by the least-squares solution
@@ -208,9 +208,9 @@ class LayerStats:
         """Return whether both are statistics of the same input, and so share the Gram matrix and its factors."""
         return self._factors is other._factors
 
-    def give_to_last_reader(self) -> None:
-        """Mark the next solver as the last reader of the Gram matrix."""
-        self._last_reader = True
+    def mark_last_use(self) -> None:
+        """Mark the next solve as the last use of the Gram matrix."""
+        self._last_use = True
 
     def inverse_cholesky(self, damping: float, take_gram: bool = False) -> Tensor:
         """Return the upper ``U`` with ``UᵀU = (gram + damping * mean(diag) I)⁻¹``; cached for layers that share it.
@@ -220,7 +220,7 @@ class LayerStats:
             take_gram: whether the caller does not read the Gram matrix afterwards; if no other reader remains, the
                 factor overwrites it to save memory.
         """
-        take = take_gram and self._last_reader
+        take = take_gram and self._last_use
         return self._once(("inverse_cholesky", damping), lambda: linalg.inverse_cholesky(self._own_gram(take), damping))
 
     def _own_gram(self, take: bool) -> Tensor:

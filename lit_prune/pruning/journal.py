@@ -113,7 +113,7 @@ class Journal:
         if found:
             raise InputError(
                 f"cannot resume from {str(self._folder)!r}: {'; '.join(found[:3])}; "
-                "resume with what the run was started with, or start again with --resume never"
+                "resume with the settings of the first run, or start again with --resume never"
             )
 
     def allocation(self) -> tuple[dict[str, float], dict[str, float]] | None:
@@ -205,8 +205,8 @@ class Journal:
             raise InputError(f"{str(folder)!r} is a file or a link: the journal of this run needs a folder there")
         if resume is None and (blocks := len(list(folder.glob("block_*.record")))):
             raise InputError(
-                f"{str(folder)!r} has {blocks} finished blocks of a stopped run: go on from them with --resume auto, "
-                "or begin anew with --resume never"
+                f"{str(folder)!r} has {blocks} finished blocks of a stopped run: resume from them with --resume auto, "
+                "or start again with --resume never"
             )
 
     def _tensors(self, block: int) -> Path:
@@ -257,7 +257,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _warn_damaged(path: Path) -> None:
-    warnings.warn(f"{str(path)!r} is damaged: what it stands for is done again", stacklevel=2)
+    warnings.warn(f"{str(path)!r} is damaged: its work is repeated", stacklevel=2)
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:

@@ -47,7 +47,7 @@ class LayerSolver:
             mine = stats.pop(target.name)
             needed = read_again or self.plan.output_error or any(map(mine.shares_inputs, stats.values()))
             if self.plan.solver.takes_gram and not needed:
-                mine.give_to_last_reader()
+                mine.mark_last_use()
             if owners[target.name] == collectives.rank() and failed is None:
                 try:
                     found[target.name] = self._prune_layer(target, mine)
@@ -84,7 +84,7 @@ class LayerSolver:
     def _prune_layer(self, target: Target, stats: LayerStats) -> LayerReport:
         start = time.perf_counter()
         pattern, allowed = self.patterns[target.name], self.allowed.get(target.parameter)
-        weight = stats.make_up_for_drift(read_weight(target.module), self.plan.correction)
+        weight = stats.correct_drift(read_weight(target.module), self.plan.correction)
         limit = to_parameter_layout(target.module, allowed.unpack().to(weight.device)) if allowed else None
         solution = self.plan.solve(target.name, weight, stats, pattern, limit)
         error = relative_output_error(weight, solution.weight, stats.gram) if self.plan.output_error else None

@@ -140,8 +140,8 @@ class LitCausalLM(LightningModule):
         halves = {p.dtype for p in self.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
         for dtype in halves:
             rank_zero_warn(
-                f"what trains is in {dtype}, where steps much smaller than a weight are rounded away: most weights may "
-                "never change; set --model.dtype float32, and for speed --trainer.precision bf16-mixed"
+                f"the trained parameters are in {dtype}, in which steps much smaller than a weight are rounded away: "
+                "most weights may never change; set --model.dtype float32, and for speed --trainer.precision bf16-mixed"
             )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -226,8 +226,8 @@ class LitCausalLM(LightningModule):
             for name in ("optimizer_states", "lr_schedulers"):
                 if name not in checkpoint:
                     raise InputError(
-                        f"cannot go on from this checkpoint: it holds no {name}, as save_weights_only leaves them out; "
-                        "export it, and train the folder as --model.pretrained"
+                        f"cannot resume from this checkpoint: it holds no {name}, as save_weights_only leaves them "
+                        "out; export it, and train the folder as --model.pretrained"
                     )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -247,8 +247,8 @@ class LitCausalLM(LightningModule):
         before, now = ({name: steppers[name] for name in both} for steppers in (self._resumed, self._steppers))
         if found := list(differences(before, now)):
             raise InputError(
-                f"cannot go on from this checkpoint: {'; '.join(found)}; give what it was written with, or begin anew "
-                "without --ckpt_path"
+                f"cannot resume from this checkpoint: {'; '.join(found)}; use the settings it was written with, or "
+                "start again without --ckpt_path"
             )
 
     def configure_optimizers(self) -> Any:

@@ -81,7 +81,7 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"line {number} of {str(path)!r} is not JSON ({first_line(error)})") from error
         if not isinstance(row, dict):
-            raise InputError(f'line {number} of {str(path)!r} is no JSON object, such as {{"text": "..."}}')
+            raise InputError(f'line {number} of {str(path)!r} is not a JSON object, such as {{"text": "..."}}')
         yield row
 
 

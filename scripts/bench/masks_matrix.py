@@ -34,7 +34,7 @@ CELLS = [" ".join(cell) for cell in product(STRATEGIES, ("32-true", "bf16-mixed"
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the records as a Markdown table."""
     lines = [
-        "| strategy | precision | optimizer | live module | masters | moments | checkpoint | export | kept weights |",
+        "| strategy | precision | optimizer | live module | masters | moments | checkpoint | export | difference |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:

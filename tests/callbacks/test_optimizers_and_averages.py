@@ -231,7 +231,7 @@ def test_other_masks_are_refused_when_training_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
-        (lambda: [Prune(plan()), Prune(plan(0.8))], r"trainer\.callbacks has 2 of Prune: leave one"),
+        (lambda: [Prune(plan()), Prune(plan(0.8))], r"trainer\.callbacks has 2 of Prune: keep one"),
         (lambda: [KeepMasks(), KeepMasks()], r"trainer\.callbacks has 2 of KeepMasks"),
         (lambda: [Export("a"), Export("b")], r"trainer\.callbacks has 2 of Export"),
         (lambda: [EMAWeightAveraging(decay=0.9)], r"strategy is FSDP2: averages need whole weights"),

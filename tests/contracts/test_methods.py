@@ -101,7 +101,7 @@ class Demanding(Spoiled):
 @pytest.mark.parametrize(
     ("scorer", "message"),
     [
-        (NoScorer(), "is no Scorer"),
+        (NoScorer(), "is not a Scorer"),
         (Demanding(lambda _, score: score), "needs are {'hessian'}"),
         (Spoiled(lambda _, score: score.T), r"scores are \[24, 10\], the weight is \[10, 24\]"),
         (Spoiled(lambda _, score: score.half()), "and not float32"),
@@ -146,7 +146,7 @@ class Careless(Altered):
 @pytest.mark.parametrize(
     ("solver", "message"),
     [
-        (Zero, "is no Solver"),
+        (Zero, "is not a Solver"),
         (Altered(lambda found, _: Solution(found.weight.half(), found.keep)), "the weight comes out in torch.float16"),
         (Altered(lambda found, _: Solution(found.weight + 1, found.keep)), "pruned weights are not zero"),
         (Altered(lambda found, _: Solution(found.weight * 0, found.keep & False)), "the mask has other counts"),
@@ -171,7 +171,7 @@ class Skewed(Allocator):
 @pytest.mark.parametrize(
     ("allocator", "message"),
     [
-        (Uniform, "is no Allocator"),
+        (Uniform, "is not an Allocator"),
         (Skewed(), "the mean is"),
         (Skewed(1e-9), "the mean is"),
     ],

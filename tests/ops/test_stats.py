@@ -57,7 +57,7 @@ def test_a_factor_takes_the_memory_of_a_gram_matrix_that_nobody_reads_any_more()
     assert stats.shares_inputs(copied)
     assert not stats.shares_inputs(other)
     memory, norms, expected = stats.gram.data_ptr(), stats.input_sq_norm, other.inverse_cholesky(0.01)
-    stats.give_to_last_reader()
+    stats.mark_last_use()
     assert stats.inverse_cholesky(0.1).data_ptr() != memory  # its caller goes on to read the matrix
     factor = stats.inverse_cholesky(0.01, take_gram=True)
     assert factor.data_ptr() == memory and torch.equal(factor, expected)
@@ -90,9 +90,9 @@ def test_making_up_for_drift_worked_example() -> None:
     # 1.1 when damped by 0.1: the whole correction multiplies the weight by 1 + 1 / 1.1, half of it by 1 + 0.5 / 1.1.
     stats = drifted(torch.ones(1, 2, 1), torch.full((1, 2, 1), 2.0))
     weight = torch.tensor([[3.0]])
-    torch.testing.assert_close(stats.make_up_for_drift(weight, 1.0), weight * (1 + 1 / 1.1))
-    torch.testing.assert_close(stats.make_up_for_drift(weight, 0.5), weight * (1 + 0.5 / 1.1))
-    assert stats.make_up_for_drift(weight, 0.0) is weight
+    torch.testing.assert_close(stats.correct_drift(weight, 1.0), weight * (1 + 1 / 1.1))
+    torch.testing.assert_close(stats.correct_drift(weight, 0.5), weight * (1 + 0.5 / 1.1))
+    assert stats.correct_drift(weight, 0.0) is weight
 
 
 def test_making_up_for_drift_brings_outputs_nearer_the_dense_ones() -> None:
@@ -102,7 +102,7 @@ def test_making_up_for_drift_brings_outputs_nearer_the_dense_ones() -> None:
     stats = drifted(inputs, dense)
     target = dense @ weight.T
     errors = [
-        (inputs @ stats.make_up_for_drift(weight, strength).T - target).square().sum().item()
+        (inputs @ stats.correct_drift(weight, strength).T - target).square().sum().item()
         for strength in (0.0, 0.3, 0.6, 0.9)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -115,8 +115,8 @@ def test_drift_merges_and_dead_inputs_are_left_alone() -> None:
     whole, first, second = drifted(inputs, dense), drifted(inputs[:1], dense[:1]), drifted(inputs[1:], dense[1:])
     first.merge(second)
     weight = torch.randn(3, 5, dtype=torch.float64)
-    corrected = whole.make_up_for_drift(weight, 0.7)
+    corrected = whole.correct_drift(weight, 0.7)
     # Sums over 4 * 9 tokens, and a solve with a matrix whose condition the damping keeps below 5 / 0.1.
-    assert distance(first.make_up_for_drift(weight, 0.7), corrected) <= 36 * 50 * torch.finfo(torch.float64).eps
+    assert distance(first.correct_drift(weight, 0.7), corrected) <= 36 * 50 * torch.finfo(torch.float64).eps
     assert corrected.isfinite().all()
     assert torch.equal(corrected[:, 2], weight[:, 2])

@@ -90,7 +90,7 @@ def test_damaged_files_are_noticed_and_their_work_is_done_again(
             assert solved == {0, 1, 2}  # nobody knows what it is the journal of
         else:
             assert solved == ({int(file.stem[-1])} if file.name.startswith("block") else set())
-        told = [str(warning.message) for warning in said if "is damaged: what it stands for" in str(warning.message)]
+        told = [str(warning.message) for warning in said if "is damaged: its work is repeated" in str(warning.message)]
         expected_said = damage != "remove" or file.suffix == ".safetensors"
         assert bool(told) == expected_said, (file.name, told)
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in straight.state_dict().items())

@@ -224,7 +224,7 @@ def test_correction_reads_the_dense_models_inputs(tiny_model: Callable[..., nn.M
     stats = LayerStats(frozenset({"gram", "drift"}))
     stats.update(inputs_of(model), 6, inputs_of(dense))
     weight = model.model.layers[1].self_attn.q_proj.weight.detach().clone()
-    expected = select(stats.make_up_for_drift(weight, 0.5).abs(), Unstructured(0.5))
+    expected = select(stats.correct_drift(weight, 0.5).abs(), Unstructured(0.5))
     report = prune(tiny_model(), tokens, PruningPlan(Unstructured(0.5), Magnitude(), correction=0.5))
     keep = report.masks["model.layers.1.self_attn.q_proj.weight"].unpack()
     assert (keep == expected).float().mean() > 0.99

@@ -166,7 +166,7 @@ def test_parts_are_the_whole_text_once_and_in_order(documents: list[str]) -> Non
         ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 2 of .* has None in column 'text'"),
         ("a.jsonl", b'{"text": 7}\n', "row 1 of .* has 7 in column 'text'"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2 of .* is not JSON"),
-        ("a.jsonl", b"[1]\n", "line 1 of .* is no JSON object"),
+        ("a.jsonl", b"[1]\n", "line 1 of .* is not a JSON object"),
         ("a.jsonl", b"[" * 100_000, "line 1 of .* is not JSON"),
         ("a.parquet", b"PAR1 no", "cannot be read"),
     ],
