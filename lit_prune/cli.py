@@ -27,7 +27,7 @@ from lit_prune.errors import InputError
 from lit_prune.internals.lightning import config_value, subparser
 from lit_prune.malloc import keep_freed_memory
 from lit_prune.models.locate import hub_model, license_of
-from lit_prune.models.quiet import disable_model_progress_bars
+from lit_prune.models.quiet import disable_model_progress_bars, hide_choice_of_accelerator
 from lit_prune.pruning import PruningPlan
 from lit_prune.pruning.schedule import Schedule
 from lit_prune.recipes import path_of
@@ -300,6 +300,7 @@ def _refuse_repeated_keys(node: yaml.Node | None) -> None:
 def _silence_libraries() -> None:
     """Suppress tips and irrelevant warnings of the libraries."""
     disable_model_progress_bars()
+    hide_choice_of_accelerator()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

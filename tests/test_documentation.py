@@ -10,8 +10,10 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 from lit_prune import recipes
 from lit_prune.__main__ import main
@@ -23,6 +25,7 @@ from support.shared import Shared
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 _BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -125,6 +128,16 @@ def _smaller(arguments: list[str]) -> list[str]:
     if "--tasks" in arguments or "tasks/zero_shot" in arguments:
         options = [*options, "--tasks", "[sums]", "--harness.include_path", "tasks"]
     return options
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(notebook: Path, tmp_path: Path) -> None:
+    content = nbformat.read(notebook, as_version=4)
+    assert not any(cell.get("outputs") for cell in content.cells)  # they would be out of date one day
+    executed = NotebookClient(content, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    shown = [output["data"] for cell in executed.cells for output in cell.get("outputs", []) if "data" in output]
+    assert any("<table" in data.get("text/html", "") for data in shown)  # the report
+    assert (tmp_path / "pruned" / "masks.safetensors").is_file()
 
 
 def test_there_are_commands_and_pages() -> None:

@@ -1,7 +1,8 @@
-"""Suppress messages of the Hugging Face libraries."""
+"""Suppress messages of the Hugging Face libraries and of DeepSpeed, which they import."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
@@ -21,13 +22,18 @@ def quiet_transformers() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _quiet(logging: ModuleType) -> Iterator[None]:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+def _quiet(library: ModuleType) -> Iterator[None]:
+    verbosity = library.get_verbosity()
+    library.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
+
+
+def hide_choice_of_accelerator() -> None:
+    """Hide DeepSpeed's warning that it found no GPU, which it logs on import, also if it is not used."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to" not in record.getMessage())
 
 
 def disable_model_progress_bars() -> None:
