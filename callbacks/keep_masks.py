@@ -25,17 +25,26 @@ from lit_prune.callbacks.prune import Prune
 from lit_prune.callbacks.states import restoring
 from lit_prune.checkpoint.infer_masks import masks_of_zeros
 from lit_prune.checkpoint.masks import MASKS_FILE, load_masks
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, NumericalError
 from lit_prune.internals.lightning import average_model
 from lit_prune.models.lora import mask_adapters, unmasked_adapter
 from lit_prune.ops import PackedMask
 from lit_prune.ops.masks import keep_only, restored_masks
 from lit_prune.pruning import PruningReport
-from lit_prune.sharding.parameters import count_revived, full_shape, mask_gradient, sets_sharded_gradients, zero_pruned
+from lit_prune.sharding.parameters import (
+    count_revived,
+    full_shape,
+    is_finite,
+    mask_gradient,
+    sets_sharded_gradients,
+    zero_pruned,
+)
 
 ZEROS = "zeros"
 """Value of ``masks`` that treats every weight that is exactly zero as pruned."""
 _HOLDS = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+_DIVERGED = "holds NaN or Inf"
 
 
 class KeepMasks(Callback):
@@ -165,12 +174,11 @@ class KeepMasks(Callback):
         """
         adapter = unmasked_adapter(pl_module.get_submodule("model"), self.masks)
         found = [f"{adapter}: its adapter has another mask"] if adapter else []
-        found += [
-            f"{name}: {count} pruned weights are not zero in its {place}"
-            for name, parameter, mask in self._kept(pl_module)
-            for place, count in count_revived(parameter, mask.unpack(), _optimizer(trainer)).items()
-            if count
-        ]
+        for name, parameter, mask in self._kept(pl_module):
+            revived = count_revived(parameter, mask.unpack(), _optimizer(trainer))
+            if any(revived.values()) and not is_finite(parameter):
+                found.append(f"{name} {_DIVERGED}")
+            found += [f"{name}: {n} pruned weights are not zero in its {place}" for place, n in revived.items() if n]
         for model in averaged_models(trainer):
             found += [
                 f"{name}: {count} pruned weights are not zero in its average"
@@ -178,6 +186,8 @@ class KeepMasks(Callback):
                 if (count := count_revived(model.get_parameter(name), mask.unpack())["weight"])
             ]
         first = _first_of_all_processes(found)
+        if first is not None and first.endswith(_DIVERGED):
+            raise NumericalError(f"{first}: the training diverged; lower the learning rate, or check the optimizer")
         if first is not None:
             raise RuntimeError(f"{first}: the masks no longer hold")
 

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import lit_prune.callbacks  # noqa: F401 - registers its class names for YAML
 from lit_prune.arguments import overridden, pattern_value, prepare
 from lit_prune.callbacks import Prune
-from lit_prune.cli_errors import ArgumentsError, did_you_mean, explain, printable
+from lit_prune.cli_errors import PEER_GONE, ArgumentsError, did_you_mean, explain, printable
 from lit_prune.errors import InputError
 from lit_prune.internals.lightning import config_value, subparser
 from lit_prune.malloc import keep_freed_memory
@@ -217,12 +218,27 @@ def main(args: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         message, status = explain(error)
-        print(f"lit-prune: error: {printable(message)}", file=sys.stderr)
+        if not _first_process_ended():
+            kind = "" if message == PEER_GONE else "error: "  # the other process has printed the error
+            print(f"lit-prune: {kind}{printable(message)}", file=sys.stderr)
         return status
     except Interrupted as stop:
         print(f"lit-prune: {stop}", file=sys.stderr)
         return 128 + stop.number
     return 0
+
+
+def _first_process_ended(seconds: float = 5.0) -> bool:
+    """Return whether this process was started by the first one, and that ends within ``seconds``.
+
+    All processes meet most mistakes, and the first one has printed the error when it ends.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    first, end = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == first and time.monotonic() < end:
+        time.sleep(0.05)
+    return os.getppid() != first
 
 
 def _compare(arguments: Sequence[str]) -> None:

@@ -27,6 +27,10 @@ _KNOWN = {
     "plan.allocator": list(ALLOCATORS),
     "plan.reconstruction": [Reconstruction.__name__],
 }
+PEER_GONE = "another process ended; its error is above"
+"""Message of a process that waited in vain for another one."""
+_PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Socket Timeout|Broken pipe")
+"""Regular expression of the errors of a collective operation in which another process is missing."""
 _LONGEST = 600
 """Maximum number of characters of a message."""
 _KEY = re.compile(r'(?:- )?Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)')
@@ -85,8 +89,11 @@ def _refusal_of_library(error: BaseException) -> str | None:
     """Return one line if a library rejected a value, else None; Lightning checks most settings only at run time."""
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    if raised_in == "torch.optim.lr_scheduler":
-        return f"model.lr_scheduler cannot be used ({one_line(error)})"
+    if _PEER_GONE.search(str(error)):
+        return PEER_GONE
+    if raised_in.startswith("torch.optim"):
+        option = "lr_scheduler" if raised_in == "torch.optim.lr_scheduler" else "optimizer"
+        return f"model.{option} cannot be used ({one_line(error)})"
     by_lightning = isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) and raised_in.startswith(
         ("lightning.", "lightning_")
     )

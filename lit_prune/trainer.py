@@ -11,7 +11,14 @@ from lightning.pytorch.callbacks import ProgressBar
 from lit_prune.callbacks import TrainingProgress
 from lit_prune.callbacks.combinations import check_averages, check_callbacks
 from lit_prune.commands import analyze, evaluate, export, prune, speed
-from lit_prune.commands.checks import check_checkpoint, check_durations, check_folders, check_settings
+from lit_prune.commands.checks import (
+    check_checkpoint,
+    check_durations,
+    check_folders,
+    check_last,
+    check_losses,
+    check_settings,
+)
 from lit_prune.reporting.report import Recipe
 
 
@@ -85,8 +92,11 @@ class PruningTrainer(Trainer):
             trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
         check_folders(self)
+        check_last(self, ckpt_path)
         weights_only = check_checkpoint(self, ckpt_path, trust)
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        found = super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        check_losses(found)
+        return found
 
     def test(  # type: ignore[override]
         self,
@@ -108,5 +118,8 @@ class PruningTrainer(Trainer):
             trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
         """
         check_folders(self)
+        check_last(self, ckpt_path)
         weights_only = check_checkpoint(self, ckpt_path, trust)
-        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        found = super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        check_losses(found)
+        return found

@@ -12,7 +12,7 @@ import yaml
 from lit_prune import __main__ as command
 from lit_prune.arguments import Prepared, overridden, prepare
 from lit_prune.cli import build, main
-from lit_prune.cli_errors import printable
+from lit_prune.cli_errors import PEER_GONE, explain, printable
 from lit_prune.errors import InputError
 from lit_prune.pruning import PruningPlan
 from lit_prune.recipes import shipped
@@ -246,6 +246,23 @@ def test_a_full_disk_is_one_line(request_: str) -> None:
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal() -> None:
     assert printable("no \x1b[31mweight\n of ö") == "no \\x1b[31mweight\\n of ö"
+
+
+def test_one_process_of_several_says_what_all_meet(tmp_path: Path) -> None:
+    """Both refuse the same folder; and if only the second one fails, the first one does not call that an error."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    run = "fit -c recipes/demo -c strategies/ddp --data.dataset embedded --trainer.max_steps 1 --trainer.logger false"
+    small = "--model.pretrained random --model.config.model_type gpt2 --trainer.callbacks+=Export"
+    command = [*run.split(), *small.split(), "--trainer.callbacks.Export.output", "out"]
+    program = [sys.executable, "-m", "lit_prune", *command]
+    ended = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("lit-prune: ") == 1 and "Traceback" not in ended.stderr, ended.stderr
+
+
+def test_a_process_without_the_other_one_names_no_error_of_its_own() -> None:
+    assert explain(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234")) == (PEER_GONE, 2)
 
 
 def test_a_closed_pipe_ends_the_command_without_a_word() -> None:

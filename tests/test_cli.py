@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_prune.checkpoint.files import read_json
@@ -498,3 +499,9 @@ def test_speed_times_a_pruned_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "dense ms" in capsys.readouterr().out
     assert {figure["form"] for figure in read_json(figures)} == {"CSR"} and len(read_json(figures)) == 4
     fails_with("masks are asked of", capsys, *speed, "--model.pretrained", str(tmp_path))
+    weights = load_file(pruned / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(weights, pruned / "model.safetensors", {"format": "pt"})
+    for command in (speed, ["export", *speed[1:-2], "--output", str(tmp_path / "exported")]):
+        changed = r"out'.*up_proj\.weight: \d+ pruned weights are not zero.*; its weights or its masks were changed"
+        fails_with(changed, capsys, *command, "--model.pretrained", str(pruned))

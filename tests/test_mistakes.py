@@ -175,6 +175,7 @@ DATA = [
     ("prune --data.dataset {at}/cut.parquet", "cannot be read (Parquet file size is 6 bytes, smaller than the"),
     ("prune --data.dataset {at}/column.jsonl", "has no column 'text', only ['words']: name one with"),
     ("prune --data.dataset ''", "data.dataset is '': name a text source"),
+    ("prune --data.dataset :x", "data.dataset is ':x': name a text source"),
     ("prune --data.seqlen 1", "data.seqlen is 1: it must be at least 2, so that there is a"),
     ("prune --data.sequences 0", "data.sequences is 0: it must be from 1 to"),
     (
@@ -271,7 +272,7 @@ TRAINING = [
     ("fit --trainer.max_steps 1 --trainer.min_steps -7", "trainer.min_steps is -7: it must be 0"),
     (
         "fit --trainer.max_steps 1 --trainer.logger true --trainer.default_root_dir {at}/short.txt/x",
-        "short.txt/x', in which no file can be written: name another folder",
+        "short.txt/x', which is not writable: name another folder",
     ),
     ("prune --trainer.callbacks '[]'", "trainer.callbacks has 0 Prune callbacks: exactly one is needed"),
     ("prune --trainer.profiler banana", "When passing string value for the `profiler` parameter of"),
@@ -298,11 +299,25 @@ TRAINING = [
     ),
     ("fit --trainer.max_steps 1 --ckpt_path best", '`.fit(ckpt_path="best")` is set but `ModelCheckpoint` is not'),
     (f"{FIT} --ckpt_path {{at}}/empty.ckpt", "it is not one of Lightning ('pytorch-lightning_version' is missing)"),
-    (f"{FIT} --ckpt_path {{at}}/list.ckpt", "it is not one of Lightning ('state_dict' is missing)"),
-    (f"{FIT} --ckpt_path {{at}}/names.ckpt", "it is not one of Lightning ('state_dict' is missing)"),
+    (f"{FIT} --ckpt_path {{at}}/list.ckpt", "it is not one of Lightning (it holds a list)"),
+    (f"{FIT} --ckpt_path {{at}}/names.ckpt", "it is not one of Lightning (it holds a list)"),
     (f"{FIT} --ckpt_path {{at}}/pruned/model.safetensors", "model.safetensors'"),
     (f"{FIT} --ckpt_path {'x' * 300}", "it cannot be read ([Errno 36] File name too long"),
     (f"{FIT} --ckpt_path ''", "ckpt_path is empty: name a checkpoint"),
+    (f"{FIT} --ckpt_path s3://x/y.ckpt", "ckpt_path is 's3://x/y.ckpt': only a local file or folder can be checked"),
+    ("validate --ckpt_path last", "ckpt_path is 'last', and no ModelCheckpoint has one: name the file or folder"),
+    ("validate --model.config.rms_norm_eps .nan", "val/loss is NaN: the model, its configuration or its precision"),
+    (f"{FIT} --model.trainable LoRA --model.trainable.include null", "LoRA.include or exclude is null: give shell"),
+    (f"{FIT} --model.optimizer SparseAdam", "model.optimizer cannot be used (SparseAdam does not support dense"),
+    (
+        f"{FIT} --model.optimizer AdamW --model.optimizer.foreach true --model.optimizer.fused true",
+        "model.optimizer cannot be used: `fused` and `foreach` cannot be `True` together",
+    ),
+    (
+        "fit --trainer.max_steps 3 --trainer.callbacks+=KeepMasks --model.optimizer SGD --model.optimizer.lr 1 "
+        "--model.optimizer.momentum .nan",
+        "holds NaN or Inf: the training diverged; lower the learning rate, or check the optimizer",
+    ),
     ("validate --ckpt_path nowhere.ckpt", "Checkpoint file not found: nowhere.ckpt"),
     (
         "fit --trainer.max_steps 1 --model.optimizer torch.optim.AdamW --model.optimizer.lr -1",

@@ -73,7 +73,7 @@ def check_folder_for(option: str, folder: str | Path) -> None:
     try:
         path = Path(folder).expanduser().absolute()
         parent = path if path.exists() else _existing_parent(path)
-        possible = parent.is_dir() and os.access(parent, os.W_OK) and "\0" not in str(path)
+        possible = bool(str(folder)) and parent.is_dir() and os.access(parent, os.W_OK) and "\0" not in str(path)
     except (OSError, RuntimeError, ValueError):
         possible = False
     if not possible:

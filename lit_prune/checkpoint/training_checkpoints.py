@@ -15,6 +15,7 @@ import io
 import math
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -72,6 +73,11 @@ _FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 """Environment variables of torch that override ``weights_only`` of every caller; setting both is an error."""
 _LATEST = "latest"
 """DeepSpeed's file with the folder name of the newest checkpoint."""
+_CONTENT: dict[str, Any] = {"pytorch-lightning_version": str, "epoch": int, "global_step": int, "loops": dict}
+_WEIGHTS: dict[str, Any] = {"state_dict": Mapping}
+_STATES: dict[str, Any] = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list, "steppers": dict}
+"""Types of the entries of a checkpoint; it may lack ``_STATES``."""
+_VERSION = re.compile(r"([2-9]|\d\d)\.\d")
 _MODEL = "model."
 """Prefix of the names of the language model's weights in a LitCausalLM."""
 
@@ -164,17 +170,45 @@ def check_trusted(path: str | Path, trust: bool = False) -> None:
 
 
 def check_is_checkpoint(path: str | Path, trust: bool = False) -> None:
-    """Raise ``InputError`` if a file is not a Lightning checkpoint; folders are checked when they are loaded."""
+    """Raise ``InputError`` if a file, or the file that Lightning adds to a sharded one, is not a checkpoint of it."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        return
+    file = path if path.is_file() else path / _EXTRA
+    if not file.is_file():
+        return  # a folder of DeepSpeed
     try:
-        content = _load(path, trust)
+        reason = _fault(_load(file, trust), whole=file == path)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise InputError(f"checkpoint is {str(path)!r}: it is not one of Lightning ({first_line(error)})") from error
-    for name in ("state_dict", "pytorch-lightning_version"):
-        if not isinstance(content, Mapping) or name not in content:
-            raise InputError(f"checkpoint is {str(path)!r}: it is not one of Lightning ({name!r} is missing)")
+        reason = first_line(error)
+    if reason:
+        raise InputError(f"checkpoint is {str(path)!r}: it is not one of Lightning ({reason})")
+
+
+def _fault(content: Any, whole: bool) -> str:
+    """Return the reason why content is not that of a checkpoint; empty if it is.
+
+    Args:
+        content: content of the file.
+        whole: whether the file is the whole checkpoint, with the weights.
+    """
+    if not isinstance(content, Mapping):
+        return f"it holds a {type(content).__name__}"
+    needed = _CONTENT | _WEIGHTS if whole else _CONTENT
+    if lacking := [name for name in needed if name not in content]:
+        return f"{lacking[0]!r} is missing"
+    for name, kind in (needed | _STATES).items():
+        if name in content and not isinstance(content[name], kind):
+            return f"{name!r} is a {type(content[name]).__name__}"
+    if content["epoch"] < 0 or content["global_step"] < 0:
+        return "its epoch or global_step is negative"
+    if not _VERSION.match(content["pytorch-lightning_version"]):
+        return f"its version {content['pytorch-lightning_version']!r:.40} is not 2 or later"
+    weights = content["state_dict"].items() if whole else ()
+    return next((f"{name!r:.200} is not a dense tensor" for name, value in weights if not _is_weight(name, value)), "")
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return isinstance(name, str) and dense
 
 
 def check_kept_paths(states: Mapping[str, Any]) -> None:
@@ -252,12 +286,12 @@ def _check_entries(index: Path, metadata: Any) -> None:
         if isinstance(metadata.state_dict_metadata.get(entry.fqn), BytesStorageMetadata):
             _check_bytes(entry.fqn, file, place)
     entries = [entry for entry in metadata.state_dict_metadata.values() if isinstance(entry, TensorStorageMetadata)]
-    for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            _check_chunks(name, entry)
     needed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
     if needed > (there := sum(file.stat().st_size for file in files)):
         raise pickle.UnpicklingError(f"its tensors would take {needed:,} bytes, and its files have {there:,}")
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            _check_chunks(name, entry)
 
 
 def _check_chunks(name: str, entry: TensorStorageMetadata) -> None:

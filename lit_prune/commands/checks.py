@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.checkpoint.outputs import check_folder_for
 from lit_prune.checkpoint.training_checkpoints import check_is_checkpoint, check_trusted
-from lit_prune.errors import InputError, first_line
+from lit_prune.errors import InputError, NumericalError, first_line
 from lit_prune.training.strategies import FSDP2, DeepSpeed
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ def check_checkpoint(trainer: PruningTrainer, ckpt_path: str | Path | None, trus
         raise InputError(f"ckpt_path is {str(ckpt_path)[:200]!r}: it cannot be read ({first_line(error)})") from error
     if not str(ckpt_path):
         raise InputError("ckpt_path is empty: name a checkpoint")
+    if "://" in str(ckpt_path) and not trust:
+        raise InputError(f"ckpt_path is {str(ckpt_path)!r}: only a local file or folder can be checked; or add --trust")
     if exists:
         check_trusted(ckpt_path, trust)
         check_is_checkpoint(ckpt_path, trust)
@@ -88,6 +92,21 @@ def check_checkpoint(trainer: PruningTrainer, ckpt_path: str | Path | None, trus
     ):  # Lightning's own strategies do not check what they load
         raise InputError(f"ckpt_path is {str(ckpt_path)!r}: give the folder of the checkpoint, or add --trust")
     return not trust
+
+
+def check_last(trainer: PruningTrainer, ckpt_path: str | Path | None) -> None:
+    """Raise ``InputError`` for ``last`` without such a checkpoint: Lightning would evaluate the untrained model."""
+    folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    if ckpt_path == "last" and not any(folder and any(Path(folder).glob("last*")) for folder in folders):
+        raise InputError("ckpt_path is 'last', and no ModelCheckpoint has one: name the file or folder of a checkpoint")
+
+
+def check_losses(found: Iterable[Mapping[str, float]]) -> None:
+    """Raise ``NumericalError`` if a loss of an evaluation is NaN."""
+    for results in found:
+        for name, value in results.items():
+            if math.isnan(value):
+                raise NumericalError(f"{name} is NaN: the model, its configuration or its precision is unusable")
 
 
 def drop_unwritable_logs(trainer: PruningTrainer) -> None:

@@ -10,7 +10,7 @@ from lit_prune.checkpoint.outputs import check_output
 from lit_prune.checkpoint.peft_format import adapter_files, without_adapters
 from lit_prune.checkpoint.save import Format, check_shard_size, save_pruned
 from lit_prune.checkpoint.training_checkpoints import by_layer, read_checkpoint
-from lit_prune.commands.output import refuse_lazy, show
+from lit_prune.commands.output import check_sparse, refuse_lazy, show
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.weights import check_all_finite
 from lit_prune.pruning import PruningReport
@@ -66,6 +66,7 @@ def export(
                 f"checkpoint is {checkpoint!r}: it is not of the model {model.pretrained!r} ({first_line(error)})"
             ) from error
         check_all_finite(model.model, f"checkpoint is {checkpoint!r}")
+    check_sparse(model.model, masks, checkpoint or model.pretrained)
     with without_adapters(model.model) as trained:
         adapters = trained if read else adapter_files(model.pretrained)
         title = Path(model.pretrained).name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from lit_prune.checkpoint.masks import check_masks_hold
 from lit_prune.errors import InputError
+from lit_prune.ops import PackedMask
 from lit_prune.training import LitCausalLM
 
 if TYPE_CHECKING:
@@ -34,6 +36,14 @@ def show(trainer: PruningTrainer, tables: Sequence[Table], folder: Path) -> None
     console.print(*tables)
     for file in sorted(folder.iterdir()):
         console.print(f"wrote {file}", soft_wrap=True, highlight=False)
+
+
+def check_sparse(model: nn.Module, masks: Mapping[str, PackedMask], source: str) -> None:
+    """Raise ``InputError`` if the weights of a model that was loaded are not as sparse as the masks beside them."""
+    try:
+        check_masks_hold(model, masks)
+    except RuntimeError as error:
+        raise InputError(f"{source!r}: {error}; its weights or its masks were changed") from error
 
 
 def refuse_lazy(model: LitCausalLM, stage: str) -> None:

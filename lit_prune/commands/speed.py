@@ -11,7 +11,7 @@ from rich.console import Console
 from lit_prune.checkpoint.files import write_json
 from lit_prune.checkpoint.masks import load_masks
 from lit_prune.checkpoint.outputs import check_file
-from lit_prune.commands.output import on_device, refuse_lazy
+from lit_prune.commands.output import check_sparse, on_device, refuse_lazy
 from lit_prune.errors import InputError
 from lit_prune.options import as_list
 from lit_prune.reporting.tables import speed_table
@@ -49,6 +49,7 @@ def speed(
         raise InputError(f"tokens are {list(tokens)}: give numbers from 1 to {_MOST_ROWS:,}, such as [1, 16, 256]")
     masks = load_masks(model.pretrained)
     model.configure_model()
+    check_sparse(model.model, masks, model.pretrained)
     with on_device(trainer, model) as whole:
         found = measure_speed(whole, masks, tokens)
     Console(quiet=trainer.quiet).print(speed_table(found))

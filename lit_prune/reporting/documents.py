@@ -159,7 +159,7 @@ def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, a
     return render_page(
         "card.md",
         front=front.to_yaml(),
-        title=" ".join(title.split()),
+        title=title,
         to=to,
         adapters=adapters,
         base_model=base_model,

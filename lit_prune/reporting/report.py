@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -22,6 +23,9 @@ from lit_prune.ops.spectrum import PowerLaw
 _FORMAT = 1
 """Format version of ``pruning.json``; see docs/pruning.schema.json."""
 _MOST_BLOCKS = 100_000
+_HUB_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)?")
+_ROUNDING = 1e-6
+"""Maximum difference between the sparsity in a report and that of the mask."""
 _VERSIONED = ("lit-prune", "torch", "transformers")
 
 
@@ -73,6 +77,9 @@ class LayerReport:
                 raise ValueError(f"{name}.{part} is {value}: it must be in [0, 1]")
         if mask.shape not in (layer.shape, layer.shape[::-1]):
             raise ValueError(f"{name}.shape is {list(layer.shape)}, and its mask has {list(mask.shape)}")
+        if abs(layer.reached - (pruned := 1 - mask.kept / mask.numel)) > _ROUNDING:
+            raise ValueError(f"{name}.reached is {layer.reached}, and its mask prunes {pruned:.6f}")
+        _check_above(f"{name}.output_error", layer.output_error, layer.seconds)
         return layer
 
 
@@ -370,6 +377,18 @@ class PruningReport:
         total = sum(layer.numel for layer in report.layers)
         if report.size and report.size.parameters < total:
             raise ValueError(f"size.parameters is {report.size.parameters}, and the layers have {total}")
+        if not all(0 <= sparsity <= 1 for sparsity in (parts["sparsity"], *report.allocation.values())):
+            raise ValueError("sparsity or allocation has a value outside of [0, 1]")
+        _check_above("seconds or peak_memory", *report.seconds.values(), report.peak_memory)
+        _check_above("reconstructions", *(v for done in report.reconstructions for v in (done.before, done.after)))
+        courses = report.validation.values()
+        _check_above("validation", *(value for course in courses for point in course for value in point))
+        for recipe in report.recipes:
+            for name in filter(None, (recipe.base_model, recipe.license, *recipe.datasets)):
+                if not _HUB_NAME.fullmatch(name):
+                    raise ValueError(f"recipes has {name!r:.80}, which is not a name on the hub")
+        perplexities = [value for name, value in report.evaluation.items() if name.startswith("perplexity")]
+        _check_above("evaluation", report.evaluation.get("seqlen", 1), *perplexities, least=1)
         if report.evaluation and (lacking := _EVALUATED - report.evaluation.keys()):
             raise ValueError(f"evaluation lacks {min(lacking)!r}")
         return report
@@ -427,6 +446,13 @@ _LATER = ("cached", "size", "calibration", "date")
 _BESIDE = {**_IDENTITY, "format": int, "sparsity": float}
 """Fields of a file in addition to those of the report: the identity, the format and derived values."""
 _EVALUATED = {"perplexity_before", "perplexity_after", "seqlen", "text"}
+
+
+def _check_above(name: str, *values: Any, least: float = 0) -> None:
+    """Raise a ``ValueError`` if a value is below the least possible one, or infinite; None and NaN are permitted."""
+    for value in values:
+        if value is not None and not math.isnan(value) and not least <= value < math.inf:
+            raise ValueError(f"{name} has {value}: it must be a number of at least {least}")
 
 
 def _layer(place: str, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> LayerReport:

@@ -117,6 +117,11 @@ def count_revived(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | 
     return revived
 
 
+def is_finite(parameter: nn.Parameter) -> bool:
+    """Return whether this process's shard of a parameter holds neither NaN nor Inf."""
+    return all(bool(share.read().isfinite().all()) for share in shards(parameter) if share.place == "weight")
+
+
 def mask_gradient(parameter: nn.Parameter, keep: Tensor) -> None:
     """Zero the gradient of entries that ``keep`` prunes, in this process's shard; a no-op without a gradient."""
     if parameter.grad is not None:

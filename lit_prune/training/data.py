@@ -134,7 +134,7 @@ class TextDataModule(LightningDataModule):
         named = {"train": train, "val": val, "test": test, "calibration": calibration, "dataset": dataset}
         self._options = [*named.items(), *(("other_val", source) for source in other_val)]
         for name, source in self._options:
-            if source is not None and not source.strip():
+            if source is not None and not source.partition(":")[0].strip():
                 raise InputError(f"data.{name} is {source!r}: name a text source, such as wikitext2 or a .txt file")
         names = validation_names(other_val)
         if len(set(names)) < len(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedTokenizerBase
 
+from lit_prune.checkpoint.outputs import check_folder_for
 from lit_prune.errors import InputError
 from lit_prune.training.strategies import Sharding
 from lit_prune.training.teacher import Teacher, TeacherDtype, Truth
 
+_LOWEST = 1e-3
+"""Lowest temperature; the highest one is its inverse."""
 IGNORED = -100
 """Target of a position that the loss ignores."""
 _LEAST_REST = 1e-6
@@ -108,14 +112,16 @@ class Distillation(Loss):
             trust_remote_code: Run code that comes with the teacher.
         """
         for name, weight in (("language_model", language_model), ("logits", logits), ("hidden", hidden)):
-            if weight < 0:
-                raise InputError(f"Distillation.{name} is {weight}: it must be 0 or more")
+            if not 0 <= weight < math.inf:
+                raise InputError(f"Distillation.{name} is {weight}: it must be a number of 0 or more")
         if not logits and not hidden:
             raise InputError("Distillation.logits and hidden are both 0: use LanguageModelLoss, or raise one of them")
-        if temperature <= 0:
-            raise InputError(f"Distillation.temperature is {temperature}: it must be above 0, such as 1")
+        if not _LOWEST <= temperature <= 1 / _LOWEST:
+            raise InputError(f"Distillation.temperature is {temperature}: it must be from {_LOWEST} to {1 / _LOWEST:g}")
         if top_k is not None and top_k < 1:
             raise InputError(f"Distillation.top_k is {top_k}: it must be at least 1, such as 64")
+        if cache is not None:
+            check_folder_for("Distillation.cache", cache)
         if cache is not None and (top_k is None or hidden):
             raise InputError("Distillation.cache keeps the teacher's top_k alone: set top_k, and hidden to 0")
         self.weights = {"language_model": language_model, "logits": logits, "hidden": hidden}

@@ -218,20 +218,24 @@ class LitCausalLM(LightningModule):
         """Raise ``InputError`` for the state of another optimizer or scheduler, or for unsafe checkpoint paths."""
         check_kept_paths(checkpoint.get("callbacks", {}))
         for name, value in checkpoint.get("state_dict", {}).items():
-            if isinstance(value, Tensor):
-                check_finite(name, value, "the checkpoint")
+            check_finite(name, value, "the checkpoint")
         self._resumed = checkpoint.get("steppers", {})
         self._check_resumed()
         if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.strategy.lightning_restore_optimizer:
-            for name in ("optimizer_states", "lr_schedulers"):
-                if name not in checkpoint:
+            scheduled = int(self._resumed.get("model.lr_scheduler") is not None)
+            for name, count in (("optimizer_states", 1), ("lr_schedulers", scheduled)):
+                if len(checkpoint.get(name, ())) != count or name not in checkpoint:
                     raise InputError(
                         f"cannot resume from this checkpoint: it holds no {name}, as save_weights_only leaves them "
-                        "out; export it, and train the folder as --model.pretrained"
+                        "out, or is damaged; export it, and train the folder as --model.pretrained"
                     )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the weights of a checkpoint; raise ``InputError`` if they belong to another model."""
+        for name, own in self.state_dict().items():
+            given = state_dict.get(name, own)
+            if own.is_floating_point() != given.is_floating_point():
+                raise InputError(f"the checkpoint holds {name} as {given.dtype}, and the model as {own.dtype}")
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
@@ -256,7 +260,7 @@ class LitCausalLM(LightningModule):
         trains = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             optimizer = self.optimizer(trains)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"model.optimizer cannot be used: {first_line(error)}") from error
         for group in optimizer.param_groups:
             if not 0 <= float(group["lr"]) < math.inf:

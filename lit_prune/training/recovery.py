@@ -107,6 +107,8 @@ class LoRA(Trainable):
             raise InputError("LoRA.masked is false: plain adapters are saved by PEFT; run pip install lit-prune[peft]")
         self.rank = rank
         self.alpha = 2.0 * rank if alpha is None else alpha
+        if include is None or exclude is None:
+            raise InputError("LoRA.include or exclude is null: give shell patterns, such as ['*_proj']")
         self.include = as_patterns(include)
         self.exclude = as_patterns(exclude)
         self.norms_and_biases = norms_and_biases

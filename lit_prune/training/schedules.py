@@ -38,6 +38,8 @@ class WarmupCosine(LRScheduler):
             raise InputError(f"WarmupCosine.warmup is {warmup}: it must be 0 or more optimizer steps")
         if not 0 <= final <= 1:
             raise InputError(f"WarmupCosine.final is {final}: it must be in [0, 1], such as 0.1")
+        if total is not None and total < max(warmup, 1):
+            raise InputError(f"WarmupCosine.total is {total}: it must be at least 1, and at least warmup, {warmup}")
         self.warmup = warmup
         self.final = final
         self.total = total

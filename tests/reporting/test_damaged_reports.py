@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,14 @@ PLAN: dict[str, Any] = {
     "correction": 0.0,
     "include": [],
 }
-MASK = PackedMask.pack(torch.eye(4, 6, dtype=torch.bool))
+MASK = PackedMask.pack(torch.eye(4, 5, dtype=torch.bool))
 MASKS = {"a.q.weight": MASK, "b.q.weight": MASK}
 
 
 def whole_report() -> PruningReport:
     return PruningReport(
-        identity={"plan": PLAN, "model": "m", "data": "d"},
-        layers=[LayerReport(f"{block}.q", i, (4, 6), 0.8, 0.8, 0.1, 1.0, MASK) for i, block in enumerate("ab")],
+        identity={"plan": dict(PLAN), "model": "m", "data": "d"},
+        layers=[LayerReport(f"{block}.q", i, (4, 5), 0.8, 0.8, 0.1, 1.0, MASK) for i, block in enumerate("ab")],
         reconstructions=[ReconstructionReport(0, 0.2, 0.1, 1.0, ["a.norm.weight"])],
         allocation={"a.q": 0.8, "b.q": 0.8},
         metrics={"a.q": 3.0, "b.q": 2.0},
@@ -103,7 +104,7 @@ DAMAGES = [
     ("layers.0.asked", None, r"layers\[0\]\.asked is nan: it must be in \[0, 1\]"),
     ("layers.0.asked", ..., r"layers\[0\]\.asked is missing"),
     ("layers.0.shape", [1, 2, 3], r"layers\[0\]\.shape is \[1, 2, 3\]: a list is needed"),
-    ("layers.0.shape", [4, 7], r"layers\[0\]\.shape is \[4, 7\], and its mask has \[4, 6\]"),
+    ("layers.0.shape", [4, 7], r"layers\[0\]\.shape is \[4, 7\], and its mask has \[4, 5\]"),
     ("layers.0.colour", "red", r"layers\[0\]\.colour is unknown"),
     ("plan", [], r"plan is \[\]: an object is needed"),
     ("plan.solver", ..., r"plan\.solver is missing"),
@@ -128,13 +129,27 @@ DAMAGES = [
     ("seconds", {"solve": "long"}, r"seconds\.solve is 'long': a number is needed"),
     ("peak_memory", 1.5, r"peak_memory is 1\.5: a whole number is needed"),
     ("size", {}, r"size\.parameters is missing"),
-    ("size.parameters", 1, "size.parameters is 1, and the layers have 48"),
+    ("size.parameters", 1, "size.parameters is 1, and the layers have 40"),
     ("size.bytes", 0, "each number must be at least 1"),
     ("calibration.sequences", 0, "there must be a sequence, and a token in each"),
     ("calibration.tokens", "many", r"calibration\.tokens is 'many': a whole number"),
     ("date", 7, "date is 7: a string is needed"),
     ("samples.0", {}, r"samples\[0\]\.prompt is missing"),
     ("banana", 1, "banana is unknown"),
+    ("layers.0.reached", 0.99, r"layers\[0\]\.reached is 0\.99, and its mask prunes 0\.800000"),
+    ("layers.0.output_error", -1.0, r"layers\[0\]\.output_error has -1\.0: it must be a number of at least 0"),
+    ("layers.0.seconds", math.inf, r"layers\[0\]\.output_error has inf: it must be a number"),
+    ("allocation", {"a.q": 9.0, "b.q": 0.8}, r"sparsity or allocation has a value outside of \[0, 1\]"),
+    ("sparsity", 7.0, r"sparsity or allocation has a value outside of \[0, 1\]"),
+    ("seconds", {"solve": -1e300}, "seconds or peak_memory has -1e"),
+    ("peak_memory", -5, "seconds or peak_memory has -5: it must be a number of at least 0"),
+    ("reconstructions.0.after", -0.5, r"reconstructions has -0\.5"),
+    ("validation.text", [[1, -1.0]], r"validation has -1\.0"),
+    ("evaluation.perplexity_after", 0.5, r"evaluation has 0\.5: it must be a number of at least 1"),
+    ("evaluation.seqlen", -1, "evaluation has -1: it must be a number of at least 1"),
+    ("recipes.0.base_model", "a/b](http://c)", r"recipes has 'a/b\]\(http://c\)', which is not a name on the hub"),
+    ("recipes.0.license", "<script>", "recipes has '<script>', which is not a name on the hub"),
+    ("recipes.0.datasets", ["a\n---"], "recipes has .*, which is not a name on the hub"),
 ]
 
 
@@ -144,6 +159,21 @@ def test_a_damaged_report_is_refused_in_one_line(path: str, value: Any, said: st
     with pytest.raises(InputError, match=said) as raised:
         read_report(tmp_path, MASKS)
     assert str(raised.value).startswith(repr(str(file))) and "\n" not in str(raised.value)
+
+
+def test_names_of_a_report_are_text_in_the_model_card() -> None:
+    report = whole_report()
+    report.identity["plan"]["solver"] = {
+        "class_path": "<script>`x`\n---\n# a title",
+        "init_args": {"x": "```\n<script>"},
+    }
+    report.evaluation["text"] = "a | b\n\x1b[31m<script>"
+    card = str(render(report, "<script>\n---")["README.md"])
+    assert "\x1b" not in card
+    _, _, body = card.split("---\n", 2)
+    body, _, plan = body.partition("<details>")
+    assert not re.search(r"(?<!\\)<script|^---|^# a title", body, re.MULTILINE), body
+    assert plan.count("````") == 2  # a fence longer than the one inside
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,12 @@ def test_a_teacher_with_another_vocabulary_is_refused(
     [
         ({"logits": -1.0}, r"Distillation\.logits is -1"),
         ({"logits": 0.0}, "logits and hidden are both 0"),
-        ({"temperature": 0.0}, r"temperature is 0\.0: it must be above 0"),
+        ({"temperature": 0.0}, r"temperature is 0\.0: it must be from 0\.001"),
+        ({"temperature": math.nan}, "temperature is nan: it must be from"),
+        ({"temperature": math.inf}, "temperature is inf: it must be from"),
+        ({"logits": math.nan}, r"Distillation\.logits is nan: it must be a number"),
+        ({"hidden": math.inf}, r"Distillation\.hidden is inf: it must be a number"),
+        ({"cache": "", "top_k": 8}, r"Distillation\.cache is ''"),
         ({"top_k": 0}, "top_k is 0"),
         ({"cache": "c"}, "set top_k, and hidden to 0"),
         ({"cache": "c", "top_k": 8, "hidden": 1.0}, "set top_k, and hidden to 0"),

@@ -77,6 +77,8 @@ def test_warm_up_and_cosine_worked_example() -> None:
     [
         ({"warmup": -1}, 2, "warmup is -1"),
         ({"final": 2.0}, 2, "final is 2"),
+        ({"total": 0}, 2, "total is 0: it must be at least 1"),
+        ({"total": 2, "warmup": 5}, 2, "total is 2: it must be at least 1, and at least warmup, 5"),
         ({}, float("inf"), "set --trainer.max_steps"),
     ],
 )
