@@ -38,7 +38,7 @@ def continuations(
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
-        except (TypeError, ValueError) as error:  # of values in generation_config.json
+        except (TypeError, ValueError, RuntimeError) as error:  # of values in generation_config.json
             raise InputError(
                 f"prompts: the model cannot continue {prompt!r:.80} ({first_line(error)}); correct its "
                 "generation_config.json, or leave samples out with --prompts '[]'"

@@ -142,6 +142,21 @@ def test_another_optimizer_is_refused_when_training_goes_on(halfway: Path) -> No
         fit(Prune(plan()), KeepMasks(), resume=halfway, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
 
+@pytest.mark.parametrize(("name", "value"), [("optimizer_states", []), ("lr_schedulers", [{"last_epoch": 3}])])
+def test_states_of_nothing_are_refused_when_training_goes_on(name: str, value: Any, halfway: Path) -> None:
+    torch.save({**torch.load(halfway, weights_only=True), name: value}, halfway)
+    with pytest.raises(InputError, match=f"cannot resume from this checkpoint: it holds no {name}, .* or is damaged"):
+        fit(Prune(plan()), KeepMasks(), resume=halfway)
+
+
+def test_weights_of_another_kind_are_refused(halfway: Path) -> None:
+    content = torch.load(halfway, weights_only=True)
+    content["state_dict"][f"model.{UP}"] = content["state_dict"][f"model.{UP}"].to(torch.int8)
+    torch.save(content, halfway)
+    with pytest.raises(InputError, match=r"the checkpoint holds .*up_proj\.weight as torch\.int8, and the model as"):
+        fit(Prune(plan()), KeepMasks(), resume=halfway)
+
+
 @pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
 def test_a_learning_rate_that_means_nothing_is_refused(rate: float) -> None:
     with pytest.raises(InputError, match=r"model\.optimizer"):
@@ -213,7 +228,7 @@ def test_a_sharded_start_is_kept_and_exported_and_counts_for_no_step(tmp_path: P
 def test_another_schedule_is_refused_when_training_goes_on(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2, save_top_k=-1)
     fit(checkpoint, steps=2, lr_scheduler=WarmupCosine)
-    with pytest.raises(InputError, match=r"model\.lr_scheduler was 'WarmupCosine' and is now None; give what it"):
+    with pytest.raises(InputError, match=r"model\.lr_scheduler was 'WarmupCosine' and is now None; use the settings it"):
         fit(resume=tmp_path / "half.ckpt")
 
 

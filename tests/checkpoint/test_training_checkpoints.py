@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import save
 
-from lit_prune.checkpoint.training_checkpoints import check_trusted, read_checkpoint
+from lit_prune.checkpoint.training_checkpoints import check_is_checkpoint, check_trusted, read_checkpoint
 from lit_prune.errors import InputError
 from lit_prune.ops import PackedMask
 
@@ -82,6 +83,32 @@ def test_a_folder_with_code_is_refused_and_not_run(name: str, tmp_path: Path) ->
     with pytest.raises(InputError, match="holds more than tensors and plain data"):
         read_checkpoint(folder)
     assert not mark.exists()
+
+
+CONTENT = {"pytorch-lightning_version": "2.6.0", "epoch": 0, "global_step": 3, "loops": {}}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("epoch", -5, "epoch or global_step is negative"),
+        ("global_step", "x", "'global_step' is a str"),
+        ("loops", None, "'loops' is a NoneType"),
+        ("state_dict", [1], "'state_dict' is a list"),
+        ("state_dict", {7: torch.ones(2)}, "7 is not a dense tensor"),
+        ("state_dict", {"model.a": torch.eye(2).to_sparse()}, "'model.a' is not a dense tensor"),
+        ("callbacks", [], "'callbacks' is a list"),
+        ("optimizer_states", {}, "'optimizer_states' is a dict"),
+        ("steppers", 3, "'steppers' is a int"),
+        ("pytorch-lightning_version", 3, "'pytorch-lightning_version' is a int"),
+        ("pytorch-lightning_version", "banana", "its version 'banana' is not 2 or later"),
+        ("pytorch-lightning_version", "0.1.0", "its version '0.1.0' is not 2 or later"),
+    ],
+)
+def test_content_of_another_kind_is_refused(name: str, value: Any, said: str, tmp_path: Path) -> None:
+    check_is_checkpoint(write_file(tmp_path / "whole.ckpt", **CONTENT))
+    with pytest.raises(InputError, match=rf"whole\.ckpt': it is not one of Lightning \(.*{re.escape(said)}"):
+        check_is_checkpoint(write_file(tmp_path / "whole.ckpt", **{**CONTENT, name: value}))
 
 
 def test_a_tensor_with_a_gap_between_its_chunks_is_refused(tmp_path: Path) -> None:
