@@ -27,8 +27,8 @@ from lit_prune.pruning.progress import progress
 
 
 @dataclass(frozen=True)
-class _Request:
-    """Arguments of one call of ``prune``."""
+class Request:
+    """Arguments of one pruning; see ``lit_prune.prune``."""
 
     plan: PruningPlan
     journal_folder: Path | None = None
@@ -127,40 +127,30 @@ class Prune(Callback):
         """Prune if a pruning is due after this optimizer step."""
         self._prune_if_due(trainer, pl_module)
 
-    def prune(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batches: Sequence[Tensor],
-        journal_folder: Path | None = None,
-        resume: bool = False,
-    ) -> PruningReport:
-        """Prune immediately to the plan's sparsity, independently of the schedule, and return the report."""
-        return self._prune(trainer, pl_module, batches, _Request(self.plan, journal_folder, resume))
-
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if self.schedule.due(step) and self.pruned_at != step:
             request = self._due_at(step)
             batches = _calibration(trainer) if request.plan.needs_data else []
-            self._prune(trainer, pl_module, batches, request)
+            self.prune(trainer, pl_module, batches, request)
             self.pruned_at = step
 
-    def _due_at(self, step: int) -> _Request:
+    def _due_at(self, step: int) -> Request:
         sparsity = self.schedule.sparsity(step, self.plan.pattern.sparsity)
         if self.allocation == "recomputed":
-            return _Request(self.plan.at(sparsity))
+            return Request(self.plan.at(sparsity))
         before = self.report
-        return _Request(
+        return Request(
             self.plan,
             sparsity=sparsity if sparsity != self.plan.pattern.sparsity else None,
             allocation=before.allocation if before else None,
             allowed=before.masks if before and not self.regrowth else None,
         )
 
-    def _prune(
-        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Tensor], request: _Request
+    def prune(
+        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Tensor], request: Request
     ) -> PruningReport:
+        """Prune immediately, independently of the schedule, and return the report."""
         model, before = pl_module.get_submodule("model"), self.report
         shown = trainer.is_global_zero and not getattr(trainer, "quiet", False)
         context = trainer.precision_plugin.forward_context

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
-from lit_prune.callbacks.prune import find_prune
+from lit_prune.callbacks.prune import Request, find_prune
 from lit_prune.checkpoint.locks import claimed
 from lit_prune.checkpoint.outputs import check_output, check_space
 from lit_prune.checkpoint.save import save_pruned
@@ -88,7 +88,7 @@ def prune(
 
         before = evaluated()
         with _resumable(trainer, journal), on_device(trainer, model):
-            report = callback.prune(trainer, model, batches, journal, resume == "auto")
+            report = callback.prune(trainer, model, batches, Request(callback.plan, journal, resume == "auto"))
         after = evaluated()
 
         report.evaluation = {

@@ -228,7 +228,9 @@ def test_a_sharded_start_is_kept_and_exported_and_counts_for_no_step(tmp_path: P
 def test_another_schedule_is_refused_when_training_goes_on(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2, save_top_k=-1)
     fit(checkpoint, steps=2, lr_scheduler=WarmupCosine)
-    with pytest.raises(InputError, match=r"model\.lr_scheduler was 'WarmupCosine' and is now None; use the settings it"):
+    with pytest.raises(
+        InputError, match=r"model\.lr_scheduler was 'WarmupCosine' and is now None; use the settings it"
+    ):
         fit(resume=tmp_path / "half.ckpt")
 
 
