@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral import modeling_mixtral
 
 from lit_prune.internals.lightning import OVERRIDDEN
+from lit_prune.internals.lm_eval import DESCRIBE, without_description
 
 ROOT = Path(__file__).parents[1]
 INTERNALS = ROOT / "lit_prune" / "internals"
@@ -117,3 +118,13 @@ def test_a_private_name_is_still_there(owner: Any, name: str, file: str) -> None
 )
 def test_a_private_name_of_deepspeed_is_still_there(module: str, name: str) -> None:
     assert name in source_of_deepspeed(module), f"deepspeed has taken {name} away: see lit_prune/internals/deepspeed.py"
+
+
+@pytest.mark.parametrize("name", DESCRIBE)
+def test_a_function_that_lm_eval_is_kept_from_calling_is_still_called(name: str) -> None:
+    evaluator = pytest.importorskip("lm_eval.evaluator")
+    assert f"{name}(" in inspect.getsource(evaluator.simple_evaluate), "see lit_prune/internals/lm_eval.py"
+    original = getattr(evaluator, name)
+    with without_description():
+        assert getattr(evaluator, name)({}) is None
+    assert getattr(evaluator, name) is original

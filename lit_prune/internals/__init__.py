@@ -1,1 +1,1 @@
-"""Access to private names of other libraries, one file per library; no other file uses private names."""
+"""Private names and replaced functions of other libraries, one file per library; no other file has any."""

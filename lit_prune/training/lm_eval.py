@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError, first_line
+from lit_prune.internals.lm_eval import without_description
 from lit_prune.models.quiet import quiet_hub
 from lit_prune.reporting.report import Scores
 
@@ -61,7 +62,7 @@ class Harness:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        with _quiet():
+        with _quiet(), without_description():
             try:
                 language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
                 found = simple_evaluate(
