@@ -246,7 +246,7 @@ def test_every_part_of_a_report_is_in_the_schema(tmp_path: Path, write_task: Cal
         "reconstruction": {"class_path": "Reconstruction", "init_args": {"steps": 2}},
     }
     config, out = write_config(tmp_path, plan=plan), tmp_path / "out"
-    tasks = ["--tasks", "[sums]", "--harness.include_path", str(write_task(tmp_path / "tasks"))]
+    tasks = ["--tasks", "[sums]", "--harness.include_path", str(write_task(tmp_path / "tasks")), "--harness.trust=true"]
     assert main(["prune", "-c", config, "--output", str(out), *tasks]) == 0
     check_report(out)
     report = read_json(out / "pruning.json")
@@ -394,7 +394,8 @@ def test_tasks_are_run_before_and_after_pruning_and_on_a_saved_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], write_task: Callable[[Path], Path]
 ) -> None:
     config, out, scores = write_config(tmp_path), tmp_path / "out", tmp_path / "scores.json"
-    harness = ["--tasks", "[sums]", "--harness.include_path", str(write_task(tmp_path / "tasks"))]
+    folder = str(write_task(tmp_path / "tasks"))
+    harness = ["--tasks", "[sums]", "--harness.include_path", folder, "--harness.trust", "true"]
     assert main(["prune", "-c", config, "--output", str(out), *harness]) == 0
     assert "sums, acc" in capsys.readouterr().out
     tasks = read_json(out / "pruning.json")["evaluation"]["tasks"]
@@ -411,6 +412,7 @@ def test_tasks_are_run_before_and_after_pruning_and_on_a_saved_folder(
     fails_with("there is no such folder", capsys, *evaluate, *harness[:2], "--harness.include_path", "nowhere")
     fails_with("did you mean .*sums", capsys, *evaluate, "--tasks", "[sumz]", *harness[2:])
     fails_with("harness.limit is 0", capsys, *evaluate, *harness, "--harness.limit", "0")
+    fails_with("may run code.*--harness.trust true", capsys, *evaluate, *harness[:4])
 
 
 def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

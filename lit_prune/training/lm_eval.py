@@ -25,7 +25,9 @@ class Harness:
     """Settings of lm-evaluation-harness."""
 
     include_path: str | None = None
-    """Folder with custom task files (YAML); null = none."""
+    """Folder with custom task files (YAML), which need trust; null = none."""
+    trust: bool = False
+    """Allow the task files of include_path, which may run code."""
     num_fewshot: int | None = None
     """Number of few-shot examples before each question; null = the task's default."""
     limit: int | None = None
@@ -37,6 +39,11 @@ class Harness:
         """Validate the arguments."""
         if self.include_path is not None and not os.path.isdir(os.path.expanduser(self.include_path)):
             raise InputError(f"harness.include_path is {self.include_path!r}: there is no such folder")
+        if self.include_path is not None and not self.trust:
+            raise InputError(
+                f"harness.include_path is {self.include_path!r}: task files may run code; if you trust their author, "
+                "add --harness.trust true"
+            )
         for name, value, least in (("num_fewshot", self.num_fewshot, 0), ("limit", self.limit, 1)):
             if value is not None and value < least:
                 raise InputError(f"harness.{name} is {value}: it must be {least} or more, or null")
