@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
-from torch import nn
+from torch import OutOfMemoryError, nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_prune.errors import InputError, first_line
+from lit_prune.errors import InputError, NumericalError, first_line
 from lit_prune.internals.lm_eval import without_description
 from lit_prune.models.quiet import quiet_hub
 from lit_prune.reporting.report import Scores
@@ -63,15 +64,15 @@ class Harness:
             tasks: names of tasks or groups of tasks.
 
         Raises:
-            InputError: if lm-eval is not installed, a task is unknown, or its data cannot be loaded.
+            InputError: if lm-eval is not installed, a task is unknown, cannot be run or has no scores.
         """
         manager = self._manager(tasks)
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         with _quiet(), without_description():
-            try:
-                language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
+            language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
+            with self._mistakes(tasks):
                 found = simple_evaluate(
                     language_model,
                     tasks=list(tasks),
@@ -81,13 +82,14 @@ class Harness:
                     log_samples=False,
                     bootstrap_iters=1000,
                 )
-            except (ConnectionError, FileNotFoundError) as error:
-                raise InputError(
-                    f"tasks are {', '.join(tasks)}: their data cannot be had ({first_line(error)}); run this once with "
-                    "a network, which fills the cache, or give tasks of your own with harness.include_path"
-                ) from error
         assert found is not None  # only nonzero ranks get None, and this is a single process
-        return {task: _scores(values) for task, values in found["results"].items()}
+        scores = {task: _scores(values) for task, values in found["results"].items()}
+        for name, values in scores.items():
+            if not values and not found["group_subtasks"].get(name):
+                raise InputError(
+                    f"tasks are {', '.join(tasks)}: {name!r} has no scores; tasks need metrics, and groups need tasks"
+                )
+        return scores
 
     def _manager(self, tasks: Sequence[str]) -> Any:
         """Return a task manager that knows all ``tasks``; the harness's own thousands are indexed only if needed."""
@@ -98,20 +100,64 @@ class Harness:
         if not tasks:
             raise InputError("tasks are empty: name some, such as --tasks '[arc_easy, piqa]'")
         path = None if self.include_path is None else str(Path(self.include_path).expanduser())
-        if path is not None:
-            own = TaskManager(include_path=path, include_defaults=False)
-            if not _unknown(own, tasks):
-                return own
-        manager = TaskManager(include_path=path)
+        with self._mistakes(tasks):
+            if path is not None:
+                own = TaskManager(include_path=path, include_defaults=False)
+                if not _unknown(own, tasks):
+                    return own
+            manager = TaskManager(include_path=path)
         for task in _unknown(manager, tasks):
             near = get_close_matches(task, manager.all_tasks, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks lists them"
-            raise InputError(f"tasks name {task!r}, which lm-evaluation-harness does not know: {hint}")
+            source = "lm-evaluation-harness does not define"
+            if path is not None:
+                source = f"neither a valid file in harness.include_path {path!r} nor lm-evaluation-harness defines"
+            raise InputError(f"tasks name {task!r}, which {source}: {hint}")
         return manager
+
+    @contextmanager
+    def _mistakes(self, tasks: Sequence[str]) -> Iterator[None]:
+        """Convert an error in a task to an ``InputError``."""
+        try:
+            yield
+        except BaseException as error:
+            clear_frames(error.__traceback__)  # closes the harness's progress bar, which ends its line
+            if message := self._mistake(error):
+                raise InputError(f"tasks are {', '.join(tasks)}: {message}") from error
+            raise
+
+    def _mistake(self, error: BaseException) -> str | None:
+        """Return a message for an error in a task; None if another part failed, or the command was interrupted."""
+        if isinstance(error, (NumericalError, MemoryError, OutOfMemoryError)):
+            return None
+        if isinstance(error, (ConnectionError, FileNotFoundError)):
+            own = "give tasks of your own with harness.include_path" if self.include_path is None else self._remedy()
+            return (
+                f"their data cannot be loaded ({first_line(error)}); run this once with a network, which fills the "
+                f"cache, or {own}"
+            )
+        users = ValueError if self.include_path is None else (Exception, SystemExit)
+        return f"they cannot be run ({_reason(error)}); {self._remedy()}" if isinstance(error, users) else None
+
+    def _remedy(self) -> str:
+        """Return the values to check after an error in a task."""
+        path = self.include_path
+        files = "tasks" if path is None else f"the task files in harness.include_path {path!r}"
+        return f"check {files}" if self.num_fewshot is None else f"check {files} and harness.num_fewshot"
 
 
 def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:
-    return [task for task in tasks if not manager.match_tasks([task])]
+    return [task for task in tasks if task not in manager.all_tasks]
+
+
+def _reason(error: BaseException) -> str:
+    """Return the type and message of an error's cause, or of the error itself if it has none.
+
+    >>> _reason(KeyError("question"))
+    "KeyError: 'question'"
+    """
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {first_line(cause)}" if str(cause).strip() else type(cause).__name__
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
