@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_prune.checkpoint.folders import inside
-from lit_prune.errors import InputError, first_line
+from lit_prune.errors import InputError, damage
 from lit_prune.ops import PackedMask
 
 BITMASK_FILE = "model.bitmask.safetensors"
 _FORMAT = "lit-prune bitmask: NAME.kept in the order of the bits of NAME.mask, least significant bit first, row by row"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save_bitmask(path: Path, model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
@@ -61,16 +63,37 @@ def read_bitmask(path: str | Path) -> dict[str, Tensor]:
         try:
             shapes, tied = json.loads(metadata["shapes"]), json.loads(metadata["tied"])
             parts = {f"{name}.{part}" for name in shapes for part in ("kept", "mask")}
-            found = {name: handle.get_tensor(name) for name in handle.keys() if name not in parts}  # noqa: SIM118
+            stored = set(handle.keys())
+            _check_names(shapes, tied, parts, stored)
+            found = {name: handle.get_tensor(name) for name in sorted(stored - parts)}
             for name, shape in shapes.items():
-                kept = handle.get_tensor(f"{name}.kept")
-                keep = PackedMask(handle.get_tensor(f"{name}.mask"), tuple(shape)).unpack()
-                if kept.shape != (int(keep.sum()),):
-                    raise InputError(f"{name} keeps {int(keep.sum())} weights, and the file has {list(kept.shape)}")
-                found[name] = kept.new_zeros(shape).masked_scatter_(keep, kept)
+                found[name] = _unpacked(name, shape, handle)
             return found | {name: found[owner] for name, owner in tied.items()}
-        except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"the bitmask model {str(path)!r} is damaged ({first_line(error)})") from error
+        except (InputError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"the bitmask model {str(path)!r} is damaged ({damage(error)})") from error
+
+
+def _check_names(shapes: Mapping[str, Any], tied: Mapping[str, str], parts: set[str], stored: set[str]) -> None:
+    """Raise ``InputError`` if a file lacks a tensor, or has two values for one name."""
+    for fault, names in (
+        ("lacks {}", parts - stored),
+        ("holds {} both with a mask and without one", shapes.keys() & stored),
+        ("holds {}, which is tied to another tensor", tied.keys() & (stored | shapes.keys())),
+        ("lacks {}, to which another tensor is tied", set(tied.values()) - ((stored - parts) | shapes.keys())),
+    ):
+        if names:
+            raise InputError(f"it {fault.format(min(names))}")
+
+
+def _unpacked(name: str, shape: Sequence[int], handle: Any) -> Tensor:
+    """Return a tensor with a mask in its full shape."""
+    kept = handle.get_tensor(f"{name}.kept")
+    if kept.dtype not in _DTYPES:
+        raise InputError(f"it holds {name}.kept as {kept.dtype}: it must be float32, bfloat16, float16 or float64")
+    keep = PackedMask(handle.get_tensor(f"{name}.mask"), tuple(shape)).unpack()
+    if kept.shape != (int(keep.sum()),):
+        raise InputError(f"{name} keeps {int(keep.sum())} weights, and the file has {list(kept.shape)}")
+    return kept.new_zeros(shape).masked_scatter_(keep, kept)
 
 
 @contextmanager
