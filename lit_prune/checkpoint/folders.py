@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lit_prune.checkpoint.files import read_json
-from lit_prune.errors import InputError
+from safetensors import SafetensorError, safe_open
+
+from lit_prune.checkpoint.files import read_json, tensor_names
+from lit_prune.errors import InputError, first_line
 
 _OBJECTS = ("config.json", "generation_config.json")
 _TOKENIZER_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -17,6 +19,19 @@ _TOKENIZER_ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")
 """Files whose values become arguments of a tokenizer, which opens a value that is a file name."""
 _NOT_OPENED = ("name_or_path", "special_tokens_map_file")
 """Values that record an earlier location of a tokenizer, and are never opened."""
+SINGLE_FILE = "model.safetensors"
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights, as safetensors names them."""
+_SIZES = (
+    "vocab_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""Values of a config; a model has at least as many weights as each of them times its hidden size."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
@@ -35,11 +50,7 @@ def check_folder(folder: Path, pretrained: str) -> None:
     asked = f"model.pretrained is {pretrained!r}"
     if not (folder / "config.json").is_file():
         raise InputError(f"{asked}: the folder has no config.json, so it is not a model")
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{asked}: the folder has an adapter_config.json, so it is an adapter and no model; merge it into "
-            "its model first (merge_and_unload in peft)"
-        )
+    check_no_adapter(folder, pretrained)
     for place, folders, names in os.walk(folder, onerror=_cannot_be_read):
         for name in (*folders, *names):
             inside(folder, os.path.relpath(Path(place, name), folder))
@@ -49,6 +60,15 @@ def check_folder(folder: Path, pretrained: str) -> None:
     _check_objects(folder, _OBJECTS)
     for index in folder.glob("*.index.json"):
         _check_weight_map(folder, index)
+
+
+def check_no_adapter(folder: Path, pretrained: str) -> None:
+    """Raise ``InputError`` if a folder contains an adapter."""
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"model.pretrained is {pretrained!r}: the folder has an adapter_config.json, so it is an adapter and no "
+            "model; merge it into its model first (merge_and_unload in peft)"
+        )
 
 
 def check_tokenizer_files(folder: Path) -> None:
@@ -103,11 +123,7 @@ def check_size(folder: Path, config: Any, weights_per_byte: int = 1) -> None:
         weights_per_byte: maximum number of weights per byte of a file.
     """
     config = config.get_text_config()
-    sizes = {
-        name: value
-        for name in ("vocab_size", "num_hidden_layers", "intermediate_size", "hidden_size")
-        if isinstance(value := getattr(config, name, None), int)
-    }
+    sizes = {name: value for name in _SIZES if isinstance(value := getattr(config, name, None), int)}
     largest = max(sizes, key=lambda name: sizes[name], default=None)
     files = [file for pattern in _WEIGHTS for file in folder.glob(pattern) if file.name != "masks.safetensors"]
     held = sum(file.stat().st_size for file in files) * weights_per_byte
@@ -153,14 +169,53 @@ def _outside(folder: Path, name: str) -> Path | None:
     return next((target for target in targets if not _belongs(target, folder)), None)
 
 
-def _check_weight_map(folder: Path, index: Path) -> None:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files with the weights of a model: a single one, those of its index, or both."""
+    index = folder / f"{SINGLE_FILE}.index.json"
+    named = set(_weight_map(index).values()) if index.is_file() else set()
+    files = [folder / name for name in sorted({*named, SINGLE_FILE}) if name.endswith(".safetensors")]
+    return [file for file in files if file.is_file()]
+
+
+def stored_dtypes(file: Path) -> dict[str, str]:
+    """Return the dtypes of the tensors in a safetensors file by name, such as ``BF16``, without reading them."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{str(file)!r} cannot be read as safetensors ({first_line(error)})") from error
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
     weight_map = _read_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{str(index)!r} has no weight_map from the names of weights to those of files")
+    return weight_map
+
+
+def _check_weight_map(folder: Path, index: Path) -> None:
+    """Raise ``InputError`` if an index names files outside its folder, or other tensors than its shards contain."""
+    weight_map = _weight_map(index)
     for name in sorted(set(weight_map.values())):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(
                 f"{str(folder)!r}: {name!r}, which {index.name} names, is outside of the folder; copy it there"
+            )
+    shards = {name for name in weight_map.values() if name.endswith(".safetensors")}
+    # The loader names a missing file.
+    stored = {name: tensor_names(folder / name) for name in sorted(shards) if (folder / name).is_file()}
+    for name, shard in sorted(weight_map.items()):
+        if name not in stored.get(shard, {name}):
+            raise InputError(
+                f"{str(folder / shard)!r} lacks {name}, which is there according to {index.name}; the index and its "
+                "shards do not belong together"
+            )
+    for shard, names in stored.items():
+        if others := [name for name in sorted(names) if weight_map.get(name) != shard]:
+            place = f"places in {weight_map[others[0]]!r}" if others[0] in weight_map else "does not list"
+            raise InputError(
+                f"{str(folder / shard)!r} holds {others[0]}, which {index.name} {place}; "
+                "the index and its shards do not belong together"
             )
 
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+from lit_prune.checkpoint.files import read_json
+from lit_prune.checkpoint.folders import FLOATING, stored_dtypes, weight_files
 from lit_prune.errors import InputError
 from lit_prune.internals.transformers import ignored_keys
 
 _OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 """Regular expressions of buffers that older versions of transformers saved, and newer ones compute."""
+
+
+def on_meta(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the model of a config on the meta device, where its weights take no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def check_complete(found: Mapping[str, Any], pretrained: str) -> None:
@@ -45,6 +56,22 @@ def ignored_by(model: Any, name: str) -> bool:
     """Return whether a model ignores a weight that is in its files."""
     patterns = (*ignored_keys(model), *_OBSOLETE)
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def check_dtypes(folder: Path, model: nn.Module) -> None:
+    """Raise ``InputError`` if a parameter of a model is stored in a dtype other than floating point.
+
+    It would be cast silently. Stored buffers may be integers. Quantized models, whose quantizer reads other dtypes, are
+    exempt.
+    """
+    if (folder / "config.json").is_file() and "quantization_config" in read_json(folder / "config.json"):
+        return
+    buffers = {name for name, _ in model.named_buffers()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # checkpoints without a head lack this prefix
+    for file in weight_files(folder):
+        for name, dtype in stored_dtypes(file).items():
+            if dtype not in FLOATING and not {name, f"{prefix}{name}"} & buffers and not ignored_by(model, name):
+                raise InputError(f"{str(file)!r} holds {name} as {dtype}: a weight must be {', '.join(FLOATING)}")
 
 
 def check_finite(name: str, values: Tensor, where: str) -> None:
