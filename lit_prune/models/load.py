@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +24,11 @@ from lit_prune.checkpoint.folders import check_folder
 from lit_prune.errors import InputError
 from lit_prune.internals.transformers import has_adapter
 from lit_prune.models.experts import apart
+from lit_prune.models.gguf import check_described_weights, check_gguf
 from lit_prune.models.locate import RANDOM, explained, locate
 from lit_prune.models.quiet import quiet_transformers
 from lit_prune.models.tokenizer import byte_tokenizer
-from lit_prune.models.weights import check_all_finite, check_complete
+from lit_prune.models.weights import check_all_finite, check_complete, check_dtypes
 from lit_prune.sharding.offload import open_lazily
 
 
@@ -52,7 +54,9 @@ def load_model(
     """
     if lazy is not None:
         with explained(pretrained):
-            return open_lazily(pretrained, lazy, dtype, trust_remote_code)
+            model = open_lazily(pretrained, lazy, dtype, trust_remote_code)
+            check_dtypes(_folder(pretrained), model)
+            return model
     if pretrained == RANDOM:
         return _random_model(config, dtype or torch.float32).eval()
     if (Path(pretrained).expanduser() / BITMASK_FILE).is_file():
@@ -60,7 +64,11 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     with explained(pretrained):
         location, extra = locate(pretrained)
-        if not extra:
+        if extra:
+            file = Path(pretrained).expanduser()
+            if stored := check_gguf(file, pretrained):
+                check_described_weights(file, pretrained, stored)
+        else:
             read_config(location, pretrained, trust_remote_code)
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with quiet_transformers():  # transformers prints a table; the errors are reported below in one line
@@ -69,6 +77,8 @@ def load_model(
         if has_adapter(model):
             raise InputError(f"model.pretrained is {pretrained!r}: it is an adapter; merge it into its model first")
         check_complete(found, pretrained)
+        if not extra:
+            check_dtypes(_folder(location), model)
         check_all_finite(model, f"model.pretrained is {pretrained!r}")
     if extra:  # transformers has dequantised the GGUF file to a plain float model
         vars(model.config).pop("quantization_config", None)
@@ -85,6 +95,7 @@ def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bo
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         load_generation_config(folder, model)
     weights = read_bitmask(folder)
+    _check_bitmask_dtypes(folder / BITMASK_FILE, weights, model, config.dtype or torch.float32)
     with apart(model) if not model.state_dict().keys() <= weights.keys() else nullcontext():
         try:
             # In the dtypes of the file, which may differ between tensors.
@@ -97,6 +108,23 @@ def _load_bitmask(folder: Path, dtype: torch.dtype | None, trust_remote_code: bo
     model.tie_weights()
     check_all_finite(model, f"model.pretrained is {str(folder)!r}")
     return model
+
+
+def _check_bitmask_dtypes(file: Path, weights: Mapping[str, Tensor], model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise ``InputError`` if a parameter is neither in the dtype of the config nor in float32, which some models keep.
+
+    Tensors keep the dtypes of the file, and a layer whose weight has another one than its inputs fails.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, values in weights.items():
+        if name not in buffers and values.dtype not in (dtype, torch.float32):
+            raise InputError(f"{str(file)!r} holds {name} as {values.dtype}: it must be {dtype}, as in config.json")
+
+
+def _folder(location: str) -> Path:
+    """Return the folder of a model that has been loaded; for a name on the hub, the folder in the hub's cache."""
+    folder = Path(location).expanduser()
+    return folder if folder.is_dir() else Path(snapshot_download(location, local_files_only=True))
 
 
 def _random_model(config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Module:

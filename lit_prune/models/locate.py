@@ -9,9 +9,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import StrictDataclassError
 from yaml import YAMLError
 
-from lit_prune.checkpoint.folders import check_folder
+from lit_prune.checkpoint.folders import check_folder, check_no_adapter
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.quiet import quiet_hub
 
@@ -53,6 +54,7 @@ def locate(pretrained: str) -> tuple[str, dict[str, str]]:
             raise InputError(
                 f"model.pretrained is {pretrained!r}: a file must be a .gguf file; give the model's folder"
             )
+        check_no_adapter(path.parent, pretrained)  # transformers would load the model that the adapter names
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         check_folder(path, pretrained)
@@ -85,6 +87,11 @@ def explained(pretrained: str, remedy: str = MODEL_REMEDY) -> Iterator[None]:
         raise InputError(
             f"model.pretrained is {pretrained!r}: its weights hold more than tensors, so they may run code, and are "
             "not loaded; give a model in safetensors files"
+        ) from error
+    except StrictDataclassError as error:  # its message has a second line, with the reason
+        raise InputError(
+            f"model.pretrained is {pretrained!r}: its config has an invalid value ({' '.join(str(error).split())}); "
+            "correct it, or download the model again"
         ) from error
     except Exception as error:  # transformers and tokenizers raise various types
         raise InputError(

@@ -16,20 +16,25 @@ from transformers import (
 )
 
 from lit_prune.checkpoint.folders import TOKENIZER_FILES, check_tokenizer_files
+from lit_prune.models.gguf import check_gguf
 from lit_prune.models.locate import MODEL_REMEDY, RANDOM, explained, hub_model, locate
+
+_REMEDY = "correct its config.json, or copy the files of its tokenizer into the folder"
 
 
 def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of ``pretrained`` (a byte tokenizer for ``random``)."""
     if pretrained == RANDOM:
         return byte_tokenizer()
-    remedy = "copy the files of its tokenizer into the folder" if hub_model(pretrained) is None else MODEL_REMEDY
+    remedy = _REMEDY if hub_model(pretrained) is None else MODEL_REMEDY
     with explained(pretrained, remedy):
         location, extra = locate(pretrained)
         if hub_model(pretrained) is not None:
             files = snapshot_download(pretrained, allow_patterns=[*TOKENIZER_FILES, "*.json"])
             check_tokenizer_files(Path(files))
-        elif not extra:
+        elif extra:
+            check_gguf(Path(pretrained).expanduser(), pretrained)
+        else:
             check_tokenizer_files(Path(location))
         return AutoTokenizer.from_pretrained(location, **extra, trust_remote_code=trust_remote_code)
 

@@ -127,6 +127,26 @@ def ask_for_many_layers(folder: Path) -> None:
     change_config(folder, num_hidden_layers=10**9)
 
 
+def ask_for_huge_heads(folder: Path) -> None:
+    change_config(folder, head_dim=10**9)
+
+
+def give_a_value_of_another_type(folder: Path) -> None:
+    change_config(folder, rms_norm_eps="small")
+
+
+def store_integers(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({Q: weights[Q].to(torch.int8)}))
+
+
+def store_bools(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(32, dtype=torch.bool)}))
+
+
+def store_complex_numbers(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["lm_head.weight"] + 0j}))
+
+
 def name_no_weights(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
 
@@ -166,6 +186,11 @@ DAMAGES = {
     ask_for_a_huge_vocabulary: r"config\.json' has vocab_size 10,000,000,000, for which the weights .* are too few",
     ask_for_huge_layers: r"has intermediate_size 100,000,000,000, for which",
     ask_for_many_layers: r"has num_hidden_layers 1,000,000,000, for which",
+    ask_for_huge_heads: r"has head_dim 1,000,000,000, for which",
+    give_a_value_of_another_type: r"Field 'rms_norm_eps' expected float, got str .*; correct it",
+    store_integers: r"model\.safetensors' holds model\.layers\.1\.self_attn\.q_proj\.weight as I8: a weight must",
+    store_bools: r"model\.safetensors' holds model\.norm\.weight as BOOL",
+    store_complex_numbers: r"model\.safetensors' holds lm_head\.weight as C64",
     name_no_weights: r"model\.safetensors\.index\.json' has no weight_map",
     become_an_adapter: "it is an adapter and no model",
     spoil_a_norm: r"model\.norm\.weight holds NaN or Inf in 1 of 32 places",
@@ -220,16 +245,61 @@ def test_a_shard_that_is_damaged_or_lost_is_named(
     load_model(str(tmp_path / "model"), **options)
 
 
-def test_a_weight_that_the_index_puts_into_another_file_is_missed(
-    tiny_model: Callable[..., nn.Module], tmp_path: Path
+def place_elsewhere(index: dict[str, str], folder: Path) -> None:
+    index[Q] = index["model.norm.weight"]
+
+
+def leave_out(index: dict[str, str], folder: Path) -> None:
+    del index[Q]
+
+
+def list_another(index: dict[str, str], folder: Path) -> None:
+    index["another"] = index[Q]
+
+
+def store_twice(index: dict[str, str], folder: Path) -> None:
+    file = folder / index["model.norm.weight"]
+    save_file({**load_file(file), Q: torch.ones(32, 32)}, file, {"format": "pt"})
+
+
+INDICES = {
+    place_elsewhere: rf"lacks {Q}, which is there according to model\.safetensors\.index\.json",
+    leave_out: rf"model-\d+-of-\d+\.safetensors' holds {Q}, which model\.safetensors\.index\.json does not list",
+    list_another: "lacks another, which is there according to",
+    store_twice: rf"holds {Q}, which model\.safetensors\.index\.json places in 'model-\d+-of-",
+}
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(("change", "said"), INDICES.items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_an_index_that_differs_from_its_shards_is_refused(
+    change: Callable[[dict[str, str], Path], None],
+    said: str,
+    lazy: bool,
+    tiny_model: Callable[..., nn.Module],
+    tmp_path: Path,
 ) -> None:
     tiny_model().save_pretrained(tmp_path / "model", max_shard_size="20KB")  # type: ignore[operator]
     index = tmp_path / "model" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"] |= {Q: content["weight_map"]["model.norm.weight"]}
+    change(content["weight_map"], tmp_path / "model")
     index.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=rf"lacks {Q}, which is there according to"):
-        load_model(str(tmp_path / "model"), lazy=tmp_path / "changes")
+    with pytest.raises(InputError, match=said):
+        load_model(str(tmp_path / "model"), **({"lazy": tmp_path / "changes"} if lazy else {}))
+
+
+def test_buffers_may_be_of_other_dtypes(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)  # type: ignore[operator]
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()  # which older versions of transformers saved
+    change_weights(tmp_path, lambda weights: weights.update({"transformer.h.0.attn.bias": mask}))
+    load_model(str(tmp_path))
+
+
+def test_a_config_with_an_invalid_value_is_not_blamed_on_the_tokenizer(folder: Path) -> None:
+    give_a_value_of_another_type(folder)
+    with pytest.raises(InputError, match=r"Field 'rms_norm_eps' expected float, got str .*; correct it") as raised:
+        load_tokenizer(str(folder))
+    assert "tokenizer" not in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -333,22 +403,56 @@ def test_damaged_masks_are_refused_in_one_line(damage: dict[str, object], folder
     assert "\n" not in str(raised.value)
 
 
-def test_a_damaged_bitmask_model_is_refused_in_one_line(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+KEPT, NORM = f"{Q}.kept", "model.norm.weight"
+BITMASKS = {
+    "too few kept": ({KEPT: torch.zeros(7)}, {}, "keeps 1024 weights, and the file has"),
+    "too few bits": ({f"{Q}.mask": torch.zeros(7, dtype=torch.uint8)}, {}, r"\[128\] is needed"),
+    "no kept": ({KEPT: None}, {}, f"lacks {KEPT}"),
+    "no mask": ({f"{Q}.mask": None}, {}, rf"lacks {Q}\.mask"),
+    "integers": ({KEPT: torch.zeros(1024, dtype=torch.int8)}, {}, rf"holds {KEPT} as torch\.int8: it must be float32"),
+    "float8": ({KEPT: torch.zeros(1024).to(torch.float8_e4m3fn)}, {}, rf"holds {KEPT} as torch\.float8_e4m3fn"),
+    "complex": ({KEPT: torch.zeros(1024, dtype=torch.complex64)}, {}, rf"holds {KEPT} as torch\.complex64"),
+    "kept in float64": (
+        {KEPT: torch.zeros(1024).double()},
+        {},
+        rf"holds {Q} as torch\.float64: it must be torch\.float32",
+    ),
+    "norm in float64": (
+        {NORM: torch.zeros(32).double()},
+        {},
+        rf"holds {NORM} as torch\.float64: it must be torch\.float32",
+    ),
+    "norm of integers": (
+        {NORM: torch.zeros(32).int()},
+        {},
+        rf"holds {NORM} as torch\.int32: it must be torch\.float32",
+    ),
+    "also dense": ({Q: torch.zeros(32, 32)}, {}, f"holds {Q} both with a mask and without one"),
+    "another shape": ({NORM: torch.zeros(3)}, {}, "do not belong together"),
+    "NaN": ({NORM: torch.full((32,), float("nan"))}, {}, f"{NORM} holds NaN or Inf"),
+    "tied to nothing": ({}, {"tied": '{"a": "nowhere"}'}, "lacks nowhere, to which another tensor is tied"),
+    "dense and tied": ({}, {"tied": json.dumps({NORM: Q})}, f"holds {NORM}, which is tied to another tensor"),
+    "masked and tied": ({}, {"tied": json.dumps({Q: NORM})}, f"holds {Q}, which is tied to another tensor"),
+    "deep": ({}, {"shapes": "[" * 100_000}, "is damaged"),
+    "no shapes": ({}, {"shapes": None}, "'shapes' is missing"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "metadata", "said"), BITMASKS.values(), ids=BITMASKS)
+def test_a_damaged_bitmask_model_is_refused_in_one_line(
+    tensors: dict[str, Tensor | None],
+    metadata: dict[str, str | None],
+    said: str,
+    tiny_model: Callable[..., nn.Module],
+    tmp_path: Path,
+) -> None:
     save_pruned(tmp_path / "out", tiny_model(), load_tokenizer("random"), {Q: mask()}, {}, to="bitmask")
     file = tmp_path / "out" / "model.bitmask.safetensors"
     with safe_open(file, "pt") as handle:
-        metadata = dict(handle.metadata())
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # load_file may map the file
-    for change, said in (
-        ({f"{Q}.kept": torch.zeros(7)}, "keeps 1024 weights, and the file has"),
-        ({f"{Q}.mask": torch.zeros(7, dtype=torch.uint8)}, r"\[128\] is needed"),
-        ({"model.norm.weight": torch.zeros(3)}, "do not belong together"),
-        ({"model.norm.weight": torch.full((32,), float("nan"))}, "model.norm.weight holds NaN or Inf"),
-    ):
-        save_file({**tensors, **change}, file, metadata)
-        with pytest.raises(InputError, match=said) as raised:
-            load_model(str(tmp_path / "out"))
-        assert "\n" not in str(raised.value)
-    save_file(tensors, file, {**metadata, "tied": '{"a": "nowhere"}'})
-    with pytest.raises(InputError, match="is damaged"):
+        described = {**handle.metadata(), **metadata}
+    stored = {name: tensor.clone() for name, tensor in load_file(file).items()}  # load_file may map the file
+    stored = {name: tensor for name, tensor in {**stored, **tensors}.items() if tensor is not None}
+    save_file(stored, file, {name: value for name, value in described.items() if value is not None})
+    with pytest.raises(InputError, match=said) as raised:
         load_model(str(tmp_path / "out"))
+    assert str(tmp_path / "out") in str(raised.value) and "\n" not in str(raised.value)
