@@ -204,8 +204,8 @@ MODEL = [
     ("prune --model.config null", "model.pretrained is 'random': model.config must name a"),
     ("prune --model.config.model_type banana", "model.config makes no causal language model (Unrecognized model"),
     ("prune --model.config.hidden_size many", "model.config makes no causal language model ("),
-    ("prune --model.config.hidden_size -8", "model.config makes no causal language model ("),
-    ("prune --model.config.num_hidden_layers 0", "LlamaForCausalLM has no list of decoder blocks with linear"),
+    ("prune --model.config.hidden_size -8", "model.config.hidden_size is -8: it must be at least 1"),
+    ("prune --model.config.num_hidden_layers 0", "model.config.num_hidden_layers is 0: it must be at least 1"),
     ("prune --model.lazy {at}/lazy", "model.pretrained is 'random': model.lazy opens folders with"),
     (
         "export --model.pretrained {at}/pruned --model.config null --to hf-sharded --shard_size banana",

@@ -9,10 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -28,8 +30,21 @@ from lit_prune.models.gguf import check_described_weights, check_gguf
 from lit_prune.models.locate import RANDOM, explained, locate
 from lit_prune.models.quiet import quiet_transformers
 from lit_prune.models.tokenizer import byte_tokenizer
-from lit_prune.models.weights import check_all_finite, check_complete, check_dtypes
+from lit_prune.models.weights import check_all_finite, check_complete, check_dtypes, on_meta
 from lit_prune.sharding.offload import open_lazily
+
+_MOST_LAYERS = 10_000
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+"""Values of a config that are at least 1."""
 
 
 def load_model(
@@ -134,15 +149,45 @@ def _random_model(config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Mo
     model_type = values.pop("model_type")
     values.setdefault("vocab_size", len(byte_tokenizer()))
     try:
+        _check_sizes(model_type, values)
         made = AutoConfig.for_model(model_type, **values)
         _refuse_unknown(values, made)
-        return AutoModelForCausalLM.from_config(made, dtype=dtype)
+        _check_memory(made, dtype)
+        model = AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
+        with torch.no_grad():  # sizes that do not go together may fail only here
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        return model
     except InputError:
         raise
     except Exception as error:  # each architecture raises its own types for invalid values
         raise InputError(
             f"model.config makes no causal language model ({' '.join(str(error).split())[:300]})"
         ) from error
+
+
+def _check_sizes(model_type: str, values: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` if a size is below 1, or if the layers are too many even to be listed."""
+    renamed = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
+    usual = {own: name for name, own in renamed.items()}
+    for name, value in values.items():
+        if not isinstance(value, int) or usual.get(name, name) not in _SIZES:
+            continue
+        if value < 1:
+            raise InputError(f"model.config.{name} is {value}: it must be at least 1")
+        if usual.get(name, name) == "num_hidden_layers" and value > _MOST_LAYERS:
+            raise InputError(f"model.config.{name} is {value:,}: it must be from 1 to {_MOST_LAYERS:,}")
+
+
+def _check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Raise ``InputError`` if a model would take more than the free memory."""
+    model = on_meta(config, dtype)
+    needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise InputError(
+            f"model.config makes a model of {needed / 1e9:,.0f} GB, and {free / 1e9:,.1f} GB of memory are free: lower "
+            "its sizes"
+        )
 
 
 def _refuse_unknown(values: Mapping[str, Any], made: PreTrainedConfig) -> None:

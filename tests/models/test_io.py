@@ -165,6 +165,28 @@ def test_random_needs_a_model_type() -> None:
         load_model("random", config={"model_type": "lama"})
 
 
+@pytest.mark.parametrize(
+    ("model_type", "values", "said"),
+    [
+        ("llama", {"num_hidden_layers": -1}, r"model\.config\.num_hidden_layers is -1: it must be at least 1"),
+        ("llama", {"num_hidden_layers": 10**9}, r"num_hidden_layers is 1,000,000,000: it must be from 1 to 10,000"),
+        ("gpt2", {"n_layer": 10**9}, r"model\.config\.n_layer is 1,000,000,000: it must be from 1 to 10,000"),
+        ("gpt2", {"n_embd": 0}, r"model\.config\.n_embd is 0: it must be at least 1"),
+        ("llama", {"head_dim": 10**9}, r"makes a model of 4,\d{3} GB, and .* GB of memory are free: lower its sizes"),
+        ("llama", {"vocab_size": 10**12}, r"makes a model of 2\d\d,\d{3} GB, and"),
+        ("gpt2", {"n_positions": 10**9}, r"makes a model of 12\d GB, and"),
+        ("llama", {"num_key_value_heads": 3}, r"makes no causal language model \("),
+    ],
+    ids=str,
+)
+def test_a_random_model_of_invalid_sizes_is_refused(
+    model_type: str, values: dict[str, int], said: str, tiny_model: Callable[..., nn.Module]
+) -> None:
+    with pytest.raises(InputError, match=said) as raised:
+        tiny_model(model_type, **values)
+    assert "\n" not in str(raised.value)
+
+
 def test_masks_are_asked_of_the_right_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such file"):
         load_masks(tmp_path)
