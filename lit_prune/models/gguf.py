@@ -55,7 +55,7 @@ def check_gguf(file: Path, pretrained: str) -> int:
             f"{asked}: its {architecture}.block_count is {count:,}, and it has tensors of {len(blocks)} blocks; give a "
             "complete file"
         )
-    largest = max(int(size) for tensor in header.tensors for size in tensor.shape)
+    largest = max((int(size) for tensor in header.tensors for size in tensor.shape), default=0)
     for name, values in sizes.items():
         if max(values, default=0) > largest:
             raise InputError(
