@@ -128,3 +128,9 @@ def test_a_function_that_lm_eval_is_kept_from_calling_is_still_called(name: str)
     with without_description():
         assert getattr(evaluator, name)({}) is None
     assert getattr(evaluator, name) is original
+
+
+def test_gguf_reads_through_the_method_that_is_bounded() -> None:
+    from gguf import GGUFReader
+
+    assert "self._get(" in inspect.getsource(GGUFReader), "GGUFReader reads otherwise: see internals/gguf.py"

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from lit_prune.errors import InputError, damage
+from lit_prune.internals.gguf import open_gguf
 from lit_prune.models.weights import on_meta
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -35,11 +36,9 @@ def check_gguf(file: Path, pretrained: str) -> int:
     """
     if find_spec("gguf") is None:
         return 0  # transformers says how to install it
-    from lit_prune.internals.gguf import BoundedReader
-
     asked = f"model.pretrained is {pretrained!r}"
     try:
-        header = BoundedReader(file)
+        header = open_gguf(file)
         architecture = bytes(header.fields["general.architecture"].parts[-1]).decode()
         (count,) = _integers(header.fields[f"{architecture}.block_count"])
         sizes = {
