@@ -153,10 +153,8 @@ def _random_model(config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Mo
         made = AutoConfig.for_model(model_type, **values)
         _refuse_unknown(values, made)
         _check_memory(made, dtype)
-        model = AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
-        with torch.no_grad():  # sizes that do not go together may fail only here
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-        return model
+        _check_heads(made)
+        return AutoModelForCausalLM.from_config(made, dtype=dtype)
     except InputError:
         raise
     except Exception as error:  # each architecture raises its own types for invalid values
@@ -176,6 +174,13 @@ def _check_sizes(model_type: str, values: Mapping[str, Any]) -> None:
             raise InputError(f"model.config.{name} is {value}: it must be at least 1")
         if usual.get(name, name) == "num_hidden_layers" and value > _MOST_LAYERS:
             raise InputError(f"model.config.{name} is {value:,}: it must be from 1 to {_MOST_LAYERS:,}")
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    """Raise ``InputError`` if key and value heads cannot be shared equally; the forward pass would fail."""
+    heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise InputError(f"model.config.num_key_value_heads is {shared}: it must divide num_attention_heads, {heads}")
 
 
 def _check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:

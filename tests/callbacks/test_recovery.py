@@ -366,7 +366,7 @@ def test_bad_range_tests_are_refused(dense: str) -> None:
 
 
 def test_adapters_and_a_later_pruning_are_refused(dense: str) -> None:
-    with pytest.raises(InputError, match="prunes until step 6, and adapters train"):
+    with pytest.raises(InputError, match="prunes until step 6, and adapters are trained"):
         trainer(magnitude(Cubic(start=0, end=6, every=3)), KeepMasks()).fit(lit(dense, LoRA(2)), data())
 
 

@@ -174,8 +174,8 @@ def test_random_needs_a_model_type() -> None:
         ("gpt2", {"n_embd": 0}, r"model\.config\.n_embd is 0: it must be at least 1"),
         ("llama", {"head_dim": 10**9}, r"makes a model of 4,\d{3} GB, and .* GB of memory are free: lower its sizes"),
         ("llama", {"vocab_size": 10**12}, r"makes a model of 2\d\d,\d{3} GB, and"),
-        ("gpt2", {"n_positions": 10**9}, r"makes a model of 12\d GB, and"),
-        ("llama", {"num_key_value_heads": 3}, r"makes no causal language model \("),
+        ("gpt2", {"n_positions": 10**11}, r"makes a model of 12,\d{3} GB, and"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads is 3: it must divide num_attention_heads, 4"),
     ],
     ids=str,
 )
