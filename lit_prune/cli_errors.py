@@ -29,7 +29,7 @@ _KNOWN = {
 }
 PEER_GONE = "another process ended; its error is above"
 """Message of a process that waited in vain for another one."""
-_PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Socket Timeout|Broken pipe")
+_PEER_GONE = re.compile(r"(gloo|pair\.cc|NCCL|ProcessGroup).*(closed by peer|reset by peer|Broken pipe)", re.DOTALL)
 """Regular expression of the errors of a collective operation in which another process is missing."""
 _LONGEST = 600
 """Maximum number of characters of a message."""
@@ -89,7 +89,7 @@ def _refusal_of_library(error: BaseException) -> str | None:
     """Return one line if a library rejected a value, else None; Lightning checks most settings only at run time."""
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    if _PEER_GONE.search(str(error)):
+    if isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):
         return PEER_GONE
     if raised_in.startswith("torch.optim"):
         option = "lr_scheduler" if raised_in == "torch.optim.lr_scheduler" else "optimizer"

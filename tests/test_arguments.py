@@ -249,7 +249,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal() -> None:
 
 
 def test_one_process_of_several_says_what_all_meet(tmp_path: Path) -> None:
-    """Both refuse the same folder; and if only the second one fails, the first one does not call that an error."""
+    """Both refuse the same folder."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     run = "fit -c recipes/demo -c strategies/ddp --data.dataset embedded --trainer.max_steps 1 --trainer.logger false"
@@ -263,6 +263,8 @@ def test_one_process_of_several_says_what_all_meet(tmp_path: Path) -> None:
 
 def test_a_process_without_the_other_one_names_no_error_of_its_own() -> None:
     assert explain(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234")) == (PEER_GONE, 2)
+    for other in (ConnectionResetError("Connection reset by peer"), RuntimeError("Broken pipe")):  # of a hub, a worker
+        assert explain(other)[0] != PEER_GONE
 
 
 def test_a_closed_pipe_ends_the_command_without_a_word() -> None:

@@ -79,7 +79,8 @@ class LayerReport:
             raise ValueError(f"{name}.shape is {list(layer.shape)}, and its mask has {list(mask.shape)}")
         if abs(layer.reached - (pruned := 1 - mask.kept / mask.numel)) > _ROUNDING:
             raise ValueError(f"{name}.reached is {layer.reached}, and its mask prunes {pruned:.6f}")
-        _check_above(f"{name}.output_error", layer.output_error, layer.seconds)
+        _check_above(f"{name}.output_error", layer.output_error)
+        _check_above(f"{name}.seconds", layer.seconds)
         return layer
 
 

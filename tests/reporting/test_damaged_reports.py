@@ -138,7 +138,7 @@ DAMAGES = [
     ("banana", 1, "banana is unknown"),
     ("layers.0.reached", 0.99, r"layers\[0\]\.reached is 0\.99, and its mask prunes 0\.800000"),
     ("layers.0.output_error", -1.0, r"layers\[0\]\.output_error has -1\.0: it must be a number of at least 0"),
-    ("layers.0.seconds", math.inf, r"layers\[0\]\.output_error has inf: it must be a number"),
+    ("layers.0.seconds", math.inf, r"layers\[0\]\.seconds has inf: it must be a number"),
     ("allocation", {"a.q": 9.0, "b.q": 0.8}, r"sparsity or allocation has a value outside of \[0, 1\]"),
     ("sparsity", 7.0, r"sparsity or allocation has a value outside of \[0, 1\]"),
     ("seconds", {"solve": -1e300}, "seconds or peak_memory has -1e"),

@@ -32,9 +32,8 @@ MISTAKES = {
     "an output type": ({"output_type": "banana"}, "ValueError: .*'banana'"),
     "choices": ({"doc_to_choice": 3}, "TypeError"),
     "no dataset": ({"dataset_path": None}, "TypeError: .*NoneType"),
-    "a name": ({"task": 3}, "TypeError: "),
     "a group of itself": ({"group": "sums", "task": ["sums"]}, "RecursionError: "),
-    "a member": ({"group": "sums", "task": ["nobody"]}, "TypeError: "),
+    "a member": ({"group": "sums", "task": ["nobody"]}, "(TypeError|KeyError): "),  # by version of lm-eval
 }
 
 
@@ -91,6 +90,16 @@ def test_a_mistake_in_a_task_file_is_one_line(
         harness.evaluate(model, tokenizer, ["sums"])
 
 
+def test_a_task_without_a_name_is_one_line(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    change(folder, {"task": 3})
+    refused = r"they cannot be run \(TypeError: "  # or passed over, in older versions of lm-eval
+    with pytest.raises(
+        InputError,
+        match=rf"^tasks (are sums: {refused}|name 'sums', which neither a valid file).*harness\.include_path",
+    ):
+        Harness(include_path=str(folder), trust=True, limit=2).evaluate(model, tokenizer, ["sums"])
+
+
 def test_a_mistake_in_the_data_is_one_line(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     harness = Harness(include_path=str(folder), trust=True)
     (folder / "sums.jsonl").write_text("{no json\n")
@@ -142,7 +151,8 @@ def test_tasks_without_scores_are_refused(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, changes: dict[str, object]
 ) -> None:
     change(folder, changes)
-    with pytest.raises(InputError, match="tasks are sums: 'sums' has no scores"):
+    refused = r"'sums' has no scores|they cannot be run \(StopIteration\)"  # the second for a group in older versions
+    with pytest.raises(InputError, match=f"tasks are sums: ({refused})"):
         Harness(include_path=str(folder), trust=True, limit=2).evaluate(model, tokenizer, ["sums"])
 
 
