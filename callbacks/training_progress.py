@@ -39,6 +39,12 @@ class TrainingProgress(RichProgressBar):
         self._shown: tuple[Any, float] = ({}, 0.0)
         """The masks that were last shown, and their sparsity."""
 
+    @property
+    @override
+    def is_enabled(self) -> bool:
+        # The thread that redraws a bar delays the end of every evaluation by up to a second, seen or not.
+        return bool(super().is_enabled) and Console().is_terminal
+
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)

@@ -45,6 +45,7 @@ CONFIGS = {
 pytest.register_assert_rewrite("support")
 
 import support.docstrings  # noqa: E402 - only now are its asserts rewritten
+import support.figures  # noqa: E402
 import support.tokens  # noqa: E402, F401
 from support.shared import Shared  # noqa: E402
 

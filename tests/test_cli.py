@@ -446,21 +446,6 @@ def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFix
     fails_with("format 99, written by lit-prune 0.1.0: this version, 0.1.0, reads format 1", capsys, "compare", runs[0])
 
 
-def test_libraries_say_nothing_of_their_own(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "lit_prune",
-        "prune",
-        "-c",
-        write_config(tmp_path),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "WARNING" not in shown.stderr + shown.stdout and "Warning" not in shown.stderr + shown.stdout
-
-
 def test_quiet_shows_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["prune", "-c", write_config(tmp_path), "--output", str(tmp_path / "out")]
     assert main(arguments) == 0

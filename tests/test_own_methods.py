@@ -14,6 +14,7 @@ from lit_prune.checkpoint.save import save_pruned
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
 from support.processes import run
+from support.scripts import run_script
 
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = ["--data.dataset", "embedded", "--data.sequences", "2", "--data.seqlen", "32", "--data.max_windows", "2"]
@@ -38,16 +39,18 @@ def prune(place: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
 
 
-def test_a_class_in_the_working_directory_is_named_by_its_path(place: Path) -> None:
+def test_a_class_in_the_working_directory_is_named_by_its_path_and_no_library_warns(place: Path) -> None:
     own = ["--plan.scorer", "my_module.Activation", "--plan.scorer.power", "2", "--plan.solver", "SparseGPT"]
     result = prune(place, *own, "--output", "out")
     assert result.returncode == 0, result.stderr
+    assert "warning" not in (result.stdout + result.stderr).lower()  # of a library
     plan = json.loads((place / "out" / "pruning.json").read_text())["plan"]
     assert plan["scorer"] == {"class_path": "my_module.Activation", "init_args": {"power": 2.0}}
 
 
 def test_the_module_checks_itself(place: Path) -> None:
-    subprocess.run([sys.executable, "my_module.py"], cwd=place, check=True)
+    ended = run_script(place / "log", place / "my_module.py")
+    assert ended.code == 0, ended.said
 
 
 @pytest.mark.parametrize(

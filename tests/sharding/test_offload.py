@@ -1,7 +1,5 @@
 """Models that stay on disk, pruned from folder to folder."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from lit_prune.scorers import GBLM
 from lit_prune.sharding.offload import OnDisk, disk_store_of
 from lit_prune.solvers import ADMM, SparseGPT
 from support.killed import KilledError, kill_at
+from support.scripts import run_script
 
 PLANS = {
     "gblm": PruningPlan(Unstructured(0.5), GBLM(), AlphaPruning()),
@@ -171,11 +170,12 @@ def test_nothing_else_is_dropped_with_the_blocks_that_have_changed(
 def test_a_folder_of_changed_blocks_is_of_one_process(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder, changes = str(saved()), tmp_path / "changes"
     first = load_model(folder, lazy=changes)
-    command = f"from lit_prune import load_model; load_model({folder!r}, lazy={str(changes)!r})"
-    other = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
-    assert "InputError: model.lazy is" in other.stderr and "another run keeps its blocks there" in other.stderr
+    script = tmp_path / "open.py"
+    script.write_text(f"from lit_prune import load_model; load_model({folder!r}, lazy={str(changes)!r})")
+    other = run_script(tmp_path / "log", script)
+    assert "InputError: model.lazy is" in other.said and "another run keeps its blocks there" in other.said
     load_model(folder, lazy=changes)  # the same process may open it again
     store = disk_store_of(first)
     assert store is not None
     store.forget()
-    subprocess.run([sys.executable, "-c", command], check=True)
+    assert run_script(tmp_path / "log", script).code == 0

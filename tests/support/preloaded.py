@@ -4,6 +4,7 @@ import io
 from contextlib import redirect_stdout, suppress
 
 import support.docstrings
+import support.figures
 import support.tokens  # noqa: F401
 from lit_prune.cli import build
 
