@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a hub
@@ -145,3 +146,10 @@ def write_task() -> Callable[[Path], Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let lm-evaluation-harness define no tasks: it reads thousands of files before it calls a name unknown."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))

@@ -102,7 +102,7 @@ def prune(
         replay = dense.replay() if plan.needs_replay else None
         reference = replay.fork() if replay and plan.needs_reference else None
         run = PruningRun(dense, solver, gradients, replay, reference, journal, report)
-        for block in blocks:
+        for block in blocks[: run.last + 1]:
             run.prune(block)
         report.size = ModelSize.of(whole, report.masks)
     report.seconds, report.peak_memory = stages.seconds, peak_memory()
@@ -126,6 +126,11 @@ class PruningRun:
     latest: Sequence[LayerReport] = ()
     """Reports of the previous block's layers."""
 
+    @property
+    def last(self) -> int:
+        """Index of the last block with a layer to prune; nothing behind it needs calibration inputs."""
+        return max(target.block for target in self.dense.targets)
+
     def prune(self, block: Block) -> None:
         """Calibrate, score, solve, write, reconstruct and propagate one block, or restore it from the journal."""
         plan, report = self.dense.plan, self.report
@@ -143,7 +148,7 @@ class PruningRun:
             self.latest = layers
             report.layers += layers
             report.reconstructions += reconstructions
-            if self.replay and plan.propagate == "pruned" and block is not self.dense.blocks[-1]:
+            if self.replay and plan.propagate == "pruned" and block.index < self.last:
                 with self.dense.stages.stage("propagate", block.index):
                     self.replay.advance(block.index)
 

@@ -107,7 +107,7 @@ class Harness:
                     return own
             manager = TaskManager(include_path=path)
         for task in _unknown(manager, tasks):
-            near = get_close_matches(task, manager.all_tasks, n=3)
+            near = get_close_matches(task, map(str, manager.all_tasks), n=3)  # a file may call a task 3
             hint = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks lists them"
             source = "lm-evaluation-harness does not define"
             if path is not None:

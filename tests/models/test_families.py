@@ -54,7 +54,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "mixtral": {**_GROUPED, "num_local_experts": 4},
     "qwen3_moe": {**_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }
-_TOKENS, _STEPS = 64, 300
+_TOKENS, _STEPS = 64, 150
 
 
 class Random(Scorer):

@@ -90,7 +90,9 @@ def test_a_mistake_in_a_task_file_is_one_line(
         harness.evaluate(model, tokenizer, ["sums"])
 
 
-def test_a_task_without_a_name_is_one_line(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def test_a_task_without_a_name_is_one_line(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, own_tasks_alone: None
+) -> None:
     change(folder, {"task": 3})
     refused = r"they cannot be run \(TypeError: "  # or passed over, in older versions of lm-eval
     with pytest.raises(
