@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from lit_prune.sharding.parameters import read_weight
 
 class _SeenEnough(Exception):  # noqa: N818 - a signal, not an error
     """Stops a block's forward pass when the last watched layer has been called."""
+
+
+Seen = list[tuple["ref[Tensor]", str]]
+"""Inputs on one batch, as far as they still exist, with the layer whose statistics they belong to."""
 
 
 class Collector:
@@ -35,12 +40,14 @@ class Collector:
         self.sequences = 0
         self.dense_inputs: dict[str, Tensor] = {}
         """Inputs of every layer in the dense model on this batch, by layer name; empty if not needed."""
+        self.residual_drifts: dict[str, Tensor] = {}
+        """Drift of the residual stream at the output of layers on this batch, by layer name; see ``LayerStats``."""
         self._needs = needs
         self._whole_passes = whole_passes
         self._called: list[str] = []  # layers called on this batch, in order
         self._last: str | None = None
         self._owners: dict[str, str] = {}  # layer -> the layer whose hook feeds the shared statistics
-        self._seen: list[tuple[Tensor, str]] = []  # this batch's inputs, kept alive so that ids are not reused
+        self._seen: Seen = []
 
     @contextmanager
     def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -58,20 +65,25 @@ class Collector:
         self._seen.clear()
         self.dense_inputs.clear()
 
-    def from_all_processes(self, layers: Mapping[str, nn.Module], compared: Container[str]) -> dict[str, LayerStats]:
-        """All-reduce and return the statistics of every layer that was called on any process, by name.
+    def from_all_processes(
+        self, layers: Mapping[str, nn.Module], compared: Container[str], writers: Container[str] = ()
+    ) -> dict[str, LayerStats]:
+        """All-reduce and return the statistics of every one of these layers that was called on any process, by name.
 
         Args:
-            layers: all watched layers.
+            layers: watched layers; those that share another layer's statistics come with it, or after it.
             compared: names of the layers with ``dense_inputs``.
+            writers: names of the layers with ``residual_drifts``.
         """
         owners = {name: owner for found in reversed(collectives.gather(self._owners)) for name, owner in found.items()}
         if collectives.world_size() > 1:
             for owner in [name for name in layers if owners.get(name) == name]:
                 weight = working(read_weight(layers[owner]))
                 mine = self.stats.setdefault(owner, LayerStats(self._needs))
-                mine.add_processes(weight.new_zeros(weight.shape[1]), owner in compared)
-        return {name: self.stats[owner] for name, owner in owners.items()}
+                drifts = {"drift": compared, "residual_drift": writers}
+                collected = [kind for kind, names in drifts.items() if kind in self._needs and owner in names]
+                mine.add_processes(weight.new_zeros(weight.shape[1]), len(weight), collected)
+        return {name: self.stats[owner] for name, owner in owners.items() if name in layers}
 
     def sharing(self) -> list[list[str]]:
         """Return the names of layers, grouped by shared input."""
@@ -82,24 +94,31 @@ class Collector:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._add(name, args[0])
+            self.add(name, args[0], self._seen)
             self._called.append(name)
             if name == self._last:
                 raise _SeenEnough
 
         return hook
 
-    def _add(self, name: str, inputs: Tensor) -> None:
-        owner = next((seen_by for tensor, seen_by in self._seen if tensor is inputs), name)
+    def add(self, name: str, inputs: Tensor, seen: Seen) -> None:
+        """Accumulate the inputs of a layer's call on a batch.
+
+        Args:
+            name: name of the layer.
+            inputs: its inputs ``[..., i]``.
+            seen: inputs of the layers that were called before it on the same batch; these are added.
+        """
+        owner = next((seen_by for tensor, seen_by in seen if tensor() is inputs), name)
         if owner != name and self._owners.setdefault(name, owner) == owner:
             self.stats[name] = self.stats[owner]
             return
         if self._owners.setdefault(name, name) != name:
             raise NumericalError(f"{name} shared its input with {self._owners[name]} on one batch but not on another")
-        self._seen.append((inputs, name))
+        seen.append((ref(inputs), name))
         with torch.autocast(inputs.device.type, enabled=False):  # statistics are always summed in float32
             stats = self.stats.setdefault(name, LayerStats(self._needs))
-            stats.update(inputs, self.sequences, self.dense_inputs.get(name))
+            stats.update(inputs, self.sequences, self.dense_inputs.get(name), self.residual_drifts.get(name))
 
 
 def expert_layers(block: nn.Module) -> list[list[nn.Linear]]:

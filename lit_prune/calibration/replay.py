@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch.func import functional_call
 from lit_prune.calibration.batches import Batch, count_sequences, model_inputs, own_share, split_batch
 from lit_prune.calibration.block_inputs import Call, Recorder
 from lit_prune.calibration.collector import Collector, expert_layers, inputs_kept
+from lit_prune.calibration.suspended import SuspendedPasses
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.blocks import Block
+from lit_prune.models.experts import Experts
 from lit_prune.ops import LayerStats, collectives
 from lit_prune.ops.linalg import relative_token_errors
 from lit_prune.sharding.block_store import BlockStore, store_of
@@ -70,6 +72,8 @@ class BlockReplay:
         self._forward_context = forward_context
         self._calls: list[list[Call]] = [[] for _ in blocks]
         self._hidden: list[Tensor] = []
+        self.position = 0
+        """Index of the block whose inputs the hidden states are."""
         recorder = Recorder(model, blocks, store or store_of(model))
         mine = own_share(batches) if share else batches
         with forward_context():
@@ -135,7 +139,8 @@ class BlockReplay:
             stats[name].check_finite(name)
         for moved in [replay for replay in (dense, self if advance else None) if replay is not None]:
             moved._check_finite(index)
-        return stats | self._pooled(index, layers, stats)
+            moved.position = index + 1
+        return stats | self.pooled(index, layers, stats)
 
     @torch.no_grad()
     def sharing(self, index: int, layers: Mapping[str, nn.Module]) -> list[list[str]]:
@@ -146,7 +151,7 @@ class BlockReplay:
                 self.run(index, batch)
         return collector.sharing()
 
-    def _pooled(
+    def pooled(
         self, index: int, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats]
     ) -> dict[str, LayerStats]:
         """Return the pooled statistics of all experts, for experts that received too few tokens.
@@ -210,6 +215,7 @@ class BlockReplay:
         for batch in range(len(self._hidden)):
             self._hidden[batch] = self._waiting(self.run(index, batch) if outputs is None else outputs[batch])
         self._check_finite(index)
+        self.position = index + 1
         self._calls[index] = []  # its masks and embeddings are no longer needed
 
     def _check_finite(self, index: int) -> None:
@@ -232,15 +238,33 @@ class BlockReplay:
             batch: index of the batch.
             parameters: replacements for parameters of the block, by name within it; gradients flow to them if enabled.
         """
+        with self._forward_context():
+            return self._forward(index, batch, parameters)
+
+    def _forward(self, index: int, batch: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         hidden = self._hidden[batch].to(self._device, self._dtype)
         if not len(hidden):
             return hidden
         call = self._calls[index][batch].to(self._device)
-        with self._forward_context():
-            output = functional_call(
-                self._blocks[index].module, dict(parameters or {}), (hidden, *call.args), call.kwargs
-            )
+        output = functional_call(self._blocks[index].module, dict(parameters or {}), (hidden, *call.args), call.kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def suspended(
+        self, index: int, layers: Mapping[str, nn.Module], writers: Collection[nn.Module] = ()
+    ) -> SuspendedPasses:
+        """Return passes of block ``index`` over all batches that wait at the given layers, by name.
+
+        Args:
+            index: index of the block whose inputs are the current hidden states.
+            layers: layers to wait at, by name.
+            writers: layers whose outputs are added up; see ``SuspendedPasses.written``.
+        """
+        experts = [module for module in self._blocks[index].module.modules() if isinstance(module, Experts)]
+
+        def run(batch: int) -> Tensor:
+            return self._waiting(self._forward(index, batch))
+
+        return SuspendedPasses(run, len(self._hidden), layers, experts, self._forward_context, writers)
 
 
 def _is_finite(hidden: Tensor) -> bool:

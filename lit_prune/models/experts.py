@@ -8,7 +8,7 @@ format of transformers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -34,11 +34,20 @@ class Expert(nn.Module):
         # In __dict__, so that the fused module is not registered as a submodule.
         self.__dict__["activate"] = gate_of(fused) if fused.has_gate else fused.act_fn
 
+    def inner(self, hidden: Tensor) -> Tensor:
+        """Return the inputs of the down projection ``[t, intermediate]`` for tokens ``[t, hidden]``."""
+        up, _ = self.children()
+        activate: Any = self.__dict__["activate"]
+        return cast(Tensor, activate(up(hidden)))
+
+    def down(self, inner: Tensor) -> Tensor:
+        """Return the expert's outputs ``[t, hidden]``."""
+        _, down = self.children()
+        return cast(Tensor, down(inner))
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the expert's outputs ``[t, hidden]`` for its tokens ``[t, hidden]``."""
-        up, down = self.children()
-        activate: Any = self.__dict__["activate"]
-        return down(activate(up(hidden)))
+        return self.down(self.inner(hidden))
 
 
 class Experts(nn.ModuleList):
@@ -49,12 +58,27 @@ class Experts(nn.ModuleList):
         super().__init__(Expert(fused, index) for index in range(len(fused.down_proj)))
         self.train(fused.training)
         self.__dict__["fused"] = fused
+        self.__dict__["listeners"] = []
         self.empty_fused()
 
     def empty_fused(self) -> None:
         """Empty the tensors of the fused module; experts that share its memory keep it alive."""
         for parameter in self.__dict__["fused"].parameters():
             parameter.data = parameter.data.new_empty(0)
+
+    @contextmanager
+    def announcing(self, listener: Callable[[Mapping[nn.Module, Tensor]], None]) -> Iterator[None]:
+        """Call a function with the inputs of the corresponding layers of all experts, before any of them is called."""
+        self.__dict__["listeners"].append(listener)
+        try:
+            yield
+        finally:
+            self.__dict__["listeners"].remove(listener)
+
+    def _announce(self, layer: int, inputs: Sequence[Tensor]) -> None:
+        layers = [[*expert.children()][layer] for expert in self]
+        for listener in self.__dict__["listeners"]:
+            listener(dict(zip(layers, inputs, strict=True)))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts.
@@ -67,10 +91,14 @@ class Experts(nn.ModuleList):
             top_k_index: indices ``[t, k]`` of the experts of each token.
             top_k_weights: routing weights ``[t, k]`` of those experts.
         """
+        chosen = [torch.where(top_k_index == index) for index in range(len(self))]
+        inputs = [hidden_states[token] for token, _ in chosen]
+        self._announce(0, inputs)
+        inner = [cast(Expert, expert).inner(x) for expert, x in zip(self, inputs, strict=True)]
+        self._announce(1, inner)
         result = torch.zeros_like(hidden_states)
-        for index, expert in enumerate(self):
-            token, place = torch.where(top_k_index == index)
-            output = expert(hidden_states[token]) * top_k_weights[token, place, None]
+        for expert, x, (token, place) in zip(self, inner, chosen, strict=True):
+            output = cast(Expert, expert).down(x) * top_k_weights[token, place, None]
             result.index_add_(0, token, output.to(result.dtype))
         return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ NORM_FLOOR = 1e-8
 """Constant added to input norms, to avoid division by zero for dead inputs."""
 DRIFT_DAMPING = 0.1
 """Damping of the drift correction: added to the diagonal of the normalised Gram matrix, as a fraction of its mean."""
-COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient", "drift"})
+COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient", "drift", "residual_drift"})
 """Statistics that calibration can collect, which a method requests in its ``needs``."""
 
 
@@ -31,7 +31,7 @@ class LayerStats:
     """
 
     def __init__(self, needs: frozenset[str] = frozenset({"gram"})) -> None:
-        """Initialize empty statistics; ``needs`` is any of ``input_sq_norm``, ``gram``, ``gradient`` and ``drift``."""
+        """Initialize empty statistics; ``needs`` is a part of ``COLLECTABLE``."""
         if not needs <= COLLECTABLE:
             raise InputError(f"needs is {sorted(needs)}: only {sorted(COLLECTABLE)} can be collected")
         self.needs = needs
@@ -43,6 +43,7 @@ class LayerStats:
         self._mirrored = False  # whether the lower triangle is up to date
         self._sum_sq: Tensor | None = None
         self._drift: Tensor | None = None
+        self._residual_drift: Tensor | None = None
         self._gradients: Mapping[str, Tensor] = {}
         self._factors: dict[tuple[str, float], Any] = {}
         self._last_use = False
@@ -69,13 +70,21 @@ class LayerStats:
             return stats
         return stats.with_gradient({"l1": gradients.abs().sum(0), "l2": gradients.square().sum(0).sqrt()})
 
-    def update(self, inputs: Tensor, sequences: int, dense_inputs: Tensor | None = None) -> None:
+    def update(
+        self,
+        inputs: Tensor,
+        sequences: int,
+        dense_inputs: Tensor | None = None,
+        residual_drift: Tensor | None = None,
+    ) -> None:
         """Add inputs ``[..., i]`` that belong to ``sequences`` calibration sequences.
 
         Args:
             inputs: inputs of the layer in the model as pruned so far.
             sequences: number of sequences that the inputs come from.
             dense_inputs: inputs of the layer in the dense model, in the same order; for ``drift``.
+            residual_drift: difference ``[..., o]`` of the residual stream that the layer's output is added to, in the
+                dense model, from that in the model as pruned so far.
         """
         rows = _rows(inputs)
         self.sequences += sequences
@@ -93,33 +102,42 @@ class LayerStats:
             if self._drift is None:
                 self._drift = rows.new_zeros(rows.shape[1], rows.shape[1])
             self._drift.addmm_(rows.T, _rows(dense_inputs) - rows)
+        if residual_drift is not None:
+            missing = _rows(residual_drift).to(rows)
+            if self._residual_drift is None:
+                self._residual_drift = rows.new_zeros(missing.shape[1], rows.shape[1])
+            self._residual_drift.addmm_(missing.T, rows)
 
     def merge(self, other: LayerStats) -> None:
         """Add the statistics of the same layer from another process, or another part of the data."""
         self.sequences += other.sequences
         self.tokens += other.tokens
         self._factors.clear()
-        for name in ("_gram", "_sum_sq", "_drift"):
+        for name in ("_gram", "_sum_sq", "_drift", "_residual_drift"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if theirs is not None:
                 setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
         self._mirrored = False
 
-    def add_processes(self, zeros: Tensor, drifts: bool) -> None:
+    def add_processes(self, zeros: Tensor, outputs: int, drifts: Collection[str]) -> None:
         """All-reduce the statistics of the same layer over all processes; every process must call this method.
 
         Args:
             zeros: zeros ``[i]``, with the dtype and device of the sums, for a process that has seen no input.
-            drifts: whether ``drift`` was collected on any process.
+            outputs: number of outputs of the layer.
+            drifts: which of ``drift`` and ``residual_drift`` were collected on any process.
         """
-        shapes = {"_gram": 2} if "gram" in self.needs else {"_sum_sq": 1} if "input_sq_norm" in self.needs else {}
-        if drifts and "drift" in self.needs:
-            shapes["_drift"] = 2
-        for name, dimensions in shapes.items():
+        inputs = len(zeros)
+        shapes: dict[str, list[int]] = {}
+        if "gram" in self.needs:
+            shapes["_gram"] = [inputs, inputs]
+        elif "input_sq_norm" in self.needs:
+            shapes["_sum_sq"] = [inputs]
+        shapes |= {"_drift": [inputs, inputs]} if "drift" in drifts else {}
+        shapes |= {"_residual_drift": [outputs, inputs]} if "residual_drift" in drifts else {}
+        for name, shape in shapes.items():
             mine = getattr(self, name)
-            setattr(
-                self, name, collectives.all_reduce(zeros.new_zeros([len(zeros)] * dimensions) if mine is None else mine)
-            )
+            setattr(self, name, collectives.all_reduce(zeros.new_zeros(shape) if mine is None else mine))
         self._mirrored = False
         counts = collectives.all_reduce(torch.tensor([self.sequences, self.tokens]))
         self.sequences, self.tokens = counts.tolist()
@@ -177,27 +195,38 @@ class LayerStats:
             )
         return self._sum_sq
 
-    def correct_drift(self, weight: Tensor, strength: float) -> Tensor:
-        """Return the weight ``[o, i]`` that compensates for the drift of the inputs from those of the dense model.
+    def correct_drift(self, weight: Tensor, strength: float, residual_strength: float = 0.0) -> Tensor:
+        """Return the weight ``[o, i]`` that compensates for the drift of the model from the dense one.
 
         With these inputs X and the dense model's inputs D, it fits the outputs ``D Wᵀ`` by the least-squares solution
         ``W + W (D - X)ᵀX (XᵀX)⁻¹``, damped at unit input norms. The full correction overfits the calibration set, so
         only the fraction ``strength`` of it is applied. Example: one input that has shrunk by half, X = (1, 1) and D =
         (2, 2), without damping: ``(D - X)ᵀX = 2``, ``XᵀX = 2``, so the full correction doubles the weight.
 
+        A layer whose output is added to the residual stream R can also make up for the stream's own drift from that of
+        the dense model ``R_D``: ``(R_D - R)ᵀX (XᵀX)⁻¹`` is added to its weight, times ``residual_strength``.
+
         Args:
             weight: ``[o, i]``, any floating dtype.
             strength: fraction of the correction to apply, in [0, 1].
+            residual_strength: fraction of the residual stream's drift to compensate for, in [0, 1].
 
         Returns:
             ``[o, i]`` float32 or float64; ``weight`` itself if no drift was collected.
         """
-        if not strength or self._drift is None:
+        dense = corrected = working(weight)
+        pulls: list[tuple[float, Tensor]] = []
+        if strength and self._drift is not None:
+            pulls.append((strength, dense @ self._drift.T.to(dense)))
+        if residual_strength and self._residual_drift is not None:
+            pulls.append((residual_strength, self._residual_drift.to(dense)))
+        if not pulls:
             return weight
         norm, factor = self._once(("drift", DRIFT_DAMPING), self._drift_factor)
-        dense = working(weight)
-        pull = (dense @ self._drift.T.to(dense)) / norm.to(dense)
-        return dense + strength * torch.cholesky_solve(pull.T, factor.to(dense)).T / norm.to(dense)
+        for share, pull in pulls:
+            fitted = torch.cholesky_solve((pull / norm.to(dense)).T, factor.to(dense)).T / norm.to(dense)
+            corrected = corrected + share * fitted
+        return corrected
 
     def _drift_factor(self) -> tuple[Tensor, Tensor]:
         """Return the input norms ``[i]`` and the lower Cholesky factor of the damped Gram matrix at unit norms."""

@@ -78,6 +78,14 @@ class PruningPlan:
     """Source of a block's calibration inputs: the ``pruned`` blocks before it, or the ``dense`` blocks, which saves one
     of two forward passes and costs accuracy."""
 
+    sequential: bool = False
+    """Calibrate each layer behind the pruned layers before it in its own block, in a single pass through the block,
+    which holds the block's activations on the whole calibration set. False = calibrate all layers of a block at once,
+    before any of them is pruned; then a second pass yields the inputs of the next block."""
+    residual_correction: float = 0.0
+    """Strength of the correction for the drift of the residual stream, in [0, 1], in the layers whose outputs are added
+    to it; 0 = none. Needs ``sequential``, and costs as much as ``correction``; both together cost it once."""
+
     def __post_init__(self) -> None:
         """Fill in the defaults, and raise ``InputError`` if the parts are incompatible."""
         object.__setattr__(self, "allocator", self.allocator or Uniform())
@@ -87,8 +95,9 @@ class PruningPlan:
         self._check_parts()
         if self.scorer is None and self.solver.needs_score:
             raise InputError(f"plan.solver {type(self.solver).__name__} needs a plan.scorer, such as Wanda")
-        if not 0 <= self.correction <= 1:
-            raise InputError(f"plan.correction is {self.correction!r}: it must be in [0, 1], such as 0.3")
+        for name in ("correction", "residual_correction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"plan.{name} is {getattr(self, name)!r}: it must be in [0, 1], such as 0.3")
         if self.propagate not in get_args(Propagate):
             raise InputError(f"plan.propagate is {self.propagate!r}: it must be 'pruned' or 'dense'")
         if self.propagate == "dense" and self.needs_reference:
@@ -96,6 +105,12 @@ class PruningPlan:
                 "plan.propagate is 'dense': correction and reconstruction compensate for what pruned blocks do to the "
                 "inputs of later ones, so they need 'pruned'"
             )
+        if not isinstance(self.sequential, bool):
+            raise InputError(f"plan.sequential is {self.sequential!r}: it must be true or false")
+        if self.residual_correction and not self.sequential:
+            raise InputError("plan.residual_correction is for layers behind pruned ones: set plan.sequential to true")
+        if self.propagate == "dense" and self.sequential:
+            raise InputError("plan.sequential needs the outputs of pruned layers: set plan.propagate to 'pruned'")
         if self.hidden_dtype is not None and self.hidden_dtype not in get_args(HiddenDtype):
             raise InputError(f"plan.hidden_dtype is {self.hidden_dtype!r}: it must be one of {get_args(HiddenDtype)}")
 
@@ -119,7 +134,8 @@ class PruningPlan:
     def needs(self) -> frozenset[str]:
         """Statistics that calibration must collect; empty = no data is needed."""
         needs = self.method_needs | ({"gram"} if self.output_error else set())
-        return needs | {"gram", "drift"} if self.correction else needs
+        needs |= {"gram", "drift"} if self.correction else set()
+        return needs | {"gram", "residual_drift"} if self.residual_correction else needs
 
     @property
     def method_needs(self) -> frozenset[str]:
@@ -144,7 +160,7 @@ class PruningPlan:
     @property
     def needs_reference(self) -> bool:
         """Whether the dense model's hidden states are propagated as well."""
-        return bool(self.correction) or self.reconstruction is not None
+        return bool(self.correction or self.residual_correction) or self.reconstruction is not None
 
     def at(self, sparsity: float) -> PruningPlan:
         """Return a copy of the plan at another sparsity."""

@@ -138,7 +138,8 @@ def count_work(
     width = getattr(model.config, "hidden_size", 0)
     attention = len(blocks) * 4 * length * width  # q kᵀ and p v over all positions, as torch's flop counter counts
     tried = isinstance(plan.allocator, Measured)
-    passes = (2.0 if plan.propagate == "pruned" else 1.0) + plan.needs_reference
+    at_once = plan.propagate == "dense" or (plan.sequential and not plan.reconstruction)
+    passes = (1.0 if at_once else 2.0) + plan.needs_reference
     passes += (2 + _TRIALS) * observed / tokens if tried else 2 * observed / tokens if plan.allocator.needs else 0
     passes += 4 if plan.scorer and "gradient" in plan.scorer.needs else 0  # two forward passes and one backward pass
     if plan.reconstruction:
@@ -148,7 +149,7 @@ def count_work(
     gram = solve = 0.0
     for group in groups:
         inputs = sizes[group[0]][1]
-        of_gram = inputs * (inputs + 1) + (2 * inputs**2 if plan.correction else 0)
+        of_gram = inputs * (inputs + 1) + 2 * inputs**2 * bool(plan.correction)
         of_solve = plan.solver.shared_flops(inputs) + sum(plan.solver.flops(*sizes[name]) for name in group)
         draft = plan.solver.draft()
         trial = draft.shared_flops(inputs) + _TRIALS * sum(draft.flops(*sizes[name]) for name in group)
@@ -170,7 +171,11 @@ def count_memory(
     batches: Sequence[Batch],
     plan: PruningPlan,
 ) -> int:
-    """Return the peak memory in bytes beyond the model: hidden states, statistics, a solve, one batch's activations."""
+    """Return the peak memory in bytes beyond the model: hidden states, statistics, a solve, and activations.
+
+    The activations are those of one batch, and with ``plan.sequential`` also all that wait in front of a layer: the
+    residual stream, the normed hidden states and the layer's inputs.
+    """
     sizes = {target.name: target.shape for target in targets}
     weight = next(model.parameters())
     stored = getattr(torch, plan.hidden_dtype).itemsize if plan.hidden_dtype else weight.element_size()
@@ -181,6 +186,9 @@ def count_memory(
     hidden = 0 if elsewhere else tokens * width * stored * (2 if plan.needs_reference else 1)
     batch = max(map(count_tokens, batches))
     activations = batch * sum(outputs + inputs for outputs, inputs in sizes.values()) * weight.element_size()
+    if plan.sequential:
+        waiting = 2 * width + max(inputs for _, inputs in sizes.values())
+        hidden += tokens * waiting * weight.element_size() * (2 if plan.needs_reference else 1)
     if "gram" not in plan.needs:
         return hidden + activations
     squares = [sizes[group[0]][1] ** 2 for group in groups]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_prune.calibration.batches import Batch
 from lit_prune.calibration.replay import BlockReplay, ForwardContext, evaluation_mode
+from lit_prune.calibration.sequential import SequentialCalibration
 from lit_prune.checkpoint.fingerprints import data_fingerprint, model_fingerprint
 from lit_prune.models.blocks import Block
 from lit_prune.models.experts import apart
@@ -131,9 +132,15 @@ class PruningRun:
         """Index of the last block with a layer to prune; nothing behind it needs calibration inputs."""
         return max(target.block for target in self.dense.targets)
 
+    def __post_init__(self) -> None:
+        """Prepare to calibrate layer by layer, if the plan does."""
+        self.sequential = (
+            SequentialCalibration(self.replay, self.reference) if self.replay and self.dense.plan.sequential else None
+        )
+
     def prune(self, block: Block) -> None:
         """Calibrate, score, solve, write, reconstruct and propagate one block, or restore it from the journal."""
-        plan, report = self.dense.plan, self.report
+        report = self.report
         with self.dense.resident(block) as changed:
             if self.journal and (finished := self.journal.finished(block.index)):
                 self._advance_dense(block)
@@ -148,24 +155,51 @@ class PruningRun:
             self.latest = layers
             report.layers += layers
             report.reconstructions += reconstructions
-            if self.replay and plan.propagate == "pruned" and block.index < self.last:
+            if self.replay and self.replay.position == block.index < self.last:
                 with self.dense.stages.stage("propagate", block.index):
                     self.replay.advance(block.index)
 
     def _solve(self, block: Block) -> list[LayerReport]:
         """Calibrate, score, solve and write the targets of a block."""
-        plan, stages, targets = self.dense.plan, self.dense.stages, self._targets(block)
-        stats = dict.fromkeys((target.name for target in targets), LayerStats(frozenset()))
-        if self.replay and targets and plan.needs:
-            at_once = plan.propagate == "dense"
-            modules = {target.name: target.module for target in targets}
-            with stages.stage("calibrate", block.index):
-                stats = self.replay.collect(block.index, modules, plan.needs, self.reference, at_once)
-        else:
+        targets = self._targets(block)
+        found: dict[str, LayerReport] = {}
+        with closing(self._calibrated(block, targets)) as parts:
+            for stats in parts:
+                part = [target for target in targets if target.name in stats]
+                gradients = {target.name: self.gradients.pop(target.name) for target in part if self.gradients}
+                with self.dense.stages.stage("solve", block.index):
+                    complete = self.dense.plan.with_gradients(stats, gradients)
+                    found |= {
+                        done.name: done for done in self.solver.prune(part, complete, self._before(targets, part))
+                    }
+        return [found[target.name] for target in targets]
+
+    def _calibrated(self, block: Block, targets: Sequence[Target]) -> Generator[dict[str, LayerStats]]:
+        """Yield the statistics of a block's targets in parts, each of which is pruned before the next is asked for."""
+        plan, timer = self.dense.plan, self.dense.stages
+        modules = {target.name: target.module for target in targets}
+        if not (self.replay and targets and plan.needs):
             self._advance_dense(block)
-        stats = plan.with_gradients(stats, {t.name: self.gradients.pop(t.name) for t in targets if self.gradients})
-        with stages.stage("solve", block.index):
-            return self.solver.prune(targets, stats, self.latest)
+            yield dict.fromkeys(modules, LayerStats(frozenset()))
+        elif self.sequential:
+            advance = plan.reconstruction is None and block.index < self.last
+            with closing(self.sequential.stages(block, modules, plan.needs, advance)) as parts:
+                while True:
+                    with timer.stage("calibrate", block.index):
+                        stats = next(parts, None)
+                    if stats is None:
+                        return
+                    yield stats
+        else:
+            with timer.stage("calibrate", block.index):
+                at_once = plan.propagate == "dense"
+                stats = self.replay.collect(block.index, modules, plan.needs, self.reference, at_once)
+            yield stats
+
+    def _before(self, targets: Sequence[Target], part: Sequence[Target]) -> list[LayerReport]:
+        """Return the reports of the layers of the previous block that correspond to a part of this one's."""
+        same = len(self.latest) == len(targets)
+        return [before for target, before in zip(targets, self.latest, strict=True) if target in part] if same else []
 
     def _reconstruct(self, block: Block, layers: Sequence[LayerReport]) -> list[ReconstructionReport]:
         """Train the kept weights of a pruned block, if the plan has a reconstruction."""

@@ -84,7 +84,8 @@ class LayerSolver:
     def _prune_layer(self, target: Target, stats: LayerStats) -> LayerReport:
         start = time.perf_counter()
         pattern, allowed = self.patterns[target.name], self.allowed.get(target.parameter)
-        weight = stats.correct_drift(read_weight(target.module), self.plan.correction)
+        plan = self.plan
+        weight = stats.correct_drift(read_weight(target.module), plan.correction, plan.residual_correction)
         limit = to_parameter_layout(target.module, allowed.unpack().to(weight.device)) if allowed else None
         solution = self.plan.solve(target.name, weight, stats, pattern, limit)
         error = relative_output_error(weight, solution.weight, stats.gram) if self.plan.output_error else None

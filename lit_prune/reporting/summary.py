@@ -16,6 +16,9 @@ def method(report: PruningReport) -> str:
     how = [" + ".join(name for name in named if name != "Zero")]
     how += [plan["allocator"]["class_path"]] if plan["allocator"]["class_path"] != "Uniform" else []
     how += [f"correction {plan['correction']}"] if plan["correction"] else []
+    beta = plan.get("residual_correction")  # reports of older versions have neither
+    how += [f"residual correction {beta}"] if beta else []
+    how += ["sequential"] if plan.get("sequential") else []
     return ", ".join([*how, *(["reconstruction"] if report.reconstructions else [])])
 
 

@@ -99,7 +99,7 @@ def test_each_expert_has_the_statistics_of_its_own_tokens() -> None:
     stats = BlockReplay(model, blocks, TOKENS).collect(0, layers, frozenset({"gram"}))
     seen: dict[int, list[Tensor]] = {index: [] for index in range(4)}
     for index, expert in enumerate(experts):
-        expert.register_forward_hook(lambda module, args, output, index=index: seen[index].append(args[0]))
+        expert.gate_up_proj.register_forward_pre_hook(lambda module, args, index=index: seen[index].append(args[0]))
     for batch in TOKENS:
         with torch.no_grad():
             model(input_ids=batch)

@@ -95,6 +95,17 @@ def test_making_up_for_drift_worked_example() -> None:
     assert stats.correct_drift(weight, 0.0) is weight
 
 
+def test_residual_drift_worked_example() -> None:
+    # Two tokens with inputs X = (1, 1); the residual stream of three outputs lacks (4, 0, -2) at each of them:
+    # (R_D - R)ᵀX = (8, 0, -4). XᵀX = 2, damped by 0.1: 2.2. All of it adds (8, 0, -4) / 2.2, a quarter of it a quarter.
+    stats = LayerStats(frozenset({"gram", "residual_drift"}))
+    stats.update(torch.ones(1, 2, 1), 1, residual_drift=torch.tensor([[[4.0, 0.0, -2.0]] * 2]))
+    weight, added = torch.tensor([[3.0], [1.0], [0.0]]), torch.tensor([[8.0], [0.0], [-4.0]]) / 2.2
+    torch.testing.assert_close(stats.correct_drift(weight, 0.5, 1.0), weight + added)  # no drift of the inputs is known
+    torch.testing.assert_close(stats.correct_drift(weight, 0.0, 0.25), weight + added / 4)
+    assert stats.correct_drift(weight, 1.0, 0.0) is weight
+
+
 def test_making_up_for_drift_brings_outputs_nearer_the_dense_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     dense, weight = torch.randn(4, 50, 12, generator=generator), torch.randn(7, 12, generator=generator)

@@ -36,6 +36,8 @@ def test_the_work_is_counted(tiny_model: Callable[..., nn.Module], tokens: list[
         (PruningPlan(HALF, Wanda()), 2),
         (PruningPlan(HALF, Wanda(), propagate="dense"), 1),
         (PruningPlan(HALF, Wanda(), correction=0.3), 3),
+        (PruningPlan(HALF, Wanda(), sequential=True), 1),
+        (PruningPlan(HALF, Wanda(), correction=0.3, sequential=True), 2),
         (PruningPlan(HALF, GBLM()), 6),
         (PruningPlan(HALF, Wanda(), OWL()), 4),
         (PruningPlan(HALF, Wanda(), Measured(sequences=3)), 2 + 5 / 2),

@@ -29,6 +29,9 @@ PLANS = {
     "admm": PruningPlan(Unstructured(0.6), solver=ADMM(iterations=6), allocator=Measured(sequences=3), correction=0.3),
     "reconstructed": PruningPlan(Unstructured(0.6), Wanda(), reconstruction=Reconstruction(steps=6)),
     "dense": PruningPlan(Unstructured(0.5), Wanda(), propagate="dense"),
+    "sequential": PruningPlan(
+        Unstructured(0.6), solver=SparseGPT(), correction=0.3, residual_correction=0.4, sequential=True
+    ),
     "overflow": PruningPlan(Unstructured(0.5), Wanda()),
     "singular": PruningPlan(Unstructured(0.5), solver=SparseGPT(damping=0.0)),
 }

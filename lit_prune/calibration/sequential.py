@@ -1,0 +1,169 @@
+"""Statistics of a block's layers in the order of its own calls, each behind the layers that are pruned already."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.calibration.collector import Collector, Seen, expert_layers
+from lit_prune.calibration.replay import BlockReplay
+from lit_prune.calibration.residual_stream import residual_writers
+from lit_prune.calibration.suspended import SuspendedPasses
+from lit_prune.errors import InputError
+from lit_prune.models.blocks import Block
+from lit_prune.ops import LayerStats, collectives
+from lit_prune.ops.precision import working
+
+
+class SequentialCalibration:
+    """Calibrates the layers of a block one after the other, in a single pass through the block."""
+
+    def __init__(self, replay: BlockReplay, dense: BlockReplay | None = None) -> None:
+        """Keep the replays.
+
+        Args:
+            replay: replay positioned before the block, with the hidden states of the model as pruned so far.
+            dense: replay positioned before the same block with the dense model's hidden states, for ``drift``.
+        """
+        self._replay = replay
+        self._dense = dense
+        self._sharing: dict[object, list[list[str]]] = {}
+        """Groups of layers that shared an input in earlier blocks, by kind of block."""
+        self._writers: dict[object, list[str]] = {}
+        """Layers that write to the residual stream, by kind of block."""
+
+    @torch.no_grad()
+    def stages(
+        self, block: Block, layers: Mapping[str, nn.Module], needs: frozenset[str], advance: bool = True
+    ) -> Generator[dict[str, LayerStats]]:
+        """Yield the statistics of the layers, stage by stage; the caller prunes a stage before it asks for the next.
+
+        A stage is a layer with those that share its input, as far as earlier blocks have shown, or the corresponding
+        layers of all experts.
+
+        Args:
+            block: a block that is not pruned yet; both replays are positioned before it.
+            layers: layers of the block, by name, in the order of their definition.
+            needs: statistics to collect.
+            advance: whether the first replay is advanced past the pruned block, in the same pass; the dense one is
+                always advanced.
+
+        Raises:
+            InputError: if a layer is never called, or the block's pass cannot be suspended.
+            NumericalError: if activations are NaN or infinite.
+        """
+        collector = Collector(needs)
+        seen: list[Seen] = [[] for _ in self._replay.hidden]
+        of_experts = {id(layer) for group in expert_layers(block.module) for layer in group}
+        # The dense model routes other tokens to an expert, so its inputs cannot be compared.
+        compared = {name for name, layer in layers.items() if self._dense and id(layer) not in of_experts}
+        kind = type(block.module), tuple(name.removeprefix(block.name) for name in layers)
+        left = dict(layers)
+        with ExitStack() as stack:
+            writers = self._writers_of(block, kind) if "residual_drift" in needs else {}
+            passes = stack.enter_context(self._replay.suspended(block.index, layers, writers.values()))
+            dense = self._dense and stack.enter_context(self._dense.suspended(block.index, layers, writers.values()))
+            for each in (passes, dense):
+                if each:
+                    each.resume()
+            while left:
+                stage = _next_stage(passes, left, self._sharing.get(kind, []), block)
+                mine = {name: left.pop(name) for name in stage}
+                for batch in range(len(passes.waiting)):
+                    collector.sequences = len(self._replay.hidden[batch])
+                    if dense:
+                        collector.dense_inputs = _inputs(dense, batch, compared.intersection(stage), stage)
+                        written = [name for name in stage if name in writers]
+                        if written and passes.waiting[batch]:
+                            drift = self._residual_drift(passes, dense, batch)
+                            collector.residual_drifts = dict.fromkeys(written, drift)
+                    for name, inputs in _inputs(passes, batch, stage, stage).items():
+                        collector.add(name, inputs, seen[batch])
+                collector.dense_inputs, collector.residual_drifts = {}, {}
+                if dense:
+                    dense.resume(stage)  # through the layers as they are, before they are pruned
+                stats = collector.from_all_processes(mine, compared, writers)
+                for name in mine:
+                    stats[name].check_finite(name)
+                yield stats | self._replay.pooled(block.index, mine, stats)
+                if left or advance:
+                    passes.resume(stage)
+            self._sharing[kind] = _sharing(collector, block)
+            if dense and self._dense:
+                self._dense.advance(block.index, dense.ended())
+            if advance:
+                self._replay.advance(block.index, passes.ended())
+
+    def _writers_of(self, block: Block, kind: object) -> dict[str, nn.Module]:
+        """Return the layers of a block that write to the residual stream, by name."""
+        if kind not in self._writers:
+            self._writers[kind] = residual_writers(self._dense or self._replay, block)
+            if not self._writers[kind]:
+                warnings.warn(
+                    f"plan.residual_correction has no effect on {block.name} and blocks of its kind: their outputs are "
+                    "not their inputs plus the outputs of layers",
+                    stacklevel=2,
+                )
+        return {f"{block.name}.{name}": block.module.get_submodule(name) for name in self._writers[kind]}
+
+    def _residual_drift(self, passes: SuspendedPasses, dense: SuspendedPasses, batch: int) -> Tensor:
+        """Return the residual stream of the dense model minus that of the pruned one, where the passes wait."""
+        assert self._dense is not None
+        drift = _rows(self._dense.hidden[batch]) - _rows(self._replay.hidden[batch])
+        of_dense, here = dense.written[batch], passes.written[batch]
+        if of_dense is None or here is None:
+            return drift
+        return drift.to(here.device) + (_rows(of_dense) - _rows(here))
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    return working(hidden.reshape(-1, hidden.shape[-1]))
+
+
+def _next_stage(
+    passes: SuspendedPasses, left: Mapping[str, nn.Module], sharing: Sequence[Sequence[str]], block: Block
+) -> list[str]:
+    """Return the names of the layers to prune next, the one at which passes wait first; the same on every rank.
+
+    Args:
+        passes: passes that wait.
+        left: layers that are not pruned yet, by name, in the order of their definition.
+        sharing: groups of layers that share an input in blocks of this kind, by name within the block.
+        block: the block.
+    """
+    waits = [names for found in collectives.gather([list(w) for w in passes.waiting]) for names in found]
+    order = list(left)
+    reached = sorted({name for names in waits for name in names}, key=order.index)
+    if not reached:
+        raise InputError(f"{order[0]} was never called on the calibration set: exclude it with plan.exclude")
+    first = reached[0]
+    together = {name for names in waits if first in names for name in names}
+    local = [
+        f"{block.name}.{name}" for group in sharing if first.removeprefix(f"{block.name}.") in group for name in group
+    ]
+    stage = together.union(name for name in local if name in left)
+    return [first, *(name for name in order if name in stage and name != first)]
+
+
+def _inputs(passes: SuspendedPasses, batch: int, wanted: Collection[str], stage: Sequence[str]) -> dict[str, Tensor]:
+    """Return the inputs of layers of a stage on a batch, those of its first layer for layers that are to share it."""
+    here = passes.waiting[batch]
+    found = {}
+    for name in stage:
+        inputs = here.get(name, here.get(stage[0]))
+        if inputs is None or name not in wanted:
+            continue
+        found[name] = inputs
+        if name not in here:
+            passes.expect(batch, name, inputs)
+    return found
+
+
+def _sharing(collector: Collector, block: Block) -> list[list[str]]:
+    """Return the groups of layers that shared an input, by name within the block; the same on every rank."""
+    groups = next((found for found in collectives.gather(collector.sharing()) if found), [])
+    return [[name.removeprefix(f"{block.name}.") for name in group] for group in groups]
