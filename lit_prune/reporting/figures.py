@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
 from itertools import islice
 from typing import Any, ParamSpec
@@ -12,9 +13,10 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, NullLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator
 
 from lit_prune.ops import PackedMask
 from lit_prune.ops.spectrum import PowerLaw
@@ -44,6 +46,8 @@ _DECADES = 100
 """Ratio of the limits of a logarithmic axis above which only powers of ten have ticks."""
 _LONGEST = 60
 """Maximum number of characters of a name."""
+_LEGEND, _KEY = 72, 8
+"""Width of a legend and of the key of one of its entries, in characters."""
 _P = ParamSpec("_P")
 
 
@@ -80,7 +84,14 @@ class _PlainNumbers(LogFormatter):
     """Labels the ticks of a logarithmic axis with 60 and 0.06 instead of 6 x 10^1 and 6e-02."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:.3g}" if super().__call__(x, pos) else ""  # the parent class chooses which ticks have a label
+        # The parent class chooses which ticks have a label.
+        return f"{x:.{self._digits()}g}" if super().__call__(x, pos) else ""
+
+    def _digits(self) -> int:
+        """Return the number of digits that tell neighbouring ticks apart."""
+        axis: Any = self.axis
+        low, high = sorted(axis.get_view_interval())
+        return 3 if high >= 2 * low else 2 + math.ceil(math.log10(high / (high - low)))
 
 
 def _plain_numbers(axis: Axis) -> None:
@@ -113,9 +124,16 @@ def by_block(
         axes.set_ylim(*limits)
     if log:
         _plain_numbers(axes.yaxis)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3, color=_INK)
-    axes.legend(ncols=4, fontsize="small")
+    _legend(axes, series, most=4)
     return figure
+
+
+def _legend(axes: Axes, names: Collection[str], most: int) -> None:
+    """Add a legend with as many columns as fit the width, at most ``most``."""
+    longest = max((min(len(name), _LONGEST) for name in names), default=1)
+    axes.legend(ncols=min(most, max(1, _LEGEND // (longest + _KEY))), fontsize="small")
 
 
 @_styled
@@ -141,7 +159,7 @@ def scatter(points: Mapping[str, tuple[float, float]], across: str, up: str, log
     if log:
         _plain_numbers(axes.xaxis)
     axes.grid(alpha=0.3, color=_INK, which="both")
-    axes.legend(ncols=2, fontsize="small")
+    _legend(axes, points, most=2)
     return figure
 
 

@@ -20,7 +20,7 @@ from lit_prune.ops import PackedMask, Unstructured
 from lit_prune.pruning import PruningPlan, PruningReport, prune
 from lit_prune.pruning.progress import Position, ProgressBar, ProgressLines, progress
 from lit_prune.reporting.documents import render, report_figures
-from lit_prune.reporting.figures import density
+from lit_prune.reporting.figures import as_svg, density, scatter
 from lit_prune.reporting.outliers import outliers
 from lit_prune.reporting.report import LayerReport, Recipe, Sample
 from lit_prune.reporting.summary import sparsity_of_model, summary, verdict
@@ -240,3 +240,19 @@ def test_in_a_file_every_block_has_one_plain_line(capsys: pytest.CaptureFixture[
     assert lines[0].startswith("block 1/2: calibrate 0.0 s, solve 0.0 s; ") and lines[0].endswith("blocks a minute")
     assert lines[1].startswith("block 2/2: calibrate 0.0 s, ") and lines[1].endswith("blocks a minute; 0:01:00 left")
     assert isinstance(progress(shown=False), ProgressBar)
+
+
+@pytest.mark.parametrize(("low", "high"), [(254.33, 254.71), (25.1, 27.9), (0.03, 0.09), (1e-4, 1e4)])
+def test_ticks_of_a_logarithmic_axis_are_told_apart(low: float, high: float) -> None:
+    svg = as_svg(scatter({"a": (0.5, low), "b": (0.7, high)}, "sparsity", "perplexity"))
+    labels = re.findall(r"<text[^>]*>([\d.e-]+)</text>", svg)
+    of_values = [label for label in labels if low * 0.9 <= float(label) <= high * 1.1]
+    assert len(of_values) > 1 and len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("name", ["{}", "a run with a rather long name, number {}"])
+def test_a_legend_is_no_wider_than_its_figure(name: str) -> None:
+    figure = scatter({name.format(k): (0.5 + k / 10, 20.0 + k) for k in range(3)}, "sparsity", "perplexity")
+    (axes,) = figure.axes
+    as_svg(figure)
+    assert axes.get_legend().get_window_extent().width <= axes.get_window_extent().width
