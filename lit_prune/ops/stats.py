@@ -224,8 +224,8 @@ class LayerStats:
             return weight
         norm, factor = self._once(("drift", DRIFT_DAMPING), self._drift_factor)
         for share, pull in pulls:
-            fitted = torch.cholesky_solve((pull / norm.to(dense)).T, factor.to(dense)).T / norm.to(dense)
-            corrected = corrected + share * fitted
+            fitted = torch.cholesky_solve((pull / norm.to(dense)).T, factor.to(dense)).T
+            corrected = corrected + share * fitted / norm.to(dense)
         return corrected
 
     def _drift_factor(self) -> tuple[Tensor, Tensor]:
