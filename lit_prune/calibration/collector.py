@@ -109,13 +109,16 @@ class Collector:
             inputs: its inputs ``[..., i]``.
             seen: inputs of the layers that were called before it on the same batch; these are added.
         """
-        owner = next((seen_by for tensor, seen_by in seen if tensor() is inputs), name)
+        # The drift of a residual stream belongs to one layer, so its statistics are not shared.
+        alone = name in self.residual_drifts
+        owner = name if alone else next((seen_by for tensor, seen_by in seen if tensor() is inputs), name)
         if owner != name and self._owners.setdefault(name, owner) == owner:
             self.stats[name] = self.stats[owner]
             return
         if self._owners.setdefault(name, name) != name:
             raise NumericalError(f"{name} shared its input with {self._owners[name]} on one batch but not on another")
-        seen.append((ref(inputs), name))
+        if not alone:
+            seen.append((ref(inputs), name))
         with torch.autocast(inputs.device.type, enabled=False):  # statistics are always summed in float32
             stats = self.stats.setdefault(name, LayerStats(self._needs))
             stats.update(inputs, self.sequences, self.dense_inputs.get(name), self.residual_drifts.get(name))

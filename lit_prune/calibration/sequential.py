@@ -111,7 +111,7 @@ class SequentialCalibration:
         return {f"{block.name}.{name}": block.module.get_submodule(name) for name in self._writers[kind]}
 
     def _residual_drift(self, passes: SuspendedPasses, dense: SuspendedPasses, batch: int) -> Tensor:
-        """Return the residual stream of the dense model minus that of the pruned one, where the passes wait."""
+        """Return the dense model's residual stream minus the pruned one's, at the layer that both passes wait at."""
         assert self._dense is not None
         drift = _rows(self._dense.hidden[batch]) - _rows(self._replay.hidden[batch])
         of_dense, here = dense.written[batch], passes.written[batch]

@@ -22,7 +22,7 @@ _TRAITS = ("has_gate", "has_bias", "is_transposed")
 
 
 class Expert(nn.Module):
-    """One expert: up (and gate) projection, activation, down projection."""
+    """One expert: up (and gate) projection, activation, down projection; ``Experts`` calls its two halves."""
 
     def __init__(self, fused: Any, index: int) -> None:
         """Extract expert ``index`` from a fused module, sharing its memory if the layout allows."""
@@ -44,10 +44,6 @@ class Expert(nn.Module):
         """Return the expert's outputs ``[t, hidden]``."""
         _, down = self.children()
         return cast(Tensor, down(inner))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the expert's outputs ``[t, hidden]`` for its tokens ``[t, hidden]``."""
-        return self.down(self.inner(hidden))
 
 
 class Experts(nn.ModuleList):

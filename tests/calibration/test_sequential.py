@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from conftest import CONFIGS
 from greenlet import greenlet
 from torch import Tensor, nn
 
+from lit_prune.calibration.collector import Collector
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.experts import take_apart
 from lit_prune.models.load import load_model
 from lit_prune.ops import LayerStats, Unstructured
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
+from lit_prune.pruning.progress import Position
 from lit_prune.scorers import GBLM, Wanda
 from lit_prune.solvers import SparseGPT
 
@@ -163,6 +166,34 @@ def test_one_pass_is_enough(tiny_model: Callable[..., nn.Module], tokens: list[T
         )
         prune(model, tokens, plan)
         assert len(calls) == passes * len(tokens)
+
+
+def test_autocast_ends_with_each_pass(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    """The solves between two layers of a pass are outside of it, and the context is entered anew behind them."""
+    seen: list[tuple[str, bool]] = []
+
+    def note(position: Position) -> None:
+        seen.append((position.stage, torch.is_autocast_enabled("cpu")))
+
+    model, dtypes = tiny_model(), set()
+    model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(lambda *call: dtypes.add(call[2].dtype))
+    context = partial(torch.autocast, "cpu", torch.bfloat16)
+    report = prune(model, tokens, replace(PLAN, correction=0.3), forward_context=context, on_progress=note)
+    assert dtypes == {torch.bfloat16} and report.sparsity == 0.5
+    assert ("solve", False) in seen and not any(enabled for _, enabled in seen)
+
+
+def test_a_residual_stream_belongs_to_one_layer() -> None:
+    """A layer that writes to it may read what others read, which know no residual stream."""
+    collector, seen = Collector(frozenset({"gram", "residual_drift"})), []
+    inputs, drift = torch.ones(1, 2, 3), torch.ones(1, 2, 5)
+    for name in ("before", "writer", "after"):
+        collector.residual_drifts = {name: drift} if name == "writer" else {}
+        collector.add(name, inputs, seen)
+    weight = torch.zeros(5, 3)
+    assert collector.stats["after"] is collector.stats["before"]
+    assert collector.stats["before"].correct_drift(weight, 1.0, 1.0) is weight
+    assert (collector.stats["writer"].correct_drift(weight, 1.0, 1.0) > 0).all()
 
 
 @pytest.mark.parametrize("scorer", [Wanda(), GBLM()])

@@ -69,8 +69,15 @@ def test_on_a_terminal_there_is_no_line(
 ) -> None:
     terminal = SimpleNamespace(is_terminal=True)
     monkeypatch.setattr("lit_prune.callbacks.training_progress.Console", lambda: terminal)
-    fit(tmp_path)
+    trainer = fit(tmp_path)
     assert "step 4/4, " not in capsys.readouterr().out
+    assert trainer.progress_bar_callback.progress is not None  # type: ignore[union-attr]
+
+
+def test_elsewhere_no_bar_is_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its thread would sleep up to a second before each evaluation ends."""
+    assert fit(tmp_path).progress_bar_callback.progress is None  # type: ignore[union-attr]
+    capsys.readouterr()
 
 
 def test_the_sparsity_of_masks_counts_weights() -> None:

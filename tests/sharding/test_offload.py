@@ -26,6 +26,9 @@ from support.scripts import run_script
 PLANS = {
     "gblm": PruningPlan(Unstructured(0.5), GBLM(), AlphaPruning()),
     "sparsegpt": PruningPlan(Unstructured(0.5), None, Measured(sequences=2), SparseGPT()),
+    "sequential": PruningPlan(
+        Unstructured(0.6), solver=SparseGPT(), correction=0.3, sequential=True, residual_correction=0.3
+    ),
     "all": PruningPlan(Unstructured(0.6), None, None, ADMM(iterations=6), 0.3, Reconstruction(steps=4)),
 }
 
