@@ -58,7 +58,10 @@ def prepare(arguments: Sequence[str]) -> Prepared:
             prepared.arguments.append(f"{option}={pattern_value(_value(option, equals, value, rest))}")
         elif match := _CALLBACK_OVERRIDE.fullmatch(argument):
             given = match["value"] if match["value"] is not None else _value(option, "", "", rest)
-            prepared.overrides.append((match["callback"], match["key"], given))
+            if place := _place_behind_addition(prepared.arguments, match["callback"]):
+                prepared.arguments.insert(place, f"--trainer.callbacks.{match['key']}={given}")
+            else:
+                prepared.overrides.append((match["callback"], match["key"], given))
         else:
             prepared.arguments.append(argument)
     _check_old_overrides(arguments)
@@ -109,6 +112,19 @@ def overridden(callbacks: list[dict[str, Any]], overrides: Sequence[tuple[str, s
                 f"--trainer.callbacks.help {name}"
             ) from error
     return callbacks
+
+
+def _place_behind_addition(arguments: Sequence[str], callback: str) -> int | None:
+    """Return the place for an argument of a callback that the command line adds; None if it adds no such callback.
+
+    The parser takes ``--trainer.callbacks.KEY`` for an argument of the callback that was added last, and refuses one
+    whose required arguments do not follow.
+    """
+    addition = re.compile(rf"--trainer\.callbacks\+=([\w.]+\.)?{callback}")
+    place = max((i + 1 for i, argument in enumerate(arguments) if addition.fullmatch(argument)), default=None)
+    while place and place < len(arguments) and arguments[place].startswith("--trainer.callbacks."):
+        place += 1
+    return place
 
 
 def _value(option: str, equals: str, value: str, rest: Iterator[str]) -> str:

@@ -17,8 +17,10 @@ from lit_prune.cli_errors import PEER_GONE, explain, printable
 from lit_prune.errors import InputError
 from lit_prune.pruning import PruningPlan
 from lit_prune.recipes import shipped
+from support.scripts import run_script
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "write_help.py"
+PROGRAM = Path(sys.executable).parent / "lit-prune"
 PATHS = {item.name: str(item.path) for item in shipped()}
 NM = '--plan.pattern={"class_path": "NM", "init_args": {"keep": 2, "of": 4}}'
 
@@ -87,6 +89,18 @@ def test_a_mistake_is_one_line(given: str, message: str) -> None:
 def test_options_of_a_prune_that_the_command_line_adds_are_its_own() -> None:
     arguments = ["fit", "--trainer.callbacks+=Prune", "--trainer.callbacks.plan.pattern=NM"]
     assert prepare(arguments) == Prepared(arguments)
+
+
+def test_arguments_of_a_callback_that_the_command_line_adds_follow_it() -> None:
+    """Export has a required one, which the parser wants with the class."""
+    added = ["--trainer.callbacks+=Export", "--trainer.callbacks+=lit_prune.callbacks.EarlyStopping"]
+    options = ["--trainer.callbacks.Export.output", "here", "--trainer.callbacks.EarlyStopping.monitor=val/loss"]
+    options += ["--trainer.callbacks.Export.overwrite=true"]
+    names = ["Export.output=here", "Export.overwrite=true", "EarlyStopping.monitor=val/loss"]
+    first, second, third = (f"--trainer.callbacks.{name.partition('.')[2]}" for name in names)
+    assert prepare(["fit", *added, *options]) == Prepared(["fit", added[0], first, second, added[1], third])
+    cli = build(["--model.pretrained", "random", "--trainer.accelerator", "cpu", added[0], *options[:2]], run=False)
+    assert cli.trainer.callbacks[0].output == "here"  # type: ignore[attr-defined]
 
 
 def test_a_named_plan_stands_for_itself(tmp_path: Path) -> None:
@@ -245,17 +259,17 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal() -> None:
     assert printable("no \x1b[31mweight\n of ö") == "no \\x1b[31mweight\\n of ö"
 
 
-def test_one_process_of_several_says_what_all_meet(tmp_path: Path) -> None:
-    """Both refuse the same folder."""
+def test_one_process_of_several_says_what_all_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both refuse the same folder; the first one starts the other."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     fit = "fit -c recipes/demo -c strategies/ddp --data.dataset embedded --trainer.max_steps 1 --trainer.logger false"
     small = "--model.pretrained random --model.config.model_type gpt2 --trainer.callbacks+=Export"
-    command = [*fit.split(), *small.split(), "--trainer.callbacks.Export.output", "out"]
-    program = [sys.executable, "-m", "lit_prune", *command]
-    ended = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.count("lit-prune: ") == 1 and "Traceback" not in ended.stderr, ended.stderr
+    output = ["--trainer.callbacks.Export.output", "out"]
+    ended = run_script(tmp_path / "log", PROGRAM, *fit.split(), *small.split(), *output)
+    assert ended.code == 2 and ended.said.count("Initializing distributed") == 2, ended.said
+    assert ended.said.count("lit-prune: error: output is 'out'") == 1 and "Traceback" not in ended.said, ended.said
 
 
 def test_a_process_without_the_other_one_names_no_error_of_its_own() -> None:

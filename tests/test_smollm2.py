@@ -1,13 +1,12 @@
 """The real model of the demo: fetched, pruned and explained by the commands that the README names."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lit_prune.cli import main
+from support.scripts import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.timeout(900)
 def test_the_demo_prunes_a_real_model(tmp_path: Path) -> None:
     model = ROOT / "out" / "smollm2-135m"
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py"), str(model)], check=True)
+    fetched = run_script(tmp_path / "log", ROOT / "scripts" / "fetch_smollm2.py", str(model))
+    assert fetched.code == 0, fetched.said
     small = ["--data.sequences", "4", "--data.seqlen", "256", "--data.max_windows", "2", "--prompts", "[]"]
     small += ["--plan.include", "*.layers.[0-3].*"]  # the first four of thirty blocks
     paths = ["--model.pretrained", str(model), "--output", str(tmp_path / "out")]

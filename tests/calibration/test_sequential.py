@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CONFIGS
 from greenlet import greenlet
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.pruning.progress import Position
 from lit_prune.scorers import GBLM, Wanda
 from lit_prune.solvers import SparseGPT
+from support.fixtures import CONFIGS
 
 PLAN = PruningPlan(Unstructured(0.5), solver=SparseGPT(), sequential=True)
 MIXTURE = {**CONFIGS["llama"], "model_type": "mixtral", "num_local_experts": 4}

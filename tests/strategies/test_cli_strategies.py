@@ -1,7 +1,6 @@
 """The command line in two processes: train, go on from a checkpoint, export one, with the configs of ``configs/``."""
 
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
 from support.cells import LLAMA, count_pruned, difference
 from support.processes import Ended, run_ranks
+from support.scripts import run_script
 
 MIXTURE = {
     **LLAMA,
@@ -105,7 +105,7 @@ def test_fit_resume_and_export_of_a_sharded_checkpoint_agree(
 
 
 @pytest.mark.timeout(600)
-def test_one_shot_pruning_in_two_processes(tmp_path: Path) -> None:
+def test_one_shot_pruning_in_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In float64, so that no weight is chosen otherwise because two processes add up in another order.
     dense = load_model("random", torch.float64, LLAMA)
     save_pruned(tmp_path / "dense", dense, load_tokenizer("random"), {}, {})
@@ -124,8 +124,10 @@ def test_one_shot_pruning_in_two_processes(tmp_path: Path) -> None:
 
     ddp = ["-c", "strategies/ddp"]
     assert "pruning takes about" in prune("one").said
-    command = [sys.executable, "-m", "lit_prune", "prune", "-c", "run.yaml", "--output", "two", *ddp]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=600)  # it starts the other process itself
+    program = Path(sys.executable).parent / "lit-prune"
+    monkeypatch.chdir(tmp_path)
+    ended = run_script(tmp_path / "log", program, "prune", "-c", "run.yaml", "--output", "two", *ddp)
+    assert ended.code == 0 and "MEMBER: 2/2" in ended.said, ended.said  # it starts the other process itself
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-9  # 1,000 sums, conditions below 1,000
     report = json.loads((tmp_path / "two" / "pruning.json").read_text())
     assert report["evaluation"]["perplexity_after"] > 0 and len(report["samples"]) == 2

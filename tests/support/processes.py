@@ -108,9 +108,10 @@ def _start_server() -> None:
 
     forkserver.set_forkserver_preload(_PRELOADED)
     tests = str(Path(__file__).parents[1])  # the server's path is not this process's
-    hidden = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": tests}
-    before = {name: os.environ.get(name) for name in hidden}
-    os.environ.update(hidden)
+    own = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": tests}
+    own["TOKENIZERS_PARALLELISM"] = "false"  # forked processes have none of the server's threads
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
     try:
         forkserver.ensure_running()
     finally:
