@@ -98,6 +98,9 @@ class PruningCLI(LightningCLI):
         # saves none.
         pass
 
+    def _dump_config(self) -> None:
+        self.config_dump: dict[str, Any] = {}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments; every error is reported as an ``ArgumentsError``."""
         with _mistakes(self.arguments):

@@ -19,6 +19,8 @@ from support.scripts import run_script
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = ["--data.dataset", "embedded", "--data.sequences", "2", "--data.seqlen", "32", "--data.max_windows", "2"]
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "extend.md"
+PROGRAM = Path(sys.executable).parent / "lit-prune"
+"""The command as it is installed, which does not put the working directory first on the path."""
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +34,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prune(place: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as it is installed, which does not put the working directory first on the path."""
-    program = Path(sys.executable).parent / "lit-prune"
-    command = [program, "prune", "--model.pretrained", "model", *SMALL, "--trainer.accelerator", "cpu", *options]
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
-
-
-def test_a_class_in_the_working_directory_is_named_by_its_path_and_no_library_warns(place: Path) -> None:
+def test_a_class_in_the_working_directory_is_named_by_its_path(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
     own = ["--plan.scorer", "my_module.Activation", "--plan.scorer.power", "2", "--plan.solver", "SparseGPT"]
-    result = prune(place, *own, "--output", "out")
-    assert result.returncode == 0, result.stderr
-    assert "warning" not in (result.stdout + result.stderr).lower()  # of a library
+    command = ["prune", "--model.pretrained", "model", *SMALL, "--trainer.accelerator", "cpu", *own]
+    ended = run_script(place / "log", PROGRAM, *command, "--output", "out")
+    assert ended.code == 0, ended.said
     plan = json.loads((place / "out" / "pruning.json").read_text())["plan"]
     assert plan["scorer"] == {"class_path": "my_module.Activation", "init_args": {"power": 2.0}}
 
@@ -67,15 +63,15 @@ def test_what_is_no_scorer_is_refused_in_one_line(name: str, message: str, place
     assert not (place / "none").exists()
 
 
-def test_a_model_that_one_stands_in_runs_no_code(place: Path) -> None:
+def test_a_model_that_one_stands_in_runs_no_code_and_no_library_warns(place: Path) -> None:
     # Libraries look for these, which are seldom installed.
     for name in ("opt_einsum", "uarray", "pynvml", "gmpy", "my_config"):
         (place / "model" / f"{name}.py").write_text(f"open({str(place / 'ran')!r}, 'a').write({name!r})")
-    program = Path(sys.executable).parent / "lit-prune"
-    command = [program, "prune", "--model.pretrained", ".", "--plan", "magnitude", "--output", "../out2", *SMALL]
+    command = [PROGRAM, "prune", "--model.pretrained", ".", "--plan", "magnitude", "--output", "../out2", *SMALL]
     result = subprocess.run(command, cwd=place / "model", capture_output=True, text=True, check=False)
     assert not (place / "ran").exists(), (place / "ran").read_text()
     assert result.returncode == 0, result.stderr
+    assert "warning" not in (result.stdout + result.stderr).lower()
 
 
 def test_own_modules_are_named_in_a_configuration_and_import_others(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 OVERRIDDEN = {
-    "LightningCLI": ("_parse_ckpt_path", "_set_seed"),
+    "LightningCLI": ("_dump_config", "_parse_ckpt_path", "_set_seed"),
     "RichProgressBar": ("_get_train_description",),
 }
-"""Overridden methods: ``LightningCLI`` has no hook between parsing and seeding, and reads a checkpoint's
-hyperparameters before it can be checked; ``RichProgressBar`` has no other place for the epoch's name."""
+"""Overridden methods: ``LightningCLI`` has no hook between parsing and seeding, reads a checkpoint's hyperparameters
+before it can be checked, and takes a tenth of a second to write down hyperparameters that no module saves;
+``RichProgressBar`` has no other place for the epoch's name."""
 
 
 def subparser(cli: Any, subcommand: str | None) -> Any:

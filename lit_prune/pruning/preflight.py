@@ -217,7 +217,7 @@ def _fastest(work: Callable[[], object], times: int = 2) -> float:
     return min(found)
 
 
-def _product_rate(like: Tensor, size: int = 1024) -> float:
+def _product_rate(like: Tensor, size: int = 768) -> float:
     """Return the floating-point operations per second of float32 matrix products on the device of a tensor."""
     matrix = torch.ones(size, size, device=like.device)
     return 2 * size**3 / _fastest(lambda: matrix @ matrix)

@@ -208,18 +208,25 @@ def mask_pictures(masks: Mapping[str, PackedMask], most: int = 8) -> Figure:
     """Draw keep masks: the colour of a pixel is the fraction of its weights that are kept, with a colour bar below."""
     chosen = dict(islice(masks.items(), most))
     columns = min(4, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure = _figure(height=1.8 * rows + 0.8, left=0.02, bottom=0.8, top=0.25)
-    drawn = []
-    for place, (name, mask) in enumerate(chosen.items(), start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        axes.set_title(f"{_shown(kind_of(name))} {mask.shape[-2]} x {mask.shape[-1]}", fontsize="small")
-        drawn.append(axes.imshow(density(mask), cmap="Blues", vmin=0, vmax=1, interpolation="nearest"))
-        axes.set_axis_off()
+    width, height = _WIDTH / max(columns, 1), 1.8 * -(-len(chosen) // max(columns, 1)) + 0.8
+    figure = Figure(figsize=(_WIDTH, height))
+    axes = figure.add_axes((0, 0, 1, 1))  # in inches, and for all pictures: axes take longer to make than to draw
+    axes.set_axis_off()
+    drawn = None
+    for place, (name, mask) in enumerate(chosen.items()):
+        kept = density(mask)
+        left, top = place % columns * width, place // columns * 1.8 + 0.25
+        inch = max(kept.shape[0] / 1.45, kept.shape[1] / (0.94 * width))  # pixels
+        right, bottom = left + kept.shape[1] / inch, top + kept.shape[0] / inch
+        shift = (left + width - right) / 2
+        extent = (left + shift, right + shift, bottom, top)
+        drawn = axes.imshow(kept, "Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto", extent=extent)
+        title = f"{_shown(kind_of(name))} {mask.shape[-2]} x {mask.shape[-1]}"
+        axes.text(left + width / 2, top - 0.06, title, fontsize="small", ha="center")
+    axes.set(xlim=(0, _WIDTH), ylim=(height, 0))
     if drawn:
-        height = figure.get_figheight()
         cax = figure.add_axes((0.2, 0.45 / height, 0.6, 0.1 / height))
-        key = figure.colorbar(drawn[0], cax, orientation="horizontal", label="fraction of weights kept")
+        key = figure.colorbar(drawn, cax, orientation="horizontal", label="fraction of weights kept")
         key.outline.set_visible(False)
     return figure
 

@@ -15,4 +15,5 @@ def run_script(log: Path, script: Path, *arguments: str) -> Ended:
 
 def _main(script: str, arguments: tuple[str, ...]) -> None:
     sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")
