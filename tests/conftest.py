@@ -1,6 +1,8 @@
 """Settings of every run; fixtures are in ``support/fixtures.py``."""
 
 import os
+import sys
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import settings
@@ -13,9 +15,18 @@ settings.register_profile("project", deadline=None, max_examples=50, derandomize
 settings.load_profile("project")
 
 pytest.register_assert_rewrite("support")
+from support.fork_server import running  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Import the fixtures, which takes ten seconds, unless this process only distributes the tests to others."""
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", 0):
+    """Start a server for the tests' own processes, and import the fixtures, unless others run the tests.
+
+    The imports take ten seconds.
+    """
+    first = not hasattr(config, "workerinput")
+    if first and sys.platform == "linux":
+        server = ExitStack()
+        server.enter_context(running())
+        config.add_cleanup(server.close)
+    if not first or not config.getoption("numprocesses", 0):
         config.pluginmanager.import_plugin("support.fixtures")

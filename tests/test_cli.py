@@ -391,7 +391,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_tasks_are_run_before_and_after_pruning_and_on_a_saved_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], write_task: Callable[[Path], Path], own_tasks_alone: None
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], write_task: Callable[[Path], Path], few_tasks: None
 ) -> None:
     config, out, scores = write_config(tmp_path), tmp_path / "out", tmp_path / "scores.json"
     folder = str(write_task(tmp_path / "tasks"))

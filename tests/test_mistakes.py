@@ -103,7 +103,10 @@ ARGUMENTS = [
     ("prune --trainer banana", "trainer: Unable to load config"),
     ("prune --prompts '[\"\"]'", "prompts hold '': give each some words, or --prompts '[]' for"),
     ("prune --prompts ''", "prompts hold '': give each some words"),
-    ("prune --tasks banana", "banana"),
+    (
+        "prune --tasks arc_eazy",
+        "tasks name 'arc_eazy', which lm-evaluation-harness does not define: did you mean arc_easy",
+    ),
     ("prune --harness.limit 0", "harness.limit is 0: it must be 1 or more, or null"),
     ("analyze --sparsities '[2]'", "sparsities is 2.0: it must be a number in [0, 1), such as 0.5"),
     ("analyze --sparsities '[]'", "sparsities are empty: give at least one, such as [0.5]"),
@@ -243,11 +246,11 @@ TRAINING = [
         "masks are asked of 'nowhere': there is no such file",
     ),
     (
-        "fit --trainer.callbacks+=KeepMasks --trainer.callbacks.KeepMasks.masks '[a'",
+        "fit --trainer.callbacks KeepMasks --trainer.callbacks.KeepMasks.masks '[a'",
         "--trainer.callbacks.KeepMasks.masks cannot be '[a' (while parsing a flow sequence)",
     ),
     (
-        "fit --trainer.callbacks+=KeepMasks --trainer.callbacks.KeepMasks.masks zeros "
+        "fit --trainer.callbacks KeepMasks --trainer.callbacks.KeepMasks.masks zeros "
         "--trainer.callbacks.KeepMasks.masks.x 3",
         "--trainer.callbacks.KeepMasks.masks.x cannot be '3'",
     ),
@@ -415,6 +418,7 @@ def is_one_line(said: str, capsys: pytest.CaptureFixture[str], arguments: list[s
 
 
 @pytest.mark.parametrize(("mistake", "said"), [*ARGUMENTS, *DATA, *MODEL, *TRAINING])
+@pytest.mark.usefixtures("few_tasks")
 def test_a_mistake_is_one_line(mistake: str, said: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = shlex.split(mistake.format(at=at))
     if arguments and arguments[0] in cli.SUBCOMMANDS:

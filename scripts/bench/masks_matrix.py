@@ -25,6 +25,7 @@ import rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
+from support import fork_server
 from support.cells import OPTIMIZERS, PLACES, STRATEGIES, run
 
 CELLS = [" ".join(cell) for cell in product(STRATEGIES, ("32-true", "bf16-mixed", "bf16-true"), OPTIMIZERS)]
@@ -58,11 +59,12 @@ def main() -> None:
     options = parser.parse_args()
     results = options.out / "results.jsonl"
     done = {record["cell"] for record in rows.read(results)}
-    for cell in CELLS:
-        if fnmatchcase(cell, options.match) and cell not in done:
-            record = run(cell, options.out)
-            rows.append(results, record)
-            print(json.dumps(record), flush=True)
+    with fork_server.running():
+        for cell in CELLS:
+            if fnmatchcase(cell, options.match) and cell not in done:
+                record = run(cell, options.out)
+                rows.append(results, record)
+                print(json.dumps(record), flush=True)
     rows.show(table(sorted(rows.read(results), key=lambda record: CELLS.index(record["cell"]))), options.write)
 
 

@@ -310,30 +310,26 @@ def test_masks_and_records_run_no_code(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["gradients", "alpha_peak"])
-def test_a_cache_runs_no_code(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_runs_no_code_and_damage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache, mark = tmp_path / "cache", tmp_path / "ran"
     plan = {"scorer": {"class_path": "GBLM"}, "allocator": {"class_path": "AlphaPruning"}, "cache": str(cache)}
-    path = config(tmp_path, **plan)
-    assert main(["prune", "-c", path, "--output", str(tmp_path / "first")]) == 0
-    (file,) = cache.glob(f"{name}*")
-    file.write_bytes(pickle.dumps(Payload(mark)))
-    errors(capsys)
-    assert main(["prune", "-c", path, "--output", str(tmp_path / "out")]) == 2
-    assert [file.name in line for line in errors(capsys)] == [True]
-    assert not mark.exists() and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("content", ["[]", "null", '{"a": "x"}', '{"a": []}'])
-def test_a_damaged_cache_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = {"allocator": {"class_path": "AlphaPruning"}, "cache": str(tmp_path / "cache")}
-    path = config(tmp_path, **plan)
-    assert main(["prune", "-c", path, "--output", str(tmp_path / "first")]) == 0
-    (file,) = (tmp_path / "cache").glob("alpha_peak*")
-    file.write_text(content)
-    errors(capsys)
-    assert main(["prune", "-c", path, "--output", str(tmp_path / "out")]) == 2
-    assert [f"{str(file)!r}, which is damaged" in line for line in errors(capsys)] == [True]
+    command = ["prune", "-c", config(tmp_path, **plan), "--output"]
+    assert main([*command, str(tmp_path / "first")]) == 0
+    payload = pickle.dumps(Payload(mark))
+    for name, contents in {
+        "gradients": [payload],
+        "alpha_peak": [payload, b"[]", b"null", b'{"a": "x"}', b'{"a": []}'],
+    }.items():
+        (file,) = cache.glob(f"{name}*")
+        valid = file.read_bytes()
+        for content in contents:
+            file.write_bytes(content)
+            errors(capsys)
+            assert main([*command, str(tmp_path / "out")]) == 2
+            said = file.name if content is payload else f"{str(file)!r}, which is damaged"
+            assert [said in line for line in errors(capsys)] == [True]
+            assert not mark.exists() and not (tmp_path / "out").exists()
+        file.write_bytes(valid)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""Fresh processes for tests, forked from a server that has imported what takes ten seconds to import."""
+"""Fresh processes for tests."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -8,11 +7,13 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-_PRELOADED = ["lit_prune.callbacks", "lit_prune.training", "peft", "deepspeed", "support.preloaded"]
-_CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+from support.fork_server import Forked
+
+_PROCESS: Any = Forked if sys.platform == "linux" else get_context("spawn").Process
 _TIMEOUT = 600  # seconds, on a busy machine
 
 
@@ -45,10 +46,8 @@ class Started:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
-        self._process = _CONTEXT.Process(
-            target=_work, args=(target, str(log), str(folder or Path.cwd()), {**os.environ, **environment})
-        )
-        _start_server()
+        place = str(folder or Path.cwd())
+        self._process = _PROCESS(target=_work, args=(target, str(log), place, {**os.environ, **environment}))
         self._process.start()
 
     @property
@@ -98,27 +97,6 @@ def on_a_full_disk(target: Callable[[], int | None], limit: int) -> int | None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return target()
-
-
-def _start_server() -> None:
-    """Start the server that processes are forked from, with all of its modules as on a machine without a GPU."""
-    if sys.platform != "linux":
-        return
-    from multiprocessing import forkserver
-
-    forkserver.set_forkserver_preload(_PRELOADED)
-    tests = str(Path(__file__).parents[1])  # the server's path is not this process's
-    own = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": tests}
-    own["TOKENIZERS_PARALLELISM"] = "false"  # forked processes have none of the server's threads
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
 
 
 def _work(target: Callable[[], int | None], log: str, folder: str, environment: Mapping[str, str]) -> None:

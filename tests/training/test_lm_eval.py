@@ -91,7 +91,7 @@ def test_a_mistake_in_a_task_file_is_one_line(
 
 
 def test_a_task_without_a_name_is_one_line(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, own_tasks_alone: None
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, few_tasks: None
 ) -> None:
     change(folder, {"task": 3})
     refused = r"they cannot be run \(TypeError: "  # or passed over, in older versions of lm-eval
