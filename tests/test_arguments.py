@@ -5,6 +5,8 @@ import os
 import runpy
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,9 @@ from lit_prune.cli_errors import PEER_GONE, explain, printable
 from lit_prune.errors import InputError
 from lit_prune.pruning import PruningPlan
 from lit_prune.recipes import shipped
-from support.scripts import run_script
+from support.processes import Started, free_group
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "write_help.py"
-PROGRAM = Path(sys.executable).parent / "lit-prune"
 PATHS = {item.name: str(item.path) for item in shipped()}
 NM = '--plan.pattern={"class_path": "NM", "init_args": {"keep": 2, "of": 4}}'
 
@@ -259,17 +260,30 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal() -> None:
     assert printable("no \x1b[31mweight\n of ö") == "no \\x1b[31mweight\\n of ö"
 
 
-def test_one_process_of_several_says_what_all_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both refuse the same folder; the first one starts the other."""
-    monkeypatch.chdir(tmp_path)
+def run_with_child(arguments: list[str]) -> int:
+    """Run the command here and in a child, as Lightning starts the second process; the child leaves its exit status."""
+    child = os.fork() == 0
+    os.environ.update(dict.fromkeys(("RANK", "LOCAL_RANK"), "1" if child else "0"))
+    status = main(arguments)
+    if child:
+        Path("child").write_text(str(status))
+        os._exit(0)
+    return status
+
+
+def test_one_process_of_several_says_what_all_meet(tmp_path: Path) -> None:
+    """Both refuse the same folder."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     fit = "fit -c recipes/demo -c strategies/ddp --data.dataset embedded --trainer.max_steps 1 --trainer.logger false"
     small = "--model.pretrained random --model.config.model_type gpt2 --trainer.callbacks+=Export"
-    output = ["--trainer.callbacks.Export.output", "out"]
-    ended = run_script(tmp_path / "log", PROGRAM, *fit.split(), *small.split(), *output)
-    assert ended.code == 2 and ended.said.count("Initializing distributed") == 2, ended.said
-    assert ended.said.count("lit-prune: error: output is 'out'") == 1 and "Traceback" not in ended.said, ended.said
+    command = [*fit.split(), *small.split(), "--trainer.callbacks.Export.output", "out"]
+    assert Started(tmp_path / "log", partial(run_with_child, command), tmp_path, **free_group(2)).wait().code == 2
+    while not (tmp_path / "child").exists():
+        time.sleep(0.05)
+    said = (tmp_path / "log").read_text()
+    assert (tmp_path / "child").read_text() == "2" and said.count("Initializing distributed") == 2, said
+    assert said.count("lit-prune: error: output is 'out'") == 1 and "Traceback" not in said, said
 
 
 def test_a_process_without_the_other_one_names_no_error_of_its_own() -> None:

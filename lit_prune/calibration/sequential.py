@@ -56,8 +56,6 @@ class SequentialCalibration:
             InputError: if a layer is never called, or the block's pass cannot be suspended.
             NumericalError: if activations are NaN or infinite.
         """
-        collector = Collector(needs)
-        seen: list[Seen] = [[] for _ in self._replay.hidden]
         of_experts = {id(layer) for group in expert_layers(block.module) for layer in group}
         # The dense model routes other tokens to an expert, so its inputs cannot be compared.
         compared = {name for name, layer in layers.items() if self._dense and id(layer) not in of_experts}
@@ -65,38 +63,28 @@ class SequentialCalibration:
         left = dict(layers)
         with ExitStack() as stack:
             writers = self._writers_of(block, kind) if "residual_drift" in needs else {}
-            passes = stack.enter_context(self._replay.suspended(block.index, layers, writers.values()))
-            dense = self._dense and stack.enter_context(self._dense.suspended(block.index, layers, writers.values()))
-            for each in (passes, dense):
-                if each:
-                    each.resume()
+            replays = [replay for replay in (self._replay, self._dense) if replay]
+            every = [stack.enter_context(each.suspended(block.index, layers, writers.values())) for each in replays]
+            for each in every:
+                each.resume()
+            passes = every[0]
+            waiting = _Waiting(Collector(needs), replays, every, compared, writers)
             while left:
                 stage = _next_stage(passes, left, self._sharing.get(kind, []), block)
                 mine = {name: left.pop(name) for name in stage}
-                for batch in range(len(passes.waiting)):
-                    collector.sequences = len(self._replay.hidden[batch])
-                    if dense:
-                        collector.dense_inputs = _inputs(dense, batch, compared.intersection(stage), stage)
-                        written = [name for name in stage if name in writers]
-                        if written and passes.waiting[batch]:
-                            drift = self._residual_drift(passes, dense, batch)
-                            collector.residual_drifts = dict.fromkeys(written, drift)
-                    for name, inputs in _inputs(passes, batch, stage, stage).items():
-                        collector.add(name, inputs, seen[batch])
-                collector.dense_inputs, collector.residual_drifts = {}, {}
-                if dense:
+                waiting.collect(stage)
+                for dense in every[1:]:
                     dense.resume(stage)  # through the layers as they are, before they are pruned
-                stats = collector.from_all_processes(mine, compared, writers)
+                stats = waiting.collector.from_all_processes(mine, compared, writers)
                 for name in mine:
                     stats[name].check_finite(name)
                 yield stats | self._replay.pooled(block.index, mine, stats)
                 if left or advance:
                     passes.resume(stage)
-            self._sharing[kind] = _sharing(collector, block)
-            if dense and self._dense:
-                self._dense.advance(block.index, dense.ended())
-            if advance:
-                self._replay.advance(block.index, passes.ended())
+            self._sharing[kind] = _sharing(waiting.collector, block)
+            for replay, each in zip(replays, every, strict=True):
+                if advance or replay is self._dense:
+                    replay.advance(block.index, each.ended())
 
     def _writers_of(self, block: Block, kind: object) -> dict[str, nn.Module]:
         """Return the layers of a block that write to the residual stream, by name."""
@@ -110,14 +98,55 @@ class SequentialCalibration:
                 )
         return {f"{block.name}.{name}": block.module.get_submodule(name) for name in self._writers[kind]}
 
-    def _residual_drift(self, passes: SuspendedPasses, dense: SuspendedPasses, batch: int) -> Tensor:
+
+class _Waiting:
+    """Passes through one block that wait at its layers, and the statistics of the layers' inputs."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        replays: Sequence[BlockReplay],
+        passes: Sequence[SuspendedPasses],
+        compared: Collection[str],
+        writers: Collection[str],
+    ) -> None:
+        """Keep the passes.
+
+        Args:
+            collector: statistics so far.
+            replays: replay of the pruned model and, if it is compared with, that of the dense one.
+            passes: passes of each replay.
+            compared: layers whose inputs are compared with those in the dense model.
+            writers: layers whose outputs are added to the residual stream, if its drift is needed.
+        """
+        self.collector = collector
+        self._hidden = [replay.hidden for replay in replays]
+        self._passes = passes
+        self._compared = compared
+        self._writers = writers
+        self._seen: list[Seen] = [[] for _ in replays[0].hidden]
+
+    def collect(self, stage: Sequence[str]) -> None:
+        """Add the inputs of the layers of a stage, at which the passes wait."""
+        passes, *dense = self._passes
+        for batch, hidden in enumerate(self._hidden[0]):
+            self.collector.sequences = len(hidden)
+            if dense:
+                self.collector.dense_inputs = _inputs(dense[0], batch, set(stage).intersection(self._compared), stage)
+                written = [name for name in stage if name in self._writers]
+                if written and passes.waiting[batch]:
+                    self.collector.residual_drifts = dict.fromkeys(written, self._residual_drift(batch))
+            for name, inputs in _inputs(passes, batch, stage, stage).items():
+                self.collector.add(name, inputs, self._seen[batch])
+        self.collector.dense_inputs, self.collector.residual_drifts = {}, {}
+
+    def _residual_drift(self, batch: int) -> Tensor:
         """Return the dense model's residual stream minus the pruned one's, at the layer that both passes wait at."""
-        assert self._dense is not None
-        drift = _rows(self._dense.hidden[batch]) - _rows(self._replay.hidden[batch])
-        of_dense, here = dense.written[batch], passes.written[batch]
-        if of_dense is None or here is None:
-            return drift
-        return drift.to(here.device) + (_rows(of_dense) - _rows(here))
+        hidden, of_dense = (_rows(each[batch]) for each in self._hidden)
+        here, there = (passes.written[batch] for passes in self._passes)
+        if here is None or there is None:
+            return of_dense - hidden
+        return (of_dense - hidden).to(here.device) + (_rows(there) - _rows(here))
 
 
 def _rows(hidden: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,7 +72,7 @@ class TextDataModule(LightningDataModule):
         train: str | None = None,
         val: str | None = None,
         test: str | None = None,
-        calibration: str | None = None,
+        calibration: dict[str, float] | Sequence[str] | str | None = None,
         sequences: int = 128,
         seqlen: int = 2048,
         batch_size: int = 1,
@@ -93,8 +94,10 @@ class TextDataModule(LightningDataModule):
             train: Source of the training set; null = ``dataset``.
             val: Source of the validation set; null = ``dataset``.
             test: Source of the test set; null = ``dataset``.
-            calibration: Source of the calibration set, of which the training split is used; null = ``dataset``.
-            sequences: Number of calibration sequences.
+            calibration: Source of the calibration set, of which the training split is used; or several, as a list, or
+                with weights, such as ``{wikitext2: 3, c4: 1}``, which share the sequences in proportion; null =
+                ``dataset``.
+            sequences: Number of calibration sequences, from all sources together.
             seqlen: Tokens per window, for training, evaluation and calibration.
             batch_size: Windows per training or evaluation batch.
             calibration_batch_size: Sequences per forward pass through a block while pruning.
@@ -131,8 +134,13 @@ class TextDataModule(LightningDataModule):
                 "are more than any calibration needs; the papers take 128 x 2,048"
             )
         other_val = as_list(other_val)
-        named = {"train": train, "val": val, "test": test, "calibration": calibration, "dataset": dataset}
-        self._options = [*named.items(), *(("other_val", source) for source in other_val)]
+        calibration = dataset if calibration is None else calibration
+        self.calibration = _shares(calibration if isinstance(calibration, Mapping) else as_list(calibration), sequences)
+        """Number of calibration sequences from each source."""
+        several = [("calibration", source) for source in self.calibration]
+        several += [("other_val", source) for source in other_val]
+        named = {"train": train, "val": val, "test": test, "dataset": dataset}
+        self._options = [*named.items(), *several]
         for name, source in self._options:
             if source is not None and not source.partition(":")[0].strip():
                 raise InputError(f"data.{name} is {source!r}: name a text source, such as wikitext2 or a .txt file")
@@ -145,7 +153,6 @@ class TextDataModule(LightningDataModule):
             )
         self.tokenizer = tokenizer
         self.sources = {"train": train or dataset, "val": val or dataset, "test": test or dataset}
-        self.calibration = calibration or dataset
         self._tokenized: dict[tuple[str, Split], Tensor] = {}
         self.sequences = sequences
         self.seqlen = seqlen
@@ -183,7 +190,8 @@ class TextDataModule(LightningDataModule):
     @property
     def calibration_text(self) -> str:
         """Description of the text from which the calibration set is sampled, for reports."""
-        return self._name_of(self.calibration, "train")
+        names = {self._name_of(source, "train"): count for source, count in self.calibration.items()}
+        return ", ".join(f"{count} of {name}" if len(names) > 1 else name for name, count in names.items())
 
     def _name_of(self, source: str, split: Split) -> str:
         if local_path(source) is None:
@@ -194,7 +202,7 @@ class TextDataModule(LightningDataModule):
         """Return whether a source is a file used for several purposes, even under different paths."""
         validation = [self.sources["val"], *self.other_val]
         uses: dict[Split, list[str]] = {
-            "train": [self.sources["train"], self.calibration],
+            "train": [self.sources["train"], *self.calibration],
             "validation": validation,
             "test": [self.sources["test"]],
         }
@@ -245,7 +253,7 @@ class TextDataModule(LightningDataModule):
 
     def hub_names(self, training: bool) -> list[str]:
         """Return the hub names of the calibration set and, if ``training``, of the training set."""
-        sources = {self.calibration, self.sources["train"]} if training else {self.calibration}
+        sources = {*self.calibration, self.sources["train"]} if training else self.calibration
         return sorted(name for name in map(hub_name, sources) if name)
 
     def calibration_batches(self) -> list[Tensor]:
@@ -259,23 +267,32 @@ class TextDataModule(LightningDataModule):
     @cached_property
     def _calibration_sample(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        if self.documents == "long":
-            return self._sample_long(self._read(self.calibration, "train"), generator)
-        return _random_windows(self._tokens(self.calibration, "train"), self.seqlen, generator, self.sequences)
+        parts = [self._sample(source, count, generator) for source, count in self.calibration.items()]
+        if len(parts) == 1:
+            return parts[0]
+        # Every batch, and every process, gets some of each text.
+        return torch.cat(parts)[torch.randperm(self.sequences, generator=generator)]
 
-    def _sample_long(self, documents: Sequence[str], generator: torch.Generator) -> Tensor:
+    def _sample(self, source: str, count: int, generator: torch.Generator) -> Tensor:
+        """Return ``count`` windows of the training split of a source, ``[count, seqlen]``."""
+        if self.documents == "long":
+            return self._sample_long(source, count, generator)
+        return _random_windows(self._tokens(source, "train"), self.seqlen, generator, count)
+
+    def _sample_long(self, source: str, count: int, generator: torch.Generator) -> Tensor:
         """Return one window from each long document, in random order, searching at most ``search_limit`` documents."""
+        documents = self._read(source, "train")
         found: list[Tensor] = []
         order = torch.randperm(len(documents), generator=generator)[: self.search_limit].tolist()
         for index in order:
             tokens = self._encode(documents[index])
             if len(tokens) > self.seqlen:
                 found.append(_random_windows(tokens, self.seqlen, generator, count=1))
-            if len(found) == self.sequences:
+            if len(found) == count:
                 return torch.cat(found)
         raise InputError(
-            f"data.calibration is {self.calibration!r}: of {len(order)} documents, {len(found)} are longer than "
-            f"{self.seqlen} tokens and {self.sequences} are needed; lower --data.seqlen or --data.sequences, raise "
+            f"data.calibration is {source!r}: of {len(order)} documents, {len(found)} are longer than "
+            f"{self.seqlen} tokens and {count} are needed; lower --data.seqlen or --data.sequences, raise "
             "--data.search_limit, or use --data.documents joined"
         )
 
@@ -323,6 +340,33 @@ def validation_names(other_val: Sequence[str]) -> list[str]:
     Loggers use the names as paths and tags, so any characters but letters, digits, ``.``, ``-`` and ``_`` become ``_``.
     """
     return [re.sub(r"[^\w.-]+", "_", Path(source).stem) for source in other_val]
+
+
+def _shares(weights: Mapping[str, float] | Sequence[str], total: int) -> dict[str, int]:
+    """Return how many of ``total`` calibration sequences come from each source, by largest remainder.
+
+    Args:
+        weights: weights of the sources; a list of sources has equal ones.
+        total: number of sequences.
+    """
+    named = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, 1.0)
+    if len(named) < len(weights) or not named:
+        raise InputError(f"data.calibration is {weights!r}: name each text once, such as [wikitext2, c4]")
+    for source, weight in named.items():
+        if not 0 < weight < math.inf:
+            raise InputError(f"data.calibration gives {source!r} the weight {weight!r}: it must be positive")
+    exact = {source: total * weight / sum(named.values()) for source, weight in named.items()}
+    counts = {source: int(share) for source, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda source: counts[source] - exact[source])
+    for source in by_remainder[: total - sum(counts.values())]:
+        counts[source] += 1
+    for source, count in counts.items():
+        if not count:
+            raise InputError(
+                f"data.calibration leaves none of the {total} sequences to {source!r}: raise --data.sequences or its "
+                "weight"
+            )
+    return counts
 
 
 def _same_file(source: str, other: str) -> bool:

@@ -84,12 +84,17 @@ def run_ranks(log: Path, target: Callable[[], int | None], ranks: int, folder: P
     """
     if ranks == 1:
         return [run(log.with_suffix(".0"), target, folder)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group = free_group(ranks)
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     started = [Started(log.with_suffix(f".{rank}"), target, folder, **group, **own[rank]) for rank in range(ranks)]
     return [process.wait() for process in started]
+
+
+def free_group(ranks: int) -> dict[str, str]:
+    """Return the environment of the processes of a new group, all but their ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 def on_a_full_disk(target: Callable[[], int | None], limit: int) -> int | None:

@@ -57,6 +57,40 @@ def test_calibration_is_a_seeded_sample_of_the_training_text() -> None:
         assert ",".join(map(str, window.tolist())) in training
 
 
+def test_calibration_texts_share_the_sequences_by_weight(tmp_path: Path) -> None:
+    """Of 10 sequences, weights 5, 2 and 1 give 6.25, 2.5 and 1.25: 6, 3 and 1."""
+    files = {letter: tmp_path / f"{letter}.txt" for letter in "abc"}
+    for letter, path in files.items():
+        path.write_text(letter * 500)
+    weights = {str(files["a"]): 5, str(files["b"]): 2, str(files["c"]): 1}
+    data = module(calibration=weights, sequences=10)
+    assert list(data.calibration.values()) == [6, 3, 1]
+    assert data.calibration_text == f"6 of all of {files['a']}, 3 of all of {files['b']}, 1 of all of {files['c']}"
+    sample = load_tokenizer("random").batch_decode(torch.cat(data.calibration_batches()))
+    assert sorted(sample) == ["a" * 32] * 6 + ["b" * 32] * 3 + ["c" * 32]
+    assert sample != sorted(sample)  # every process gets some of each text
+    equal = module(calibration=list(weights), sequences=6)
+    assert list(equal.calibration.values()) == [2, 2, 2]
+    alone = module(calibration=[str(files["a"])]).calibration_batches()
+    assert torch.equal(torch.cat(alone), torch.cat(module(calibration=str(files["a"])).calibration_batches()))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], r"data\.calibration is \[\]: name each text once"),
+        (["embedded", "embedded"], "name each text once"),
+        ({"embedded": 0.0}, "gives 'embedded' the weight 0.0: it must be positive"),
+        ({"embedded": float("nan")}, "the weight nan"),
+        ({"embedded": 1.0, "c4": 1e-3}, "leaves none of the 6 sequences to 'c4': raise --data.sequences or its weight"),
+        (["embedded", " "], "data.calibration is ' ': name a text source"),
+    ],
+)
+def test_calibration_texts_without_a_share_are_refused(calibration: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        module(calibration=calibration)
+
+
 def test_training_windows_are_shuffled_with_the_seed() -> None:
     first, again = (torch.cat([b["input_ids"] for b in module().train_dataloader()]) for _ in range(2))
     other = torch.cat([b["input_ids"] for b in module(seed=1).train_dataloader()])
