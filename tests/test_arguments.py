@@ -19,7 +19,7 @@ from lit_prune.cli_errors import PEER_GONE, explain, printable
 from lit_prune.errors import InputError
 from lit_prune.pruning import PruningPlan
 from lit_prune.recipes import shipped
-from support.processes import Started, free_group
+from support.processes import Started, call_with_child, free_group
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "write_help.py"
 PATHS = {item.name: str(item.path) for item in shipped()}
@@ -260,17 +260,6 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal() -> None:
     assert printable("no \x1b[31mweight\n of ö") == "no \\x1b[31mweight\\n of ö"
 
 
-def run_with_child(arguments: list[str]) -> int:
-    """Run the command here and in a child, as Lightning starts the second process; the child leaves its exit status."""
-    child = os.fork() == 0
-    os.environ.update(dict.fromkeys(("RANK", "LOCAL_RANK"), "1" if child else "0"))
-    status = main(arguments)
-    if child:
-        Path("child").write_text(str(status))
-        os._exit(0)
-    return status
-
-
 def test_one_process_of_several_says_what_all_meet(tmp_path: Path) -> None:
     """Both refuse the same folder."""
     (tmp_path / "out").mkdir()
@@ -278,7 +267,12 @@ def test_one_process_of_several_says_what_all_meet(tmp_path: Path) -> None:
     fit = "fit -c recipes/demo -c strategies/ddp --data.dataset embedded --trainer.max_steps 1 --trainer.logger false"
     small = "--model.pretrained random --model.config.model_type gpt2 --trainer.callbacks+=Export"
     command = [*fit.split(), *small.split(), "--trainer.callbacks.Export.output", "out"]
-    assert Started(tmp_path / "log", partial(run_with_child, command), tmp_path, **free_group(2)).wait().code == 2
+    assert (
+        Started(tmp_path / "log", partial(call_with_child, partial(main, command)), tmp_path, **free_group(2))
+        .wait()
+        .code
+        == 2
+    )
     while not (tmp_path / "child").exists():
         time.sleep(0.05)
     said = (tmp_path / "log").read_text()

@@ -97,6 +97,20 @@ def free_group(ranks: int) -> dict[str, str]:
         return {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
+def call_with_child(target: Callable[[], int]) -> int:
+    """Call a function here and in a child, as Lightning starts the second process of a group.
+
+    The child leaves the function's result in a file ``child``.
+    """
+    child = os.fork() == 0
+    os.environ.update(dict.fromkeys(("RANK", "LOCAL_RANK"), "1" if child else "0"))
+    result = target()
+    if child:
+        Path("child").write_text(str(result))
+        os._exit(0)
+    return result
+
+
 def on_a_full_disk(target: Callable[[], int | None], limit: int) -> int | None:
     """Call a function while no file can become larger than ``limit`` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
