@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 
 import support.docstrings
 import support.figures
+import support.samples
 import support.tokens  # noqa: F401
 from lit_prune.models.load import load_model
 from lit_prune.ops import LayerStats

@@ -1,5 +1,6 @@
 """A server that forks test processes; it serves all processes of pytest, since its imports take twenty seconds."""
 
+import gc
 import os
 import signal
 import socket
@@ -86,6 +87,7 @@ def _serve(listener: socket.socket) -> None:
         if not ready:
             for module in _PRELOADED:
                 import_module(module)
+            gc.freeze()  # so that no process looks through the imported objects, and copies their pages
             ready = True
         if os.fork() == 0:
             listener.close()

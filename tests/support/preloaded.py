@@ -1,12 +1,14 @@
 """Imported once by the server that test processes are forked from: work that each of them would do again."""
 
 import io
+import json
 import tempfile
 from contextlib import redirect_stdout, suppress
 from importlib.util import find_spec
 
 import support.docstrings
 import support.figures
+import support.samples
 import support.tokens  # noqa: F401
 from lit_prune.allocators import AlphaPruning
 from lit_prune.cli import build
@@ -18,9 +20,13 @@ from lit_prune.scorers import Wanda
 from lit_prune.training import TextDataModule
 from support.training import SMALLER
 
+_PRUNE = {"class_path": "Prune", "init_args": {"plan": {"pattern": {"class_path": "Unstructured"}}}}
 _COMMANDS = (
     ["prune", "--model.pretrained", "random", "--plan", "admm", "--plan.allocator", "AlphaPruning"],
     ["fit", "-c", "recipes/gradual"],
+    ["fit", "-c", "recipes/recover", "-c", "strategies/zero3"],
+    ["fit", "--trainer.callbacks", json.dumps([_PRUNE])],
+    ["prune", "--trainer.callbacks", json.dumps([_PRUNE])],
 )
 
 
