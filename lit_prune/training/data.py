@@ -191,7 +191,9 @@ class TextDataModule(LightningDataModule):
     def calibration_text(self) -> str:
         """Description of the text from which the calibration set is sampled, for reports."""
         names = {self._name_of(source, "train"): count for source, count in self.calibration.items()}
-        return ", ".join(f"{count} of {name}" if len(names) > 1 else name for name, count in names.items())
+        if len(names) == 1:
+            return next(iter(names))
+        return ", ".join(f"{name} ({count} of {self.sequences})" for name, count in names.items())
 
     def _name_of(self, source: str, split: Split) -> str:
         if local_path(source) is None:

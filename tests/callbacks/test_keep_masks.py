@@ -24,7 +24,7 @@ from lit_prune.scorers import Magnitude, Wanda
 from lit_prune.scorers.base import Scorer
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training.strategies import FSDP2, DeepSpeed
-from support.training import LLAMA
+from support.training import LLAMA, SMALLER
 from support.training import trainer as quiet_trainer
 
 trainer = partial(quiet_trainer, max_steps=6, limit_val_batches=2, val_check_interval=3)
@@ -195,10 +195,10 @@ def test_masks_hold_in_a_compiled_model(part: str, backend: str) -> None:
     frames = torch._dynamo.utils.counters["frames"]
     frames.clear()
     torch.manual_seed(0)
-    module = Compiled("random", config=LLAMA, optimizer=adamw)
+    module = Compiled("random", config=SMALLER, optimizer=adamw)
     masks = prune_twice(module, scorer=Wanda())  # whose calibration needs hooks in the compiled blocks
     assert frames["ok"] > 0
-    plain = lit()
+    plain = lit(config=SMALLER)
     expected = prune_twice(plain, scorer=Wanda())
     for name, mask in expected.items():
         assert torch.equal(masks[name].bits, mask.bits)

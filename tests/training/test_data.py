@@ -65,7 +65,8 @@ def test_calibration_texts_share_the_sequences_by_weight(tmp_path: Path) -> None
     weights = {str(files["a"]): 5, str(files["b"]): 2, str(files["c"]): 1}
     data = module(calibration=weights, sequences=10)
     assert list(data.calibration.values()) == [6, 3, 1]
-    assert data.calibration_text == f"6 of all of {files['a']}, 3 of all of {files['b']}, 1 of all of {files['c']}"
+    shares = [f"all of {files[letter]} ({count} of 10)" for letter, count in (("a", 6), ("b", 3), ("c", 1))]
+    assert data.calibration_text == ", ".join(shares)
     sample = load_tokenizer("random").batch_decode(torch.cat(data.calibration_batches()))
     assert sorted(sample) == ["a" * 32] * 6 + ["b" * 32] * 3 + ["c" * 32]
     assert sample != sorted(sample)  # every process gets some of each text
