@@ -47,6 +47,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "SparseGPT corrected": {"solver": SparseGPT(), "correction": 0.3},
     "ADMM corrected": {"solver": ADMM(), "correction": 0.3},
 }
+SEQUENTIAL: dict[str, dict[str, Any]] = {
+    f"{method} sequential": {**METHODS[method], "sequential": True}
+    for method in ("SparseGPT", "ADMM", "ADMM corrected")
+}
+"""Methods that calibrate each layer behind the pruned layers of its own block."""
+SEQUENTIAL |= {
+    f"ADMM corrected sequential, residual {strength}": {
+        **SEQUENTIAL["ADMM corrected sequential"],
+        "residual_correction": strength,
+    }
+    for strength in (0.3, 0.6)
+}
 ON_DENSE_INPUTS: dict[str, dict[str, Any]] = {
     f"{method} on dense inputs": {**METHODS[method], "propagate": "dense"} for method in ("Wanda", "SparseGPT", "ADMM")
 }
@@ -70,7 +82,7 @@ class Row(NamedTuple):
     """Settings of one row."""
 
     method: str
-    """Name of the method in ``METHODS`` or ``ON_DENSE_INPUTS``; empty = the dense model."""
+    """Name of the method in ``METHODS``, ``SEQUENTIAL`` or ``ON_DENSE_INPUTS``; empty = the dense model."""
     pattern: str = ""
     allocator: str = ""
     """Name of the allocator in ``ALLOCATORS``; empty = uniform."""
@@ -82,7 +94,7 @@ class Row(NamedTuple):
     def plan(self) -> PruningPlan:
         """Return the pruning plan of the row."""
         allocator = ALLOCATORS[self.allocator] if self.allocator else Uniform()
-        how = {**METHODS, **ON_DENSE_INPUTS}[self.method]
+        how = {**METHODS, **SEQUENTIAL, **ON_DENSE_INPUTS}[self.method]
         return PruningPlan(PATTERNS[self.pattern], allocator=allocator, output_error=False, **how)
 
 
@@ -95,6 +107,7 @@ def compared() -> dict[str, Row]:
     found += [Row(method, pattern) for pattern in others for method in METHODS]
     found += [Row(method, "70%", "alpha 0.2") for method in METHODS]
     found += [Row(method, MIXED) for method in BEST]
+    found += [Row(method, pattern) for pattern in ("70%", *others) for method in SEQUENTIAL]
     found += [Row(method, pattern) for pattern in ("50%", "70%") for method in ON_DENSE_INPUTS]
     allocated = [pattern for pattern in PATTERNS if pattern not in ("70%", "2:4")]
     found += [Row(method, pattern, allocator) for pattern in allocated for allocator in ALLOCATORS for method in BEST]
