@@ -57,6 +57,8 @@ class Preflight:
     """Peak memory in addition to the model, in bytes, on the device that processes the blocks."""
     free: int | None
     """Free memory of that device, in bytes; None if unknown."""
+    sequential: bool = False
+    """Whether the plan is sequential, so that the activations of the whole calibration set wait at once."""
 
     @property
     def fits(self) -> bool:
@@ -68,10 +70,11 @@ class Preflight:
         text = f"about {_duration(self.seconds)} and {self.memory / 1e9:.2g} GB beyond the model"
         if self.fits or self.free is None:
             return text
-        return (
-            f"{text}, of which {self.free / 1e9:.2g} GB are free: lower data.sequences or data.seqlen, or set "
-            "plan.hidden_device, plan.hidden_dtype or model.lazy"
+        remedy = (
+            "plan.sequential to false" if self.sequential else "plan.hidden_device, plan.hidden_dtype or model.lazy"
         )
+        free = f"{self.free / 1e9:.2g} GB are free"
+        return f"{text}, of which {free}: lower data.sequences or data.seqlen, or set {remedy}"
 
 
 @torch.inference_mode(False)
@@ -111,7 +114,8 @@ def preflight(
         if device.type == "cpu":
             memory += count_gradient_memory(targets, plan)
         free = _free_memory(device)
-        return Preflight(work, (forward + (work.gram + work.solve) / rate) / collectives.world_size(), memory, free)
+        seconds = (forward + (work.gram + work.solve) / rate) / collectives.world_size()
+        return Preflight(work, seconds, memory, free, plan.sequential)
 
 
 def count_work(
@@ -193,6 +197,8 @@ def count_memory(
         return hidden + activations
     squares = [sizes[group[0]][1] ** 2 for group in groups]
     statistics = sum(squares) * 4 * (2 if plan.correction else 1)
+    if plan.residual_correction:  # of the layers that may write to the residual stream
+        statistics += 4 * sum(prod(size) for size in sizes.values() if size[0] == width)
     solve = 4 * (4 * max(squares) + 6 * max(prod(size) for size in sizes.values()))
     return hidden + statistics + max(activations, solve)
 
