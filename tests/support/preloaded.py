@@ -6,6 +6,8 @@ import tempfile
 from contextlib import redirect_stdout, suppress
 from importlib.util import find_spec
 
+import torch
+
 import support.docstrings
 import support.figures
 import support.samples
@@ -46,6 +48,9 @@ def _tokenise_and_draw() -> None:
 
 
 _parse_docstrings()
+threads = torch.get_num_threads()
+torch.set_num_threads(1)  # a forked process would wait for ever for threads that the server has started
 _tokenise_and_draw()
+torch.set_num_threads(threads)
 if find_spec("deepspeed"):
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - every engine imports it, and torch.compile with it
