@@ -28,6 +28,9 @@ def run(shared: Shared) -> Callable[[str], dict[str, Any]]:
         def make(folder: Path) -> None:
             (folder / "record.json").write_text(json.dumps(run_cell(cell, shared.folder / "cells")))
 
+        strategy, rest = cell.split(" ", 1)
+        if strategy != "single" and rest.startswith("32-true"):
+            run(f"single {rest}")  # which its weights are compared with
         return json.loads((shared.once(f"record of {cell}", make) / "record.json").read_text())
 
     return run
