@@ -36,6 +36,7 @@ class Row(NamedTuple):
     """Settings of one row."""
 
     method: str
+    """Name of the method in ``METHODS`` or ``SEQUENTIAL``; empty = the dense model."""
     pattern: str
     calibration: str
     """Name of the calibration text, or ``mixture`` of all of them in equal parts."""
@@ -43,7 +44,7 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         """Return the name of the row."""
-        return f"{self.method}, {self.pattern}, {self.calibration}, {self.sequences}"
+        return f"{self.method}, {self.pattern}, {self.calibration}, {self.sequences}" if self.method else "dense"
 
 
 def compared(options: argparse.Namespace) -> dict[str, Row]:

@@ -43,8 +43,8 @@ class Forked:
         self.join(0)
         return self.exitcode is None
 
-    def join(self, timeout: float) -> None:
-        """Wait until it has ended, at most ``timeout`` seconds."""
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until it has ended, at most ``timeout`` seconds if they are given."""
         if self.exitcode is None and self._server.poll(timeout):
             self.exitcode = self._server.recv()
             self._server.close()

@@ -102,6 +102,8 @@ def test_a_sharded_model_is_distilled_and_its_best_exported(
     config["trainer"]["callbacks"] = [keep, {"class_path": "Export", "init_args": {"output": str(tmp_path / "more")}}]
     del config["plan"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    refused = fit()  # the dense model, which the masks were made for but whose weights are not zero
+    assert refused.code == 2 and "masks of another model" in refused.said
     result = fit("--model.pretrained", str(tmp_path / "out"))
     assert result.code == 0, result.said[-3000:]
     check_masks_hold(load_model(str(tmp_path / "more")), masks)
