@@ -66,17 +66,16 @@ def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
     return styled
 
 
-def _figure(height: float = 3.6, left: float = 0.15, bottom: float = 0.5, top: float = 0.1) -> Figure:
+def _figure(height: float = 3.6, left: float = 0.15, top: float = 0.1) -> Figure:
     """Return a figure with fixed margins; a layout engine would take longer than the drawing.
 
     Args:
         height: height of the figure in inches.
         left: left margin, as a fraction of the width.
-        bottom: bottom margin in inches.
         top: top margin in inches.
     """
     figure = Figure(figsize=(_WIDTH, height))
-    figure.subplots_adjust(left=left, right=0.97, bottom=bottom / height, top=1 - top / height, wspace=0.1, hspace=0.2)
+    figure.subplots_adjust(left=left, right=0.97, bottom=0.5 / height, top=1 - top / height)
     return figure
 
 
