@@ -20,7 +20,11 @@ Record = dict[str, Any]
 
 def parser(description: str | None, results: str) -> argparse.ArgumentParser:
     """Return a parser with the options common to all comparisons."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",  # a comparison may define an option anew
+    )
     options.add_argument("--model", default="out/smollm2-135m", help="Hugging Face folder or hub name")
     options.add_argument("--seqlen", type=int, default=512)
     options.add_argument("--seed", type=int, default=0)
