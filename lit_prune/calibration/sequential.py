@@ -35,6 +35,8 @@ class SequentialCalibration:
         """Groups of layers that shared an input in earlier blocks, by kind of block."""
         self._writers: dict[object, list[str]] = {}
         """Layers that write to the residual stream, by kind of block."""
+        self.learning = False
+        """Whether a layer may turn out to share the statistics of an earlier stage of the current block."""
 
     @torch.no_grad()
     def stages(
@@ -61,6 +63,7 @@ class SequentialCalibration:
         compared = {name for name, layer in layers.items() if self._dense and id(layer) not in of_experts}
         kind = type(block.module), tuple(name.removeprefix(block.name) for name in layers)
         left = dict(layers)
+        self.learning = kind not in self._sharing
         with ExitStack() as stack:
             writers = self._writers_of(block, kind) if "residual_drift" in needs else {}
             replays = [replay for replay in (self._replay, self._dense) if replay]

@@ -78,10 +78,11 @@ class PruningPlan:
     """Source of a block's calibration inputs: the ``pruned`` blocks before it, or the ``dense`` blocks, which saves one
     of two forward passes and costs accuracy."""
 
-    sequential: bool = False
+    sequential: bool | None = None
     """Calibrate each layer behind the pruned layers before it in its own block, in a single pass through the block,
     which holds the block's activations on the whole calibration set. False = calibrate all layers of a block at once,
-    before any of them is pruned; then a second pass yields the inputs of the next block."""
+    before any of them is pruned; then a second pass yields the inputs of the next block. null = true if there is
+    memory for it, and ``propagate`` is ``pruned``."""
     residual_correction: float = 0.0
     """Strength of the correction for the drift of the residual stream, in [0, 1], in the layers whose outputs are added
     to it; 0 = none. Needs ``sequential``, and costs as much as ``correction``; both together cost it once."""
@@ -105,9 +106,9 @@ class PruningPlan:
                 "plan.propagate is 'dense': correction and reconstruction compensate for what pruned blocks do to the "
                 "inputs of later ones, so they need 'pruned'"
             )
-        if not isinstance(self.sequential, bool):
-            raise InputError(f"plan.sequential is {self.sequential!r}: it must be true or false")
-        if self.residual_correction and not self.sequential:
+        if self.sequential is not None and not isinstance(self.sequential, bool):
+            raise InputError(f"plan.sequential is {self.sequential!r}: it must be true, false or null")
+        if self.residual_correction and self.sequential is False:
             raise InputError("plan.residual_correction is for layers behind pruned ones: set plan.sequential to true")
         if self.propagate == "dense" and self.sequential:
             raise InputError("plan.sequential needs the outputs of pruned layers: set plan.propagate to 'pruned'")

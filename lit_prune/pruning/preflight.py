@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from lit_prune.models.blocks import Block
 from lit_prune.models.experts import apart
 from lit_prune.models.targets import Target
 from lit_prune.ops import collectives
+from lit_prune.pruning.memory import choose_passes, count_gradient_memory, count_memory, free_memory
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.sharding.block_store import InMemory, unsharded
 
@@ -96,6 +96,7 @@ def preflight(
         return None
     with unsharded(model) as (whole, store), apart(whole), evaluation_mode(whole):
         blocks, targets = plan.find_targets(whole)
+        plan = choose_passes(whole, targets, batches, plan)
         block = blocks[targets[0].block]
         mine = [target for target in targets if target.block == block.index]
         sample = [split_batch(batches[0], plan.reconstruction.sequences)[0] if plan.reconstruction else batches[0]]
@@ -113,9 +114,9 @@ def preflight(
         device = torch.device(plan.device or next(whole.parameters()).device)
         if device.type == "cpu":
             memory += count_gradient_memory(targets, plan)
-        free = _free_memory(device)
+        free = free_memory(device)
         seconds = (forward + (work.gram + work.solve) / rate) / collectives.world_size()
-        return Preflight(work, seconds, memory, free, plan.sequential)
+        return Preflight(work, seconds, memory, free, bool(plan.sequential))
 
 
 def count_work(
@@ -168,48 +169,6 @@ def _observed(batches: Sequence[Batch], plan: PruningPlan) -> Sequence[Batch]:
     return first_sequences(batches, plan.allocator.observed_sequences) if plan.allocator.needs else []
 
 
-def count_memory(
-    model: nn.Module,
-    targets: Sequence[Target],
-    groups: Sequence[Sequence[str]],
-    batches: Sequence[Batch],
-    plan: PruningPlan,
-) -> int:
-    """Return the peak memory in bytes beyond the model: hidden states, statistics, a solve, and activations.
-
-    The activations are those of one batch, and with ``plan.sequential`` also all that wait in front of a layer: the
-    residual stream, the normed hidden states and the layer's inputs.
-    """
-    sizes = {target.name: target.shape for target in targets}
-    weight = next(model.parameters())
-    stored = getattr(torch, plan.hidden_dtype).itemsize if plan.hidden_dtype else weight.element_size()
-    width = getattr(model.config, "hidden_size", 0)
-    tokens = sum(map(count_tokens, batches)) // collectives.world_size()
-    at_work = torch.device(plan.device or weight.device)
-    elsewhere = torch.device(plan.hidden_device or at_work).type != at_work.type
-    hidden = 0 if elsewhere else tokens * width * stored * (2 if plan.needs_reference else 1)
-    batch = max(map(count_tokens, batches))
-    activations = batch * sum(outputs + inputs for outputs, inputs in sizes.values()) * weight.element_size()
-    if plan.sequential:
-        waiting = 2 * width + max(inputs for _, inputs in sizes.values())
-        hidden += tokens * waiting * weight.element_size() * (2 if plan.needs_reference else 1)
-    if "gram" not in plan.needs:
-        return hidden + activations
-    squares = [sizes[group[0]][1] ** 2 for group in groups]
-    statistics = sum(squares) * 4 * (2 if plan.correction else 1)
-    if plan.residual_correction:  # of the layers that may write to the residual stream
-        statistics += 4 * sum(prod(size) for size in sizes.values() if size[0] == width)
-    solve = 4 * (4 * max(squares) + 6 * max(prod(size) for size in sizes.values()))
-    return hidden + statistics + max(activations, solve)
-
-
-def count_gradient_memory(targets: Sequence[Target], plan: PruningPlan) -> int:
-    """Return the CPU memory in bytes of the gradient norms of all targets; 0 if the scorer needs none."""
-    if plan.scorer is None or "gradient" not in plan.scorer.needs:
-        return 0
-    return 4 * sum(prod(target.shape) for target in targets)
-
-
 def _fastest(work: Callable[[], object], times: int = 2) -> float:
     """Return the duration in seconds of the fastest of several runs, after one warm-up run."""
     work()
@@ -227,13 +186,6 @@ def _product_rate(like: Tensor, size: int = 768) -> float:
     """Return the floating-point operations per second of float32 matrix products on the device of a tensor."""
     matrix = torch.ones(size, size, device=like.device)
     return 2 * size**3 / _fastest(lambda: matrix @ matrix)
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Return the free memory of a device in bytes; None if it is neither a CPU nor a CUDA GPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def _duration(seconds: float) -> str:

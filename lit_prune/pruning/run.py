@@ -22,6 +22,7 @@ from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, collectives
 from lit_prune.pruning.dense_statistics import DenseModel, precision_of
 from lit_prune.pruning.journal import Journal, identity_of
+from lit_prune.pruning.memory import choose_passes
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
 from lit_prune.pruning.progress import progress as show_progress
@@ -87,6 +88,7 @@ def prune(
         calibration = list(batches) if plan.needs_data else []
         for batch in calibration:
             check_tokens(whole, batch["input_ids"] if isinstance(batch, Mapping) else batch)
+        plan = choose_passes(whole, targets, calibration, plan)
         identity = identity_of(plan.describe(), model_fingerprint(whole, store), calibration)
         journal = None
         if journal_folder is not None:
@@ -169,9 +171,9 @@ class PruningRun:
                 gradients = {target.name: self.gradients.pop(target.name) for target in part if self.gradients}
                 with self.dense.stages.stage("solve", block.index):
                     complete = self.dense.plan.with_gradients(stats, gradients)
-                    found |= {
-                        done.name: done for done in self.solver.prune(part, complete, self._before(targets, part))
-                    }
+                    read_again = self.sequential is not None and self.sequential.learning
+                    done = self.solver.prune(part, complete, self._before(targets, part), read_again)
+                    found |= {report.name: report for report in done}
         return [found[target.name] for target in targets]
 
     def _calibrated(self, block: Block, targets: Sequence[Target]) -> Generator[dict[str, LayerStats]]:

@@ -275,7 +275,7 @@ def test_sharing_that_ends_is_noticed(tiny_model: Callable[..., nn.Module], toke
         ({"sequential": "yes"}, "plan.sequential is 'yes'"),
         ({"sequential": True, "propagate": "dense"}, "plan.sequential needs .* 'pruned'"),
         ({"sequential": True, "residual_correction": 1.5}, "plan.residual_correction is 1.5: it must be in"),
-        ({"residual_correction": 0.5}, "plan.residual_correction .*: set plan.sequential to true"),
+        ({"sequential": False, "residual_correction": 0.5}, "plan.residual_correction .*: set plan.sequential to true"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
