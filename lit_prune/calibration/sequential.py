@@ -17,20 +17,30 @@ from lit_prune.errors import InputError
 from lit_prune.models.blocks import Block
 from lit_prune.ops import LayerStats, collectives
 from lit_prune.ops.precision import working
+from lit_prune.sharding.parameters import read_weight
 
 
 class SequentialCalibration:
     """Calibrates the layers of a block one after the other, in a single pass through the block."""
 
-    def __init__(self, replay: BlockReplay, dense: BlockReplay | None = None) -> None:
+    def __init__(
+        self,
+        replay: BlockReplay,
+        dense: BlockReplay | None = None,
+        correction: float = 0.0,
+        residual_correction: float = 0.0,
+    ) -> None:
         """Keep the replays.
 
         Args:
             replay: replay positioned before the block, with the hidden states of the model as pruned so far.
-            dense: replay positioned before the same block with the dense model's hidden states, for ``drift``.
+            dense: replay positioned before the same block with the dense model's hidden states, for drifts.
+            correction: strength of the correction for the drift of inputs; see ``PruningPlan``.
+            residual_correction: strength of the correction for the drift of the residual stream.
         """
         self._replay = replay
         self._dense = dense
+        self._strengths = correction, residual_correction
         self._sharing: dict[object, list[list[str]]] = {}
         """Groups of layers that shared an input in earlier blocks, by kind of block."""
         self._writers: dict[object, list[str]] = {}
@@ -60,18 +70,19 @@ class SequentialCalibration:
         """
         of_experts = {id(layer) for group in expert_layers(block.module) for layer in group}
         # The dense model routes other tokens to an expert, so its inputs cannot be compared.
-        compared = {name for name, layer in layers.items() if self._dense and id(layer) not in of_experts}
+        comparable = {name for name, layer in layers.items() if self._dense and id(layer) not in of_experts}
         kind = type(block.module), tuple(name.removeprefix(block.name) for name in layers)
         left = dict(layers)
         self.learning = kind not in self._sharing
         with ExitStack() as stack:
-            writers = self._writers_of(block, kind) if "residual_drift" in needs else {}
+            writers = self._writers_of(block, kind) if self._strengths[1] else {}
+            compared = comparable.difference(writers)
             replays = [replay for replay in (self._replay, self._dense) if replay]
             every = [stack.enter_context(each.suspended(block.index, layers, writers.values())) for each in replays]
             for each in every:
                 each.resume()
             passes = every[0]
-            waiting = _Waiting(Collector(needs), replays, every, compared, writers)
+            waiting = _Waiting(Collector(needs), replays, every, compared, writers, self._strengths)
             while left:
                 stage = _next_stage(passes, left, self._sharing.get(kind, []), block)
                 mine = {name: left.pop(name) for name in stage}
@@ -111,7 +122,8 @@ class _Waiting:
         replays: Sequence[BlockReplay],
         passes: Sequence[SuspendedPasses],
         compared: Collection[str],
-        writers: Collection[str],
+        writers: Mapping[str, nn.Module],
+        strengths: tuple[float, float],
     ) -> None:
         """Keep the passes.
 
@@ -120,13 +132,15 @@ class _Waiting:
             replays: replay of the pruned model and, if it is compared with, that of the dense one.
             passes: passes of each replay.
             compared: layers whose inputs are compared with those in the dense model.
-            writers: layers whose outputs are added to the residual stream, if its drift is needed.
+            writers: layers whose outputs are added to the residual stream, by name, if its drift is needed.
+            strengths: of the corrections for the drift of inputs and of the residual stream.
         """
         self.collector = collector
         self._hidden = [replay.hidden for replay in replays]
         self._passes = passes
         self._compared = compared
         self._writers = writers
+        self._strengths = strengths
         self._seen: list[Seen] = [[] for _ in replays[0].hidden]
 
     def collect(self, stage: Sequence[str]) -> None:
@@ -138,10 +152,27 @@ class _Waiting:
                 self.collector.dense_inputs = _inputs(dense[0], batch, set(stage).intersection(self._compared), stage)
                 written = [name for name in stage if name in self._writers]
                 if written and passes.waiting[batch]:
-                    self.collector.residual_drifts = dict.fromkeys(written, self._residual_drift(batch))
+                    self.collector.output_drifts = self._output_drifts(batch, written, stage)
             for name, inputs in _inputs(passes, batch, stage, stage).items():
                 self.collector.add(name, inputs, self._seen[batch])
-        self.collector.dense_inputs, self.collector.residual_drifts = {}, {}
+        self.collector.dense_inputs, self.collector.output_drifts = {}, {}
+
+    def _output_drifts(self, batch: int, written: Sequence[str], stage: Sequence[str]) -> dict[str, Tensor]:
+        """Return by how much the outputs of layers should differ, to compensate for the drift of a batch.
+
+        ``(D - X) Wᵀ`` for the dense model's inputs D and these inputs X of a layer with the weight W, and the drift of
+        the residual stream, each times its strength.
+        """
+        own, residual = self._strengths
+        drift = residual * self._residual_drift(batch)
+        if not own:
+            return dict.fromkeys(written, drift)
+        here, there = (_inputs(passes, batch, written, stage) for passes in self._passes)
+        weights = {name: working(read_weight(self._writers[name])) for name in written}
+        return {
+            name: drift + own * ((_rows(there[name]).to(drift) - _rows(here[name])) @ weights[name].T)
+            for name in written
+        }
 
     def _residual_drift(self, batch: int) -> Tensor:
         """Return the dense model's residual stream minus the pruned one's, at the layer that both passes wait at."""

@@ -20,7 +20,7 @@ NORM_FLOOR = 1e-8
 """Constant added to input norms, to avoid division by zero for dead inputs."""
 DRIFT_DAMPING = 0.1
 """Damping of the drift correction: added to the diagonal of the normalised Gram matrix, as a fraction of its mean."""
-COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient", "drift", "residual_drift"})
+COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient", "drift", "output_drift"})
 """Statistics that calibration can collect, which a method requests in its ``needs``."""
 
 
@@ -43,7 +43,7 @@ class LayerStats:
         self._mirrored = False  # whether the lower triangle is up to date
         self._sum_sq: Tensor | None = None
         self._drift: Tensor | None = None
-        self._residual_drift: Tensor | None = None
+        self._output_drift: Tensor | None = None
         self._gradients: Mapping[str, Tensor] = {}
         self._factors: dict[tuple[str, float], Any] = {}
         self._last_use = False
@@ -75,7 +75,7 @@ class LayerStats:
         inputs: Tensor,
         sequences: int,
         dense_inputs: Tensor | None = None,
-        residual_drift: Tensor | None = None,
+        output_drift: Tensor | None = None,
     ) -> None:
         """Add inputs ``[..., i]`` that belong to ``sequences`` calibration sequences.
 
@@ -83,8 +83,7 @@ class LayerStats:
             inputs: inputs of the layer in the model as pruned so far.
             sequences: number of sequences that the inputs come from.
             dense_inputs: inputs of the layer in the dense model, in the same order; for ``drift``.
-            residual_drift: difference ``[..., o]`` of the residual stream that the layer's output is added to, in the
-                dense model, from that in the model as pruned so far.
+            output_drift: ``[..., o]``, to be added to the outputs of the dense weight on these inputs.
         """
         rows = _rows(inputs)
         self.sequences += sequences
@@ -102,18 +101,18 @@ class LayerStats:
             if self._drift is None:
                 self._drift = rows.new_zeros(rows.shape[1], rows.shape[1])
             self._drift.addmm_(rows.T, _rows(dense_inputs) - rows)
-        if residual_drift is not None:
-            missing = _rows(residual_drift).to(rows)
-            if self._residual_drift is None:
-                self._residual_drift = rows.new_zeros(missing.shape[1], rows.shape[1])
-            self._residual_drift.addmm_(missing.T, rows)
+        if output_drift is not None:
+            missing = _rows(output_drift).to(rows)
+            if self._output_drift is None:
+                self._output_drift = rows.new_zeros(missing.shape[1], rows.shape[1])
+            self._output_drift.addmm_(missing.T, rows)
 
     def merge(self, other: LayerStats) -> None:
         """Add the statistics of the same layer from another process, or another part of the data."""
         self.sequences += other.sequences
         self.tokens += other.tokens
         self._factors.clear()
-        for name in ("_gram", "_sum_sq", "_drift", "_residual_drift"):
+        for name in ("_gram", "_sum_sq", "_drift", "_output_drift"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if theirs is not None:
                 setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
@@ -125,7 +124,7 @@ class LayerStats:
         Args:
             zeros: zeros ``[i]``, with the dtype and device of the sums, for a process that has seen no input.
             outputs: number of outputs of the layer.
-            drifts: which of ``drift`` and ``residual_drift`` were collected on any process.
+            drifts: which of ``drift`` and ``output_drift`` were collected on any process.
         """
         inputs = len(zeros)
         shapes: dict[str, list[int]] = {}
@@ -134,7 +133,7 @@ class LayerStats:
         elif "input_sq_norm" in self.needs:
             shapes["_sum_sq"] = [inputs]
         shapes |= {"_drift": [inputs, inputs]} if "drift" in drifts else {}
-        shapes |= {"_residual_drift": [outputs, inputs]} if "residual_drift" in drifts else {}
+        shapes |= {"_output_drift": [outputs, inputs]} if "output_drift" in drifts else {}
         for name, shape in shapes.items():
             mine = getattr(self, name)
             setattr(self, name, collectives.all_reduce(zeros.new_zeros(shape) if mine is None else mine))
@@ -195,7 +194,7 @@ class LayerStats:
             )
         return self._sum_sq
 
-    def correct_drift(self, weight: Tensor, strength: float, residual_strength: float = 0.0) -> Tensor:
+    def correct_drift(self, weight: Tensor, strength: float) -> Tensor:
         """Return the weight ``[o, i]`` that compensates for the drift of the model from the dense one.
 
         With these inputs X and the dense model's inputs D, it fits the outputs ``D Wᵀ`` by the least-squares solution
@@ -203,30 +202,24 @@ class LayerStats:
         only the fraction ``strength`` of it is applied. Example: one input that has shrunk by half, X = (1, 1) and D =
         (2, 2), without damping: ``(D - X)ᵀX = 2``, ``XᵀX = 2``, so the full correction doubles the weight.
 
-        A layer whose output is added to the residual stream R can also make up for the stream's own drift from that of
-        the dense model ``R_D``: ``(R_D - R)ᵀX (XᵀX)⁻¹`` is added to its weight, times ``residual_strength``.
+        A drift E of the outputs, which contains its strength already, adds ``EᵀX (XᵀX)⁻¹``.
 
         Args:
             weight: ``[o, i]``, any floating dtype.
-            strength: fraction of the correction to apply, in [0, 1].
-            residual_strength: fraction of the residual stream's drift to compensate for, in [0, 1].
+            strength: fraction of the correction for the drift of the inputs to apply, in [0, 1].
 
         Returns:
             ``[o, i]`` float32 or float64; ``weight`` itself if no drift was collected.
         """
-        dense = corrected = working(weight)
-        pulls: list[tuple[float, Tensor]] = []
+        dense, pull = working(weight), None
         if strength and self._drift is not None:
-            pulls.append((strength, dense @ self._drift.T.to(dense)))
-        if residual_strength and self._residual_drift is not None:
-            pulls.append((residual_strength, self._residual_drift.to(dense)))
-        if not pulls:
+            pull = strength * (dense @ self._drift.T.to(dense))
+        if self._output_drift is not None:
+            pull = self._output_drift.to(dense) + (0 if pull is None else pull)
+        if pull is None:
             return weight
         norm, factor = self._once(("drift", DRIFT_DAMPING), self._drift_factor)
-        for share, pull in pulls:
-            fitted = torch.cholesky_solve((pull / norm.to(dense)).T, factor.to(dense)).T
-            corrected = corrected + share * fitted / norm.to(dense)
-        return corrected
+        return dense + torch.cholesky_solve((pull / norm.to(dense)).T, factor.to(dense)).T / norm.to(dense)
 
     def _drift_factor(self) -> tuple[Tensor, Tensor]:
         """Return the input norms ``[i]`` and the lower Cholesky factor of the damped Gram matrix at unit norms."""

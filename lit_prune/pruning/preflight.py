@@ -153,8 +153,12 @@ def count_work(
     sizes = {target.name: target.shape for target in targets}
     gram = solve = 0.0
     for group in groups:
-        inputs = sizes[group[0]][1]
-        of_gram = inputs * (inputs + 1) + 2 * inputs**2 * bool(plan.correction)
+        outputs, inputs = sizes[group[0]]
+        if plan.residual_correction and len(group) == 1 and outputs == width:  # it may write to the residual stream
+            of_drift = 2 * outputs * inputs * (1 + bool(plan.correction))
+        else:
+            of_drift = 2 * inputs**2 * bool(plan.correction)
+        of_gram = inputs * (inputs + 1) + of_drift
         of_solve = plan.solver.shared_flops(inputs) + sum(plan.solver.flops(*sizes[name]) for name in group)
         draft = plan.solver.draft()
         trial = draft.shared_flops(inputs) + _TRIALS * sum(draft.flops(*sizes[name]) for name in group)

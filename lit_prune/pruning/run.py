@@ -136,8 +136,11 @@ class PruningRun:
 
     def __post_init__(self) -> None:
         """Prepare to calibrate layer by layer, if the plan does."""
+        plan = self.dense.plan
         self.sequential = (
-            SequentialCalibration(self.replay, self.reference) if self.replay and self.dense.plan.sequential else None
+            SequentialCalibration(self.replay, self.reference, plan.correction, plan.residual_correction)
+            if self.replay and plan.sequential
+            else None
         )
 
     def prune(self, block: Block) -> None:

@@ -85,7 +85,7 @@ class LayerSolver:
         start = time.perf_counter()
         pattern, allowed = self.patterns[target.name], self.allowed.get(target.parameter)
         plan = self.plan
-        weight = stats.correct_drift(read_weight(target.module), plan.correction, plan.residual_correction)
+        weight = stats.correct_drift(read_weight(target.module), plan.correction)
         limit = to_parameter_layout(target.module, allowed.unpack().to(weight.device)) if allowed else None
         solution = self.plan.solve(target.name, weight, stats, pattern, limit)
         error = relative_output_error(weight, solution.weight, stats.gram) if self.plan.output_error else None

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lit_prune.allocators import Measured
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan
-from lit_prune.pruning.preflight import count_gradient_memory, count_memory, count_work
+from lit_prune.pruning.memory import count_gradient_memory, count_memory
+from lit_prune.pruning.preflight import count_work
 from lit_prune.scorers import GBLM, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
 
@@ -35,10 +36,13 @@ MODELS = {
 }
 HALF = Unstructured(0.5)
 PLANS = {
-    "Wanda": PruningPlan(HALF, Wanda(), output_error=False),
-    "GBLM": PruningPlan(HALF, GBLM(), output_error=False),
-    "SparseGPT": PruningPlan(HALF, solver=SparseGPT()),
-    "best": PruningPlan(HALF, allocator=Measured(spread=0.1), solver=ADMM(iterations=20), correction=0.3),
+    "Wanda": PruningPlan(HALF, Wanda(), output_error=False, sequential=True),
+    "GBLM": PruningPlan(HALF, GBLM(), output_error=False, sequential=True),
+    "SparseGPT": PruningPlan(HALF, solver=SparseGPT(), sequential=True),
+    "SparseGPT, two passes": PruningPlan(HALF, solver=SparseGPT(), sequential=False),
+    "best": PruningPlan(
+        HALF, allocator=Measured(spread=0.1), solver=ADMM(iterations=20), correction=0.3, sequential=True
+    ),
 }
 SEQUENCES, SEQLEN = 128, 2048
 

@@ -90,12 +90,15 @@ def test_it_is_what_whole_passes_would_give(
             before = writers[: writers.index(local)]
             streams = [residual_stream(one, block, before, tokens) for one in (dense, expected)]
             drifts = [of_dense - of_pruned for of_dense, of_pruned in zip(*streams, strict=True)]
-        stats = LayerStats(plan.needs)
+        stats, streams_drift = LayerStats(plan.needs), LayerStats(plan.needs)
         for batch, inputs, of_dense, drift in zip(tokens, here, there, drifts, strict=True):
-            stats.update(inputs, len(batch), None if "experts" in name else of_dense, drift)
+            stats.update(inputs, len(batch), None if "experts" in name else of_dense)
+            streams_drift.update(inputs, len(batch), None, drift)
         transposed = model_type == "gpt2"
         weight = layer.weight.data.T if transposed else layer.weight.data
-        solution = plan.solve(name, stats.correct_drift(weight, correction, residual), stats, plan.grouped_pattern)
+        change = streams_drift.correct_drift(weight, 0.0) - weight
+        corrected = stats.correct_drift(weight, correction) + residual * change
+        solution = plan.solve(name, corrected, stats, plan.grouped_pattern)
         layer.weight.data.copy_(solution.weight.T if transposed else solution.weight)
     for target in targets:
         got, wanted = (one.get_submodule(target.name).weight for one in (model, expected))
@@ -183,17 +186,17 @@ def test_autocast_ends_with_each_pass(tiny_model: Callable[..., nn.Module], toke
     assert ("solve", False) in seen and not any(enabled for _, enabled in seen)
 
 
-def test_a_residual_stream_belongs_to_one_layer() -> None:
-    """A layer that writes to it may read what others read, which know no residual stream."""
-    collector, seen = Collector(frozenset({"gram", "residual_drift"})), []
+def test_the_drift_of_outputs_belongs_to_one_layer() -> None:
+    """A layer that writes to the residual stream may read what others read, which do not write to it."""
+    collector, seen = Collector(frozenset({"gram", "output_drift"})), []
     inputs, drift = torch.ones(1, 2, 3), torch.ones(1, 2, 5)
     for name in ("before", "writer", "after"):
-        collector.residual_drifts = {name: drift} if name == "writer" else {}
+        collector.output_drifts = {name: drift} if name == "writer" else {}
         collector.add(name, inputs, seen)
     weight = torch.zeros(5, 3)
     assert collector.stats["after"] is collector.stats["before"]
-    assert collector.stats["before"].correct_drift(weight, 1.0, 1.0) is weight
-    assert (collector.stats["writer"].correct_drift(weight, 1.0, 1.0) > 0).all()
+    assert collector.stats["before"].correct_drift(weight, 1.0) is weight
+    assert (collector.stats["writer"].correct_drift(weight, 1.0) > 0).all()
 
 
 @pytest.mark.parametrize("scorer", [Wanda(), GBLM()])

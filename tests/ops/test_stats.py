@@ -95,15 +95,23 @@ def test_making_up_for_drift_worked_example() -> None:
     assert stats.correct_drift(weight, 0.0) is weight
 
 
-def test_residual_drift_worked_example() -> None:
-    # Two tokens with inputs X = (1, 1); the residual stream of three outputs lacks (4, 0, -2) at each of them:
-    # (R_D - R)ᵀX = (8, 0, -4). XᵀX = 2, damped by 0.1: 2.2. All of it adds (8, 0, -4) / 2.2, a quarter of it a quarter.
-    stats = LayerStats(frozenset({"gram", "residual_drift"}))
-    stats.update(torch.ones(1, 2, 1), 1, residual_drift=torch.tensor([[[4.0, 0.0, -2.0]] * 2]))
+def test_output_drift_worked_example() -> None:
+    # Two tokens with inputs X = (1, 1); three outputs lack E = (4, 0, -2) at each of them: EᵀX = (8, 0, -4). XᵀX = 2,
+    # damped by 0.1: 2.2. So (8, 0, -4) / 2.2 is added, whatever the strength, which is for the drift of inputs.
+    stats = LayerStats(frozenset({"gram", "output_drift"}))
+    stats.update(torch.ones(1, 2, 1), 1, output_drift=torch.tensor([[[4.0, 0.0, -2.0]] * 2]))
     weight, added = torch.tensor([[3.0], [1.0], [0.0]]), torch.tensor([[8.0], [0.0], [-4.0]]) / 2.2
-    torch.testing.assert_close(stats.correct_drift(weight, 0.5, 1.0), weight + added)  # no drift of the inputs is known
-    torch.testing.assert_close(stats.correct_drift(weight, 0.0, 0.25), weight + added / 4)
-    assert stats.correct_drift(weight, 1.0, 0.0) is weight
+    for strength in (0.0, 0.5):
+        torch.testing.assert_close(stats.correct_drift(weight, strength), weight + added)
+
+
+def test_both_drifts_add_up() -> None:
+    # As above, and the inputs were D = (2, 2): (D - X)ᵀX = 2, so half of W (D - X)ᵀX is W, and W + (W + EᵀX) / 2.2.
+    stats = LayerStats(frozenset({"gram", "drift", "output_drift"}))
+    stats.update(torch.ones(1, 2, 1), 1, torch.full((1, 2, 1), 2.0), torch.tensor([[[4.0, 0.0, -2.0]] * 2]))
+    weight = torch.tensor([[3.0], [1.0], [0.0]])
+    expected = weight + (weight + torch.tensor([[8.0], [0.0], [-4.0]])) / 2.2
+    torch.testing.assert_close(stats.correct_drift(weight, 0.5), expected)
 
 
 def test_making_up_for_drift_brings_outputs_nearer_the_dense_ones() -> None:
