@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_prune.errors import InputError, first_line
+from lit_prune.errors import InputError, NumericalError, first_line
+
+_AT_ONCE = 16
+"""Number of sequences to sample at once: each keeps the keys and values of all its tokens."""
 
 
 @torch.no_grad()
@@ -46,3 +49,42 @@ def continuations(
         found.append(str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
     model.train(training)
     return found
+
+
+@torch.no_grad()
+def sample_sequences(model: nn.Module, special: Collection[int], sequences: int, seqlen: int, seed: int) -> Tensor:
+    """Return text sampled from a model at temperature 1, as token ids ``[sequences, seqlen]`` (int64) on the CPU.
+
+    The first token of a sequence is drawn uniformly from the vocabulary, so that the texts differ in their subjects.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        special: ids of tokens that no sequence begins with, such as those that mark its end.
+        sequences: number of sequences.
+        seqlen: tokens per sequence; at least 2.
+        seed: seed of the sample; the state of the global generators is restored.
+
+    Raises:
+        NumericalError: if logits are NaN or infinite.
+    """
+    generator: Any = model
+    words = torch.tensor(sorted(set(range(generator.config.vocab_size)).difference(special)))
+    found = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, sequences, _AT_ONCE):
+            first = words[torch.randint(len(words), (min(_AT_ONCE, sequences - start), 1))]
+            found.append(_continue(generator, first.to(generator.device), seqlen - 1).cpu())
+    return torch.cat(found)
+
+
+def _continue(model: Any, tokens: Tensor, steps: int) -> Tensor:
+    """Return token ids ``[sequences, t]`` with ``steps`` more, sampled without the model's generation config."""
+    found, cache = [tokens], None
+    for _ in range(steps):
+        output = model(input_ids=found[-1], past_key_values=cache, use_cache=True)
+        cache, logits = output.past_key_values, output.logits[:, -1].float()
+        if not logits.isfinite().all():
+            raise NumericalError("the model's logits hold NaN or Inf, so that it cannot write text to calibrate on")
+        found.append(torch.multinomial(logits.softmax(-1), 1))
+    return torch.cat(found, 1)

@@ -20,9 +20,10 @@ from lit_prune.models.limits import check_tokens
 from lit_prune.models.locate import asked_as
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.options import as_list
+from lit_prune.training.generated_text import generated_sequences
 from lit_prune.training.parts import NAMES, Split
 from lit_prune.training.resumable import ResumableLoader
-from lit_prune.training.text_sources import hub_name, local_path, name_of, read_documents
+from lit_prune.training.text_sources import GENERATED, hub_name, local_path, name_of, read_documents
 
 if TYPE_CHECKING:
     from lit_prune.training.module import LitCausalLM
@@ -58,7 +59,8 @@ class TextDataModule(LightningDataModule):
     A source is ``embedded`` (English prose that comes with Python), ``wikitext2``, ``c4``, any hub data set as ``name``
     or ``name:config``, or a local .txt, .jsonl or .parquet file. A file used for one purpose is read whole; a file used
     for several is split: the first eight tenths are for training and calibration, the ninth for validation and the last
-    for the test, all cut between documents, paragraphs, lines or words.
+    for the test, all cut between documents, paragraphs, lines or words. For calibration, a source may also be
+    ``generated``: text that the dense model samples itself, cached on disk.
 
     .. code-block:: yaml
 
@@ -94,9 +96,9 @@ class TextDataModule(LightningDataModule):
             train: Source of the training set; null = ``dataset``.
             val: Source of the validation set; null = ``dataset``.
             test: Source of the test set; null = ``dataset``.
-            calibration: Source of the calibration set, of which the training split is used; or several, as a list, or
-                with weights, such as ``{wikitext2: 3, c4: 1}``, which share the sequences in proportion; null =
-                ``dataset``.
+            calibration: Source of the calibration set, of which the training split is used, or ``generated``; or
+                several, as a list, or with weights, such as ``{wikitext2: 3, c4: 1}``, which share the sequences in
+                proportion; null = ``dataset``.
             sequences: Number of calibration sequences, from all sources together.
             seqlen: Tokens per window, for training, evaluation and calibration.
             batch_size: Windows per training or evaluation batch.
@@ -144,6 +146,11 @@ class TextDataModule(LightningDataModule):
         for name, source in self._options:
             if source is not None and not source.partition(":")[0].strip():
                 raise InputError(f"data.{name} is {source!r}: name a text source, such as wikitext2 or a .txt file")
+        for name, source in self._options:
+            if source == GENERATED and name != "calibration":
+                raise InputError(
+                    f"data.{name} is {source!r}: text that the model writes itself is for data.calibration"
+                )
         names = validation_names(other_val)
         if len(set(names)) < len(names):
             raise InputError(f"data.other_val is {other_val}: two texts have one name, under which they are logged")
@@ -167,9 +174,11 @@ class TextDataModule(LightningDataModule):
         self.other_val = other_val
         self.trust_remote_code = trust_remote_code
         self._tokenizer_option = "data.tokenizer"
+        self._writer: LitCausalLM | None = None
 
     def use_tokenizer_of(self, model: LitCausalLM) -> None:
-        """Use the tokenizer of a model, unless the data has one of its own."""
+        """Use the tokenizer of a model, unless the data has one of its own, and the model for generated text."""
+        self._writer = model
         if self.tokenizer is None:
             self.tokenizer, self._tokenizer_option = model.pretrained, "model.pretrained"
             if self.trust_remote_code is None:
@@ -196,6 +205,8 @@ class TextDataModule(LightningDataModule):
         return ", ".join(f"{name} ({count} of {self.sequences})" for name, count in names.items())
 
     def _name_of(self, source: str, split: Split) -> str:
+        if source == GENERATED:
+            return name_of(source)
         if local_path(source) is None:
             return f"{split} text of {name_of(source)}"
         return f"{NAMES[split] if self._divided(source) else 'all'} of {source}"
@@ -277,9 +288,22 @@ class TextDataModule(LightningDataModule):
 
     def _sample(self, source: str, count: int, generator: torch.Generator) -> Tensor:
         """Return ``count`` windows of the training split of a source, ``[count, seqlen]``."""
+        if source == GENERATED:
+            return self._generated(count)
         if self.documents == "long":
             return self._sample_long(source, count, generator)
         return _random_windows(self._tokens(source, "train"), self.seqlen, generator, count)
+
+    def _generated(self, count: int) -> Tensor:
+        writer = self._writer
+        pretrained = writer.pretrained if writer else self.tokenizer
+        if pretrained is None:
+            raise InputError("data.calibration is 'generated' and data.tokenizer null: name the model")
+        if writer and writer.lazy:
+            raise InputError("data.calibration is 'generated': a model that stays on disk (model.lazy) cannot write it")
+        dtype = getattr(torch, writer.dtype_name) if writer and writer.dtype_name != "auto" else None
+        trusted = bool(self.trust_remote_code)
+        return generated_sequences(pretrained, dtype, trusted, count, self.seqlen, self.seed)
 
     def _sample_long(self, source: str, count: int, generator: torch.Generator) -> Tensor:
         """Return one window from each long document, in random order, searching at most ``search_limit`` documents."""

@@ -19,6 +19,8 @@ from lit_prune.training.text_files import SUFFIXES, read_file, texts_of
 EMBEDDED = "embedded"
 """Name of the embedded corpus: about 460 kB of English prose that comes with Python, its language reference by
 topic."""
+GENERATED = "generated"
+"""Name of the text that the dense model writes itself; see ``generated_text``."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ _KNOWN = {
 
 
 def local_path(source: str) -> Path | None:
-    """Return the path of a source that exists as a file or folder; None for the embedded corpus and hub data sets."""
-    if source == EMBEDDED or source in _KNOWN:
+    """Return the path of a source that exists as a file or folder; None for sources with a name and hub data sets."""
+    if source in (EMBEDDED, GENERATED) or source in _KNOWN:
         return None
     try:
         path = Path(source).expanduser()
@@ -49,8 +51,8 @@ def local_path(source: str) -> Path | None:
 
 
 def hub_name(source: str) -> str | None:
-    """Return the name of a source on the hub; None for the embedded corpus and files."""
-    if source == EMBEDDED or local_path(source):
+    """Return the name of a source on the hub; None for the embedded corpus, generated text and files."""
+    if source in (EMBEDDED, GENERATED) or local_path(source):
         return None
     return _KNOWN[source].name if source in _KNOWN else source.partition(":")[0]
 
@@ -59,6 +61,8 @@ def name_of(source: str) -> str:
     """Return the public name of a source, for reports."""
     if source == EMBEDDED:
         return "Python's documentation (embedded)"
+    if source == GENERATED:
+        return "text that the model generated"
     if source in _KNOWN:
         return ", ".join(filter(None, (_KNOWN[source].name, _KNOWN[source].config)))
     return source
