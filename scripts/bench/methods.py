@@ -36,6 +36,7 @@ PATTERNS: dict[str, Pattern] = {
 }
 MIXED = "4:8"
 """Pattern that allocators vary by layer, as in AlphaPruning's paper; 2:4 is fixed, because hardware supports it."""
+CORRECTED = {"correction": 0.3, "residual_correction": 0.6}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"scorer": Magnitude()},
     "Wanda": {"scorer": Wanda()},
@@ -44,21 +45,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "ADMM released": {"solver": ADMM(as_released=True)},
     "ADMM cubic": {"solver": ADMM(schedule="cubic")},
     "ADMM": {"solver": ADMM()},
-    "SparseGPT corrected": {"solver": SparseGPT(), "correction": 0.3},
-    "ADMM corrected": {"solver": ADMM(), "correction": 0.3},
-}
-SEQUENTIAL: dict[str, dict[str, Any]] = {
-    f"{method} sequential": {**METHODS[method], "sequential": True}
-    for method in ("SparseGPT", "ADMM", "ADMM corrected")
+    "SparseGPT corrected": {"solver": SparseGPT(), **CORRECTED},
+    "ADMM corrected": {"solver": ADMM(), **CORRECTED},
 }
 """Methods that calibrate each layer behind the pruned layers of its own block."""
-SEQUENTIAL |= {
-    f"ADMM corrected sequential, residual {strength}": {
-        **SEQUENTIAL["ADMM corrected sequential"],
-        "residual_correction": strength,
-    }
-    for strength in (0.3, 0.6)
+TWO_PASSES: dict[str, dict[str, Any]] = {
+    f"{method}, two passes": {**how, "sequential": False, "residual_correction": 0.0}
+    for method, how in METHODS.items()
+    if method != "magnitude"
 }
+"""Methods that calibrate all layers of a block before any of them is pruned; *corrected* is for inputs only."""
 ON_DENSE_INPUTS: dict[str, dict[str, Any]] = {
     f"{method} on dense inputs": {**METHODS[method], "propagate": "dense"} for method in ("Wanda", "SparseGPT", "ADMM")
 }
@@ -82,7 +78,7 @@ class Row(NamedTuple):
     """Settings of one row."""
 
     method: str
-    """Name of the method in ``METHODS``, ``SEQUENTIAL`` or ``ON_DENSE_INPUTS``; empty = the dense model."""
+    """Name of the method in ``METHODS``, ``TWO_PASSES`` or ``ON_DENSE_INPUTS``; empty = the dense model."""
     pattern: str = ""
     allocator: str = ""
     """Name of the allocator in ``ALLOCATORS``; empty = uniform."""
@@ -94,23 +90,25 @@ class Row(NamedTuple):
     def plan(self) -> PruningPlan:
         """Return the pruning plan of the row."""
         allocator = ALLOCATORS[self.allocator] if self.allocator else Uniform()
-        how = {**METHODS, **SEQUENTIAL, **ON_DENSE_INPUTS}[self.method]
+        how = {**METHODS, **TWO_PASSES, **ON_DENSE_INPUTS}[self.method]
         return PruningPlan(PATTERNS[self.pattern], allocator=allocator, output_error=False, **how)
 
 
 def compared() -> dict[str, Row]:
     """Return all rows by name, the most informative first."""
     others = [pattern for pattern in PATTERNS if pattern not in ("70%", MIXED)]
-    found = [Row("")]
-    found += [Row(method, "70%") for method in METHODS]
-    found += [Row(method, "70%", allocator) for method in BEST for allocator in ALLOCATORS]
-    found += [Row(method, pattern) for pattern in others for method in METHODS]
-    found += [Row(method, "70%", "alpha 0.2") for method in METHODS]
-    found += [Row(method, MIXED) for method in BEST]
-    found += [Row(method, pattern) for pattern in ("70%", *others) for method in SEQUENTIAL]
-    found += [Row(method, pattern) for pattern in ("50%", "70%") for method in ON_DENSE_INPUTS]
     allocated = [pattern for pattern in PATTERNS if pattern not in ("70%", "2:4")]
-    found += [Row(method, pattern, allocator) for pattern in allocated for allocator in ALLOCATORS for method in BEST]
+    found = [Row("")]
+    for methods, best in ((METHODS, BEST), (TWO_PASSES, [f"{method}, two passes" for method in BEST])):
+        found += [Row(method, "70%") for method in methods]
+        found += [Row(method, "70%", allocator) for method in best for allocator in ALLOCATORS]
+        found += [Row(method, pattern) for pattern in others for method in methods]
+        found += [Row(method, "70%", "alpha 0.2") for method in methods]
+        found += [Row(method, MIXED) for method in best]
+        found += [
+            Row(method, pattern, allocator) for pattern in allocated for allocator in ALLOCATORS for method in best
+        ]
+    found += [Row(method, pattern) for pattern in ("50%", "70%") for method in ON_DENSE_INPUTS]
     return {str(row): row for row in found}
 
 

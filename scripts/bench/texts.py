@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import rows
 from lightning.pytorch import Trainer
-from methods import METHODS, PATTERNS, SEQUENTIAL
+from methods import METHODS, PATTERNS, TWO_PASSES
 from rows import Record
 
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.training import LitCausalLM, TextDataModule
 
-COMPARED = ("SparseGPT", "ADMM", "ADMM corrected", *SEQUENTIAL)
+COMPARED = ("ADMM corrected", "ADMM corrected, two passes", "SparseGPT", "ADMM", "SparseGPT corrected")
 """Methods to compare, by their names in ``methods.py``."""
 SEQUENCES = (32, 128, 512)
 """Sizes of the calibration set: 16,384 to 262,144 tokens in sequences of 512."""
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     """Settings of one row."""
 
     method: str
-    """Name of the method in ``METHODS`` or ``SEQUENTIAL``; empty = the dense model."""
+    """Name of the method in ``METHODS`` or ``TWO_PASSES``; empty = the dense model."""
     pattern: str
     calibration: str
     """Name of the calibration text, or ``mixture`` of all of them in equal parts."""
@@ -64,7 +64,7 @@ def run(row: Row, options: argparse.Namespace) -> Record:
     if row.method:
         chosen = [source for source in options.calibration if row.calibration in (_name(source), MIXTURE)]
         data = _data(options, calibration=chosen, sequences=row.sequences)
-        how = {**METHODS, **SEQUENTIAL}[row.method]
+        how = {**METHODS, **TWO_PASSES}[row.method]
         report = prune(
             module.model, data.calibration_batches(), PruningPlan(PATTERNS[row.pattern], output_error=False, **how)
         )
