@@ -30,11 +30,15 @@ from lit_prune.scorers import Wanda
 from lit_prune.solvers import ADMM, SparseGPT
 from lit_prune.training import TextDataModule
 
+HALF = Unstructured(0.5)
 PLANS = {
-    "Wanda": PruningPlan(Unstructured(0.5), Wanda(), output_error=False),
-    "Wanda, propagate dense": PruningPlan(Unstructured(0.5), Wanda(), output_error=False, propagate="dense"),
-    "SparseGPT": PruningPlan(Unstructured(0.5), solver=SparseGPT(), output_error=False),
-    "ADMM": PruningPlan(Unstructured(0.5), solver=ADMM(iterations=20), output_error=False),
+    "Wanda": PruningPlan(HALF, Wanda(), output_error=False),
+    "Wanda, two passes": PruningPlan(HALF, Wanda(), output_error=False, sequential=False),
+    "SparseGPT": PruningPlan(HALF, solver=SparseGPT(), output_error=False),
+    "ADMM": PruningPlan(HALF, solver=ADMM(iterations=20), output_error=False),
+    "ADMM corrected": PruningPlan(
+        HALF, solver=ADMM(iterations=20), output_error=False, correction=0.3, residual_correction=0.6
+    ),
 }
 
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import rows
 import torch
 from lightning.pytorch import Trainer
+from output_errors import output_errors
 from rows import Record
 
 from lit_prune.allocators import OWL, AlphaPruning, Measured, Uniform
 from lit_prune.allocators.base import Allocator
+from lit_prune.models.load import load_model
 from lit_prune.ops import NM, Pattern, Unstructured
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.progress import peak_memory
@@ -59,6 +63,8 @@ ON_DENSE_INPUTS: dict[str, dict[str, Any]] = {
     f"{method} on dense inputs": {**METHODS[method], "propagate": "dense"} for method in ("Wanda", "SparseGPT", "ADMM")
 }
 """Methods that save one of two forward passes, compared at 50 and 70 %."""
+OBSERVED = 8
+"""Number of test windows on which the errors of the layers' outputs are measured."""
 BEST = ("ADMM corrected", "ADMM")
 """The two best methods, which are combined with every allocator."""
 ALLOCATORS: dict[str, Allocator] = {
@@ -135,6 +141,12 @@ def run(name: str, options: argparse.Namespace) -> Record:
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     record["perplexity"] = trainer.test(module, data, verbose=False)[0]["test/perplexity"]
     record["evaluation_seconds"] = time.perf_counter() - start
+    if row.method:
+        windows = [batch["input_ids"] for batch in islice(data.test_dataloader(), OBSERVED)]
+        dense = load_model(options.model, torch.float32).eval()
+        record["output_errors"] = output_errors(
+            dense, module.model.eval(), [layer.name for layer in report.layers], windows
+        )
     return record
 
 
@@ -164,7 +176,21 @@ def tables(records: list[Record]) -> str:
             times = [f"{value:.0f}" if value else "" for value in (total - sum(seconds), *seconds, total)]
             memory = f"{record['peak_memory'] / 2**30:.2f}"
             lines.append(f"| {_label(method, allocator)} | {' | '.join(times)} | {memory} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_output_errors(found, seeds[0])])
+
+
+def _output_errors(found: Mapping[tuple[Row, int], Record], seed: int) -> list[str]:
+    """Return a table of the errors of the layers' outputs at 70 %, of the rows that have them."""
+    measured = {row: record["output_errors"] for (row, of), record in found.items() if "output_errors" in record}
+    measured = {row: errors for row, errors in measured.items() if row.pattern == "70%" and (row, seed) in found}
+    if not measured:
+        return []
+    kinds = list(next(iter(measured.values())))
+    lines = ["", f"| error of the outputs at 70% | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
+    for row, errors in measured.items():
+        cells = [f"{errors[kind]:.3f}" for kind in kinds]
+        lines.append(f"| {_label(row.method, row.allocator)} | {' | '.join(cells)} |")
+    return lines
 
 
 def _label(method: str, allocator: str) -> str:
