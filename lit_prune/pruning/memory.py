@@ -23,7 +23,7 @@ def choose_passes(
     """Return the plan with ``sequential`` set; the same on every rank.
 
     If it is null, it becomes true, except if ``propagate`` is ``dense``, or if the activations that wait in a block
-    exceed the free memory, about which a warning tells.
+    exceed the free memory. Then ``residual_correction``, which needs them, becomes 0, and a warning tells of both.
 
     Args:
         model: model to prune.
@@ -37,15 +37,16 @@ def choose_passes(
         return replace(plan, sequential=False)
     free = free_memory(torch.device(plan.device or next(model.parameters()).device))
     needed = _waiting_memory(model, max(target.shape[1] for target in targets), batches, plan)
-    short = any(collectives.gather(free is not None and needed > free)) and not plan.residual_correction
-    if short:
-        warnings.warn(
-            f"one pass through each block needs {needed / 1e9:.2g} GB for the activations of the calibration set, and "
-            f"{(free or 0) / 1e9:.2g} GB are free: blocks are passed twice (plan.sequential is false), which takes "
-            "longer and prunes less accurately; lower data.sequences or data.seqlen",
-            stacklevel=2,
-        )
-    return replace(plan, sequential=not short)
+    if not any(collectives.gather(free is not None and needed > free)):
+        return replace(plan, sequential=True)
+    without = " and plan.residual_correction 0" if plan.residual_correction else ""
+    warnings.warn(
+        f"one pass through each block needs {needed / 1e9:.2g} GB for the activations of the calibration set, and "
+        f"{(free or 0) / 1e9:.2g} GB are free: blocks are passed twice (plan.sequential is false{without}), which "
+        "takes longer and prunes less accurately; lower data.sequences or data.seqlen",
+        stacklevel=2,
+    )
+    return replace(plan, sequential=False, residual_correction=0.0)
 
 
 def _waiting_memory(model: nn.Module, inputs: int, batches: Sequence[Batch], plan: PruningPlan) -> int:

@@ -71,7 +71,9 @@ class Preflight:
         if self.fits or self.free is None:
             return text
         remedy = (
-            "plan.sequential to false" if self.sequential else "plan.hidden_device, plan.hidden_dtype or model.lazy"
+            "plan.sequential to false and plan.residual_correction to 0"
+            if self.sequential
+            else "plan.hidden_device, plan.hidden_dtype or model.lazy"
         )
         free = f"{self.free / 1e9:.2g} GB are free"
         return f"{text}, of which {free}: lower data.sequences or data.seqlen, or set {remedy}"

@@ -35,8 +35,10 @@ def test_one_pass_is_chosen_if_its_activations_fit(
     free(monkeypatch, WAITING - 1)
     with pytest.warns(UserWarning, match=r"one pass through each block needs 4.3e-05 GB .* are passed twice"):
         assert chosen(PLAN, model, tokens) is False
-    with pytest.warns(UserWarning, match="are passed twice"):
-        assert chosen(PruningPlan(Unstructured(0.5), Wanda(), correction=0.3), model, tokens) is False
+    corrected = PruningPlan(Unstructured(0.5), Wanda(), correction=0.3, residual_correction=0.6)
+    with pytest.warns(UserWarning, match=r"\(plan.sequential is false and plan.residual_correction 0\)"):
+        plan = choose_passes(model, corrected.find_targets(model)[1], tokens, corrected)
+    assert (plan.sequential, plan.correction, plan.residual_correction) == (False, 0.3, 0.0)
 
 
 def test_a_plan_that_decides_or_cannot_do_otherwise_is_followed(
@@ -50,7 +52,6 @@ def test_a_plan_that_decides_or_cannot_do_otherwise_is_followed(
             assert chosen(PruningPlan(Unstructured(0.5), Wanda(), sequential=sequential), model, tokens) is sequential
         assert chosen(PruningPlan(Unstructured(0.5), Wanda(), propagate="dense"), model, tokens) is False
         assert chosen(PruningPlan(Unstructured(0.5), Magnitude(), output_error=False), model, []) is False
-        assert chosen(PruningPlan(Unstructured(0.5), Wanda(), residual_correction=0.3), model, tokens) is True
 
 
 def test_a_run_without_memory_for_one_pass_takes_two(

@@ -97,5 +97,7 @@ def test_it_says_what_to_do_where_memory_is_short() -> None:
     short = str(Preflight(work, 300.0, 2_000_000_000, 1_000_000_000))
     assert short.startswith("about 5 minutes and 2 GB beyond the model, of which 1 GB are free: lower data.sequences")
     sequential = Preflight(work, 300.0, 2_000_000_000, 1_000_000_000, sequential=True)
-    assert str(sequential).endswith("lower data.sequences or data.seqlen, or set plan.sequential to false")
+    assert str(sequential).endswith(
+        "lower data.sequences or data.seqlen, or set plan.sequential to false and plan.residual_correction to 0"
+    )
     assert Preflight(work, 1.0, 1, None).fits
