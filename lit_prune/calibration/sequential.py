@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_prune.calibration.collector import Collector, Seen, expert_layers
 from lit_prune.calibration.replay import BlockReplay
 from lit_prune.calibration.residual_stream import residual_writers
-from lit_prune.calibration.suspended import SuspendedPasses
+from lit_prune.calibration.suspended import REMEDY, SuspendedPasses
 from lit_prune.errors import InputError
 from lit_prune.models.blocks import Block
 from lit_prune.ops import LayerStats, collectives
@@ -148,26 +148,39 @@ class _Waiting:
         passes, *dense = self._passes
         for batch, hidden in enumerate(self._hidden[0]):
             self.collector.sequences = len(hidden)
+            here = _inputs(passes, batch, stage)
             if dense:
-                self.collector.dense_inputs = _inputs(dense[0], batch, set(stage).intersection(self._compared), stage)
-                written = [name for name in stage if name in self._writers]
-                if written and passes.waiting[batch]:
-                    self.collector.output_drifts = self._output_drifts(batch, written, stage)
-            for name, inputs in _inputs(passes, batch, stage, stage).items():
+                there = _inputs(dense[0], batch, stage)
+                for name in here:
+                    if name not in there and (name in self._compared or name in self._writers):
+                        raise InputError(
+                            f"{name} is called on some batches in the pruned model only, so that its inputs cannot be "
+                            f"compared with those in the dense model: {REMEDY} and plan.residual_correction to 0"
+                        )
+                self.collector.dense_inputs = {name: there[name] for name in here if name in self._compared}
+                self.collector.output_drifts = self._output_drifts(batch, here, there)
+            for name, inputs in here.items():
                 self.collector.add(name, inputs, self._seen[batch])
         self.collector.dense_inputs, self.collector.output_drifts = {}, {}
 
-    def _output_drifts(self, batch: int, written: Sequence[str], stage: Sequence[str]) -> dict[str, Tensor]:
+    def _output_drifts(self, batch: int, here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return by how much the outputs of layers should differ, to compensate for the drift of a batch.
 
         ``(D - X) Wᵀ`` for the dense model's inputs D and these inputs X of a layer with the weight W, and the drift of
-        the residual stream, each times its strength.
+        the residual stream, each times its strength. Empty if none of the layers writes to that stream.
+
+        Args:
+            batch: index of the batch.
+            here: inputs of layers in the pruned model, by name.
+            there: inputs of the same layers in the dense model.
         """
+        written = [name for name in here if name in self._writers]
+        if not written:
+            return {}
         own, residual = self._strengths
         drift = residual * self._residual_drift(batch)
         if not own:
             return dict.fromkeys(written, drift)
-        here, there = (_inputs(passes, batch, written, stage) for passes in self._passes)
         weights = {name: working(read_weight(self._writers[name])) for name in written}
         return {
             name: drift + own * ((_rows(there[name]).to(drift) - _rows(here[name])) @ weights[name].T)
@@ -212,13 +225,13 @@ def _next_stage(
     return [first, *(name for name in order if name in stage and name != first)]
 
 
-def _inputs(passes: SuspendedPasses, batch: int, wanted: Collection[str], stage: Sequence[str]) -> dict[str, Tensor]:
+def _inputs(passes: SuspendedPasses, batch: int, stage: Sequence[str]) -> dict[str, Tensor]:
     """Return the inputs of layers of a stage on a batch, those of its first layer for layers that are to share it."""
     here = passes.waiting[batch]
     found = {}
     for name in stage:
         inputs = here.get(name, here.get(stage[0]))
-        if inputs is None or name not in wanted:
+        if inputs is None:
             continue
         found[name] = inputs
         if name not in here:

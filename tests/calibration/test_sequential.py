@@ -284,3 +284,21 @@ def test_sharing_that_ends_is_noticed(tiny_model: Callable[..., nn.Module], toke
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         PruningPlan(Unstructured(0.5), Wanda(), **options)  # type: ignore[arg-type]
+
+
+def test_a_layer_that_only_the_pruned_model_calls_is_named(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    """The block decides by its input whether it runs the MLP, and the input has drifted."""
+    model = tiny_model()
+    mlp = model.get_submodule("model.layers.1.mlp")
+    forward, calls = mlp.forward, []
+
+    def some(hidden: Tensor) -> Tensor:
+        calls.append(1)
+        return hidden if len(calls) == 1 else forward(hidden)  # the dense model's pass goes first
+
+    mlp.forward = some
+    reason = r"is called on some batches in the pruned model only.*: set plan.sequential to false and plan.residual"
+    with pytest.raises(InputError, match=rf"layers\.1\.mlp\.gate_proj {reason}"):
+        prune(model, tokens, replace(PLAN, correction=0.3, residual_correction=0.6))
