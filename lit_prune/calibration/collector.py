@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import ref
@@ -85,6 +85,11 @@ class Collector:
                 mine.add_processes(weight.new_zeros(weight.shape[1]), len(weight), collected)
         return {name: self.stats[owner] for name, owner in owners.items() if name in layers}
 
+    def forget(self, layers: Iterable[str]) -> None:
+        """Free the statistics of layers, which no other layer will share."""
+        for name in layers:
+            self.stats.pop(name, None)
+
     def sharing(self) -> list[list[str]]:
         """Return the names of layers, grouped by shared input."""
         groups: dict[str, list[str]] = {}
@@ -111,7 +116,8 @@ class Collector:
         """
         # The drift of outputs belongs to one layer, so its statistics are not shared.
         alone = name in self.output_drifts
-        owner = name if alone else next((seen_by for tensor, seen_by in seen if tensor() is inputs), name)
+        here = (seen_by for tensor, seen_by in seen if tensor() is inputs and seen_by in self.stats)
+        owner = name if alone else next(here, name)
         if owner != name and self._owners.setdefault(name, owner) == owner:
             self.stats[name] = self.stats[owner]
             return

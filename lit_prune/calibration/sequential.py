@@ -93,6 +93,9 @@ class SequentialCalibration:
                 for name in mine:
                     stats[name].check_finite(name)
                 yield stats | self._replay.pooled(block.index, mine, stats)
+                stats.clear()
+                if not self.learning:
+                    waiting.collector.forget(stage)
                 if left or advance:
                     passes.resume(stage)
             self._sharing[kind] = _sharing(waiting.collector, block)
