@@ -12,7 +12,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_prune.allocators import Measured
 from lit_prune.ops import Unstructured
 from lit_prune.pruning import PruningPlan
 from lit_prune.pruning.memory import count_gradient_memory, count_memory
@@ -40,9 +39,7 @@ PLANS = {
     "GBLM": PruningPlan(HALF, GBLM(), output_error=False, sequential=True),
     "SparseGPT": PruningPlan(HALF, solver=SparseGPT(), sequential=True),
     "SparseGPT, two passes": PruningPlan(HALF, solver=SparseGPT(), sequential=False),
-    "best": PruningPlan(
-        HALF, allocator=Measured(spread=0.1), solver=ADMM(iterations=20), correction=0.3, sequential=True
-    ),
+    "best": PruningPlan(HALF, solver=ADMM(iterations=20), correction=0.3, residual_correction=0.6, sequential=True),
 }
 SEQUENCES, SEQLEN = 128, 2048
 
