@@ -20,10 +20,10 @@ from lit_prune.pruning.plan import PruningPlan
 def choose_passes(
     model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], plan: PruningPlan
 ) -> PruningPlan:
-    """Return the plan with ``sequential`` set; the same on every rank.
+    """Return the plan with ``sequential`` set, if the plan leaves a choice; the same on every rank.
 
-    If it is null, it becomes true, except if ``propagate`` is ``dense``, or if the activations that wait in a block
-    exceed the free memory. Then ``residual_correction``, which needs them, becomes 0, and a warning tells of both.
+    It becomes true, or false if the activations that wait in a block exceed the free memory. In that case,
+    ``residual_correction``, which needs them, becomes 0, and a warning tells of both.
 
     Args:
         model: model to prune.
@@ -31,10 +31,8 @@ def choose_passes(
         batches: all calibration batches.
         plan: pruning plan.
     """
-    if plan.sequential is not None:
+    if plan.sequential is not None or plan.propagate == "dense" or not plan.needs_replay or not batches:
         return plan
-    if plan.propagate == "dense" or not plan.needs_replay or not batches:
-        return replace(plan, sequential=False)
     free = free_memory(torch.device(plan.device or next(model.parameters()).device))
     needed = _waiting_memory(model, max(target.shape[1] for target in targets), batches, plan)
     if not any(collectives.gather(free is not None and needed > free)):

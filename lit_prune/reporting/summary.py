@@ -18,7 +18,7 @@ def method(report: PruningReport) -> str:
     how += [f"correction {plan['correction']}"] if plan["correction"] else []
     beta = plan.get("residual_correction")  # reports of older versions have neither
     how += [f"residual correction {beta}"] if beta else []
-    how += ["sequential"] if plan.get("sequential") else []
+    how += ["two passes"] if plan.get("sequential") is False else []
     return ", ".join([*how, *(["reconstruction"] if report.reconstructions else [])])
 
 

@@ -50,8 +50,8 @@ def test_a_plan_that_decides_or_cannot_do_otherwise_is_followed(
         warnings.simplefilter("error")
         for sequential in (True, False):
             assert chosen(PruningPlan(Unstructured(0.5), Wanda(), sequential=sequential), model, tokens) is sequential
-        assert chosen(PruningPlan(Unstructured(0.5), Wanda(), propagate="dense"), model, tokens) is False
-        assert chosen(PruningPlan(Unstructured(0.5), Magnitude(), output_error=False), model, []) is False
+        assert chosen(PruningPlan(Unstructured(0.5), Wanda(), propagate="dense"), model, tokens) is None
+        assert chosen(PruningPlan(Unstructured(0.5), Magnitude(), output_error=False), model, []) is None
 
 
 def test_a_run_without_memory_for_one_pass_takes_two(
