@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -34,7 +35,7 @@ def choose_passes(
     if plan.sequential is not None or plan.propagate == "dense" or not plan.needs_replay or not batches:
         return plan
     free = free_memory(torch.device(plan.device or next(model.parameters()).device))
-    needed = _waiting_memory(model, max(target.shape[1] for target in targets), batches, plan)
+    needed = _waiting_memory(model, {target.name: target.shape[1] for target in targets}, batches, plan)
     if not any(collectives.gather(free is not None and needed > free)):
         return replace(plan, sequential=True)
     without = " and plan.residual_correction 0" if plan.residual_correction else ""
@@ -47,15 +48,24 @@ def choose_passes(
     return replace(plan, sequential=False, residual_correction=0.0)
 
 
-def _waiting_memory(model: nn.Module, inputs: int, batches: Sequence[Batch], plan: PruningPlan) -> int:
+def _waiting_memory(model: nn.Module, inputs: Mapping[str, int], batches: Sequence[Batch], plan: PruningPlan) -> int:
     """Return the bytes of the activations that wait in front of a layer in one pass over all of a block's batches.
 
-    They are the residual stream, the normed hidden states and the layer's inputs, of which a layer has ``inputs``.
+    They are the residual stream, the normed hidden states and the layer's inputs, and as much as the inputs of the
+    layers before it, which are freed, but whose memory is too scattered to hold inputs of another size.
+
+    Args:
+        model: model to prune.
+        inputs: number of inputs of layers by name; of layers that share an input, one is enough, and of layers whose
+            names differ only in numbers, such as experts and blocks, one is counted.
+        batches: all calibration batches.
+        plan: pruning plan.
     """
     tokens = sum(map(count_tokens, batches)) // collectives.world_size()
     width = getattr(model.config, "hidden_size", 0)
+    kinds = {re.sub(r"\d+", "", name): count for name, count in inputs.items()}
     size = next(model.parameters()).element_size()
-    return tokens * (2 * width + inputs) * size * (2 if plan.needs_reference else 1)
+    return tokens * (2 * width + sum(kinds.values())) * size * (2 if plan.needs_reference else 1)
 
 
 def count_memory(
@@ -80,7 +90,7 @@ def count_memory(
     batch = max(map(count_tokens, batches))
     activations = batch * sum(outputs + inputs for outputs, inputs in sizes.values()) * weight.element_size()
     if plan.sequential:
-        hidden += _waiting_memory(model, max(inputs for _, inputs in sizes.values()), batches, plan)
+        hidden += _waiting_memory(model, {group[0]: sizes[group[0]][1] for group in groups}, batches, plan)
     if "gram" not in plan.needs:
         return hidden + activations
     squares = [sizes[group[0]][1] ** 2 for group in groups]

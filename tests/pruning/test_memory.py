@@ -14,8 +14,8 @@ from lit_prune.pruning.preflight import preflight
 from lit_prune.scorers import Magnitude, Wanda
 
 PLAN = PruningPlan(Unstructured(0.5), Wanda())
-# 6 x 16 tokens of float32 wait in front of down_proj: twice 32 hidden values, and 48 inputs.
-WAITING = 96 * (2 * 32 + 48) * 4
+# 6 x 16 tokens of float32: twice 32 hidden values, and the inputs of q, k, v, o, gate, up and down.
+WAITING = 96 * (2 * 32 + 6 * 32 + 48) * 4
 
 
 def chosen(plan: PruningPlan, model: nn.Module, batches: list[Tensor]) -> bool | None:
@@ -33,7 +33,7 @@ def test_one_pass_is_chosen_if_its_activations_fit(
     free(monkeypatch, WAITING)
     assert chosen(PLAN, model, tokens) is True
     free(monkeypatch, WAITING - 1)
-    with pytest.warns(UserWarning, match=r"one pass through each block needs 4.3e-05 GB .* are passed twice"):
+    with pytest.warns(UserWarning, match=r"one pass through each block needs 0.00012 GB .* are passed twice"):
         assert chosen(PLAN, model, tokens) is False
     corrected = PruningPlan(Unstructured(0.5), Wanda(), correction=0.3, residual_correction=0.6)
     with pytest.warns(UserWarning, match=r"\(plan.sequential is false and plan.residual_correction 0\)"):

@@ -68,7 +68,9 @@ def test_memory_grows_with_what_is_held(tiny_model: Callable[..., nn.Module], to
     assert memory(tokens * 2) == usual + states
     assert memory(tokens, hidden_dtype="bfloat16") == usual - states // 2
     assert memory(tokens, correction=0.3) == usual + states + 4 * (3 * 32**2 + 48**2)
-    waiting, moments = 96 * (2 * 32 + 48) * 4, 4 * (2 * 32**2 + 32 * 48)  # of q, o and down, which have 32 outputs
+    # The residual stream, the normed hidden states, and the inputs of q, k and v, of o, of gate and up, and of down.
+    waiting = 96 * (2 * 32 + 3 * 32 + 48) * 4
+    moments = 4 * (2 * 32**2 + 32 * 48)  # of q, o and down, which have 32 outputs
     assert memory(tokens, sequential=True) == usual + waiting
     assert memory(tokens, sequential=True, residual_correction=0.3) == usual + states + 2 * waiting + moments
 
