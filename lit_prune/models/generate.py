@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import InputError, NumericalError, first_line
+from lit_prune.models.limits import check_tokens
 
 _AT_ONCE = 16
 """Number of sequences to sample at once: each keeps the keys and values of all its tokens."""
@@ -65,6 +66,7 @@ def sample_sequences(model: nn.Module, special: Collection[int], sequences: int,
         seed: seed of the sample; the state of the global generators is restored.
 
     Raises:
+        InputError: if the sequences are longer than the model can process.
         NumericalError: if logits are NaN or infinite.
     """
     generator: Any = model
@@ -74,6 +76,7 @@ def sample_sequences(model: nn.Module, special: Collection[int], sequences: int,
         torch.manual_seed(seed)
         for start in range(0, sequences, _AT_ONCE):
             first = words[torch.randint(len(words), (min(_AT_ONCE, sequences - start), 1))]
+            check_tokens(model, first.expand(-1, seqlen))
             found.append(_continue(generator, first.to(generator.device), seqlen - 1).cpu())
     return torch.cat(found)
 

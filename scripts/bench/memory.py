@@ -68,8 +68,9 @@ def make_model(folder: Path, shape: str) -> None:
     for prefix in ("model.embed_tokens.", *(f"model.layers.{i}." for i in range(config.num_hidden_layers)), ""):
         names = [name for name in model.state_dict() if name.startswith(prefix) and name not in files]
         values = {name: _random(model.get_parameter(name).shape, generator) for name in names}
-        files |= dict.fromkeys(names, f"model-{prefix or 'rest'}.safetensors")
-        save_file(values, folder / f"model-{prefix or 'rest'}.safetensors")
+        file = f"model-{prefix or 'rest.'}safetensors"
+        files |= dict.fromkeys(names, file)
+        save_file(values, folder / file, {"format": "pt"})
     index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(folder)

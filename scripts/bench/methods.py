@@ -181,8 +181,11 @@ def tables(records: list[Record]) -> str:
 
 def _output_errors(found: Mapping[tuple[Row, int], Record], seed: int) -> list[str]:
     """Return a table of the errors of the layers' outputs at 70 %, of the rows that have them."""
-    measured = {row: record["output_errors"] for (row, of), record in found.items() if "output_errors" in record}
-    measured = {row: errors for row, errors in measured.items() if row.pattern == "70%" and (row, seed) in found}
+    measured = {
+        row: record["output_errors"]
+        for (row, of), record in found.items()
+        if of == seed and row.pattern == "70%" and "output_errors" in record
+    }
     if not measured:
         return []
     kinds = list(next(iter(measured.values())))

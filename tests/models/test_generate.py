@@ -52,3 +52,9 @@ def test_a_model_that_computes_nan_writes_nothing(tiny_model: Callable[..., nn.M
     torch.nn.init.constant_(model.get_parameter("model.norm.weight"), float("nan"))
     with pytest.raises(NumericalError, match="cannot write text to calibrate on"):
         sample_sequences(model, [], 1, 3, 0)
+
+
+def test_sequences_longer_than_the_models_positions_are_refused(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(InputError, match="position"):
+        sample_sequences(model, [], 1, model.config.n_positions + 1, 0)
