@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -103,40 +101,25 @@ def _turn(matrix: Tensor) -> Tensor:
     return matrix
 
 
-class NormalisedGram(NamedTuple):
-    """A damped Gram matrix at unit input norms, ``H = XᵀX / (n nᵀ) + damping * mean(diag) I``, and its ``eigh``."""
+def normalise(gram: Tensor, norm: Tensor, damping: float) -> Tensor:
+    """Return the damped Gram matrix at unit input norms, ``H = XᵀX / (n nᵀ) + damping * mean(diag) I``, ``[i, i]``.
 
-    gram: Tensor
-    """Normalised and damped Gram matrix ``H``, ``[i, i]``."""
-    eigenvalues: Tensor
-    """Eigenvalues ``[i]``, ascending."""
-    eigenvectors: Tensor
-    """Eigenvectors ``[i, i]``, one per column."""
+    Raises:
+        NumericalError: if the matrix is not finite.
+    """
+    if not gram.isfinite().all():
+        raise NumericalError(f"the Gram matrix [{len(gram)}, {len(gram)}] holds NaN or Inf")
+    matrix = gram / torch.outer(norm, norm)
+    diagonal = matrix.diagonal()
+    diagonal += damping * diagonal.mean()
+    return matrix
 
-    @classmethod
-    def of(cls, gram: Tensor, norm: Tensor, damping: float) -> NormalisedGram:
-        """Normalise, damp and decompose ``XᵀX`` ``[i, i]``.
 
-        Raises:
-            NumericalError: if the matrix is not finite.
-        """
-        if not gram.isfinite().all():
-            raise NumericalError(f"the Gram matrix [{len(gram)}, {len(gram)}] holds NaN or Inf")
-        matrix = gram / torch.outer(norm, norm)
-        diagonal = matrix.diagonal()
-        diagonal += damping * diagonal.mean()
-        return cls(matrix, *torch.linalg.eigh(matrix))
-
-    def to(self, like: Tensor) -> NormalisedGram:
-        """Return a copy with the dtype and on the device of ``like``."""
-        return NormalisedGram(*(tensor.to(like) for tensor in self))
-
-    def solve(self, rows: Tensor, rho: float) -> Tensor:
-        """Return ``rows (H + rho I)⁻¹`` for ``rows`` ``[o, i]``, using the explicit inverse if that is less work."""
-        scale = 1 / (self.eigenvalues + rho)
-        if len(rows) > len(self.gram):
-            return rows @ ((self.eigenvectors * scale) @ self.eigenvectors.T)
-        return ((rows @ self.eigenvectors) * scale) @ self.eigenvectors.T
+def inverse_plus(gram: Tensor, rho: float) -> Tensor:
+    """Return ``(gram + rho I)⁻¹`` ``[i, i]`` by a Cholesky factorisation; ``gram`` must be positive semi-definite."""
+    matrix = gram.clone()
+    matrix.diagonal().add_(rho)
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
 
 def conjugate_gradient(gram: Tensor, dense: Tensor, start: Tensor, keep: Tensor, steps: int) -> Tensor:

@@ -252,10 +252,10 @@ class LayerStats:
         self._sum_sq, self._gram = gram.diagonal().clone(), None
         return gram
 
-    def normalised(self, damping: float) -> tuple[Tensor, linalg.NormalisedGram]:
-        """Return the input norms ``[i]`` and the damped Gram matrix at unit norms with its ``eigh``, computed once."""
+    def normalised(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Return the input norms ``[i]`` and the damped Gram matrix at unit norms ``[i, i]``, computed once."""
         norm = self.gram.diagonal().sqrt() + NORM_FLOOR
-        return norm, self._once(("normalised", damping), lambda: linalg.NormalisedGram.of(self.gram, norm, damping))
+        return norm, self._once(("normalised", damping), lambda: linalg.normalise(self.gram, norm, damping))
 
     def _once(self, key: tuple[str, float], compute: Callable[[], Factor]) -> Factor:
         if key not in self._factors:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
-from lit_prune.ops.linalg import NormalisedGram, check_damping, conjugate_gradient
+from lit_prune.ops.linalg import check_damping, conjugate_gradient, inverse_plus
 from lit_prune.ops.masks import check_allowed, drop_smallest, drop_smallest_each, keep_only, only
 from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
-_RHO = (0.05, 1.0)
-"""Penalty ρ of the first and the last iteration of the continuation."""
-
-
+_RHO = (0.2, 0.7)
+"""Penalty ρ of the first and the last stage of the continuation."""
+_STAGES = 4
+"""Number of stages of the continuation, each with one ρ and so one inverse."""
 _DRAFT_ITERATIONS, _DRAFT_POLISH = 6, 2
 """Maximum number of iterations and of polish steps of a draft."""
 
@@ -34,10 +34,9 @@ class ADMM(Solver):
     ``H = XᵀX / (n nᵀ)`` (damped) and ``Ŵ = W n``, an iteration is ``Z = (W + U) M``, ``U += W - Z``,
     ``W = (H + ρI)⁻¹ (H Ŵ + ρ (Z - U))``, and the mask M is reselected from ``|W + U|``.
 
-    By default ρ starts small and grows geometrically (``schedule: continuation``): while it is small, the weights move
-    freely and the mask follows them; as it grows, they converge. The last ``polish`` iterations are conjugate-gradient
-    steps on the kept weights, towards the least-squares solution for the final mask. One eigendecomposition of H serves
-    every ρ, and every layer with the same input.
+    By default ρ starts small and grows geometrically in four stages (``schedule: continuation``): while it is small,
+    the weights move freely and the mask follows them; as it grows, they converge. The last ``polish`` iterations are
+    conjugate-gradient steps on the kept weights, towards the least-squares solution for the final mask.
 
     ``schedule: cubic`` is the paper's gradual mask selection at ρ = 1: in the first three quarters of the iterations
     the sparsity rises as ``s (1 - (1 - k / n)³)``. ``as_released`` is the published code, which ignores that schedule
@@ -58,14 +57,14 @@ class ADMM(Solver):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     iterations: int = 20
-    """Total number of weight updates, including the polish; each costs one or two matrix products with H."""
+    """Total number of weight updates, including the polish; each costs one product ``[o, i] @ [i, i]``."""
     schedule: Literal["continuation", "cubic"] = "continuation"
     """Schedule of the mask selection: ``continuation`` in ρ, or the paper's ``cubic`` rise of the sparsity."""
     mask: Literal["gradual", "fixed"] = "gradual"
     """Mask selection: in every iteration (``gradual``), or once at the start (``fixed``), from the score, or from
     ``|Ŵ|`` without a scorer."""
     polish: int | None = None
-    """Number of conjugate-gradient steps at the end; null = 4 for the continuation and none for the others."""
+    """Number of conjugate-gradient steps at the end; null = 2 for the continuation and none for the others."""
     damping: float | None = None
     """Damping added to the diagonal of H, as a fraction of the diagonal's mean; null = 0.003 for the continuation and
     0.1, as in the paper, for the others."""
@@ -91,14 +90,10 @@ class ADMM(Solver):
         check_damping(self._damping)
 
     def flops(self, outputs: int, inputs: int) -> float:
-        """Return the operations of the products: ``4 o i²`` or ``2 o i² + 2 i³`` per update, ``2 o i²`` per polish."""
-        update = 4 * outputs * inputs**2 if outputs <= inputs else 2 * (outputs + inputs) * inputs**2
-        polish = 2 * outputs * inputs**2 * (self._polish + 1) if self._polish else 0
-        return (self.iterations - self._polish) * update + polish
-
-    def shared_flops(self, inputs: int) -> float:
-        """Return the operations of an eigendecomposition: ``9 i³``."""
-        return 9 * inputs**3
+        """Return the operations of the products, ``2 o i²`` each, and of the inverses, ``i³`` each."""
+        updates = self.iterations - self._polish
+        products = updates + (self._polish + 1 if self._polish else 0)
+        return 2 * products * outputs * inputs**2 + len(set(self._penalties(updates))) * inputs**3
 
     def solve(
         self,
@@ -111,8 +106,7 @@ class ADMM(Solver):
         """Choose the mask of ``weight`` ``[o, i]`` and update the kept weights; the dtype is preserved."""
         pattern.check(weight.shape)
         dense = working(weight)
-        norm, problem = stats.normalised(self._damping)
-        norm, problem = norm.to(dense), problem.to(dense)
+        norm, gram = (part.to(dense) for part in stats.normalised(self._damping))
         dense = dense * norm
         check_allowed(allowed, pattern, weight.shape)
         start = None if score is None else select(score, pattern, allowed)
@@ -126,7 +120,7 @@ class ADMM(Solver):
         parts = [
             self._solve_rows(
                 dense[rows],
-                problem,
+                gram,
                 partial(self._choose, pattern, None if counts is None else counts[rows]),
                 None if start is None else start[rows],
                 None if allowed is None else allowed[rows],
@@ -156,7 +150,7 @@ class ADMM(Solver):
 
     @property
     def _polish(self) -> int:
-        default = 0 if self._published else min(4, self.iterations - 1)
+        default = 0 if self._published else min(2, self.iterations - 1)
         return default if self.polish is None else self.polish
 
     @property
@@ -164,32 +158,41 @@ class ADMM(Solver):
         default = 0.1 if self._published else 0.003
         return default if self.damping is None else self.damping
 
+    def _penalties(self, updates: int) -> list[float]:
+        """Return the penalty ρ of every update."""
+        if self._published:
+            return [1.0] * updates
+        stages = min(_STAGES, max(1, updates // 2))
+        growth = (_RHO[1] / _RHO[0]) ** (1 / max(1, stages - 1))
+        return [_RHO[0] * growth ** (step * stages // updates) for step in range(updates)]
+
     def _solve_rows(
         self,
         dense: Tensor,
-        problem: NormalisedGram,
+        gram: Tensor,
         choose: Callable[[Tensor, Tensor, float], Tensor],
         start: Tensor | None,
         allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the solution ``[rows, i]`` in units of ``Ŵ``, and its mask."""
-        updates = self.iterations - self._polish
-        rho, growth = (1.0, 1.0) if self._published else (_RHO[0], (_RHO[1] / _RHO[0]) ** (1 / max(1, updates - 1)))
-        current, dual = dense, torch.zeros_like(dense)
+        penalties = self._penalties(self.iterations - self._polish)
+        current, dual, inverse = dense, torch.zeros_like(dense), gram
         keep = torch.ones_like(dense, dtype=torch.bool) if start is None else start
-        for step in range(updates):
+        for step, rho in enumerate(penalties):
+            before = penalties[step - 1] if step else None
+            if rho != before:
+                inverse = inverse_plus(gram, rho)
+                dual *= (before or rho) / rho
             free = current + dual
             if self.mask == "gradual" and not (step == 0 and start is not None):
-                keep = choose(only(allowed, free.abs()), keep, (step + 1) / max(1, round(0.75 * updates)))
+                keep = choose(only(allowed, free.abs()), keep, (step + 1) / max(1, round(0.75 * len(penalties))))
             split = keep_only(free, keep)
             dual = free - split
             # (H + rho I)^-1 (H dense + rho (split - dual)), with H dense = (H + rho I) dense - rho dense
-            current = torch.add(dense, problem.solve(split.sub_(dual).sub_(dense), rho), alpha=rho)
-            dual = dual.div_(growth)
-            rho *= growth
+            current = torch.add(dense, split.sub_(dual).sub_(dense) @ inverse, alpha=rho)
         solved = keep_only(current + dual, keep)
         if self._polish:
-            solved = conjugate_gradient(problem.gram, dense, solved, keep, self._polish)
+            solved = conjugate_gradient(gram, dense, solved, keep, self._polish)
         return solved, keep
 
     def _choose(

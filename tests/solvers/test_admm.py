@@ -41,7 +41,7 @@ def test_weights_equal_the_reference(
     reference = golden[f"admm.weight.{name}"]
     solution = solver.solve(golden["weight"], golden_stats, pattern)
     # We work in float64; the reference solved with its damped matrix at unit norms in float32, once an iteration.
-    damped = golden_stats.normalised(0.1)[1].gram
+    damped = golden_stats.normalised(0.1)[1]
     assert distance(solution.weight, reference) <= solver.iterations * stable(damped, torch.float32)
 
 
@@ -109,18 +109,19 @@ def test_rows_in_chunks_give_the_same(
     whole = whole_solver.solve(golden["weight"], golden_stats, pattern)
     chunks = solver.solve(golden["weight"], golden_stats, pattern)
     assert torch.equal(whole.keep, chunks.keep)  # in float64, and no two weights are so near a tie
-    damped = golden_stats.normalised(whole_solver._damping)[1].gram
+    damped = golden_stats.normalised(whole_solver._damping)[1]
     assert distance(chunks.weight, whole.weight) <= solver.iterations * stable(damped)
 
 
-def test_layers_with_the_same_inputs_share_one_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Tensor] = []
-    eigh = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix) or eigh(matrix))
+def test_four_inverses_serve_all_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    factored: list[Tensor] = []
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: factored.append(matrix) or cholesky(matrix))
     stats = LayerStats.from_inputs(torch.randn(4, 20, 12))
-    for outputs in (5, 9, 20):
-        ADMM().solve(torch.randn(outputs, 12), stats, Unstructured(0.5))
-    assert len(calls) == 1
+    for iterations, inverses in ((1, 1), (6, 2), (12, 4), (60, 4)):
+        ADMM(iterations=iterations).solve(torch.randn(9, 12), stats, Unstructured(0.5))
+        assert len(factored) == inverses
+        factored.clear()
 
 
 def test_fewer_tokens_than_inputs_and_dead_inputs_are_no_trouble() -> None:
