@@ -40,8 +40,8 @@ class Collector:
         self.sequences = 0
         self.dense_inputs: dict[str, Tensor] = {}
         """Inputs of every layer in the dense model on this batch, by layer name; empty if not needed."""
-        self.output_drifts: dict[str, Tensor] = {}
-        """Drift of the outputs of layers on this batch, by layer name; see ``LayerStats``."""
+        self.output_targets: dict[str, Tensor] = {}
+        """Targets of the outputs of layers on this batch, by layer name; see ``LayerStats.update``."""
         self._needs = needs
         self._whole_passes = whole_passes
         self._called: list[str] = []  # layers called on this batch, in order
@@ -73,14 +73,14 @@ class Collector:
         Args:
             layers: watched layers; those that share another layer's statistics come with it, or after it.
             compared: names of the layers with ``dense_inputs``.
-            writers: names of the layers with ``output_drifts``.
+            writers: names of the layers with ``output_targets``.
         """
         owners = {name: owner for found in reversed(collectives.gather(self._owners)) for name, owner in found.items()}
         if collectives.world_size() > 1:
             for owner in [name for name in layers if owners.get(name) == name]:
                 weight = working(read_weight(layers[owner]))
                 mine = self.stats.setdefault(owner, LayerStats(self._needs))
-                drifts = {"drift": compared, "output_drift": writers}
+                drifts = {"drift": compared, "output_target": writers}
                 collected = [kind for kind, names in drifts.items() if kind in self._needs and owner in names]
                 mine.add_processes(weight.new_zeros(weight.shape[1]), len(weight), collected)
         return {name: self.stats[owner] for name, owner in owners.items() if name in layers}
@@ -114,8 +114,8 @@ class Collector:
             inputs: its inputs ``[..., i]``.
             seen: inputs of the layers that were called before it on the same batch; these are added.
         """
-        # The drift of outputs belongs to one layer, so its statistics are not shared.
-        alone = name in self.output_drifts
+        # The target of outputs belongs to one layer, so its statistics are not shared.
+        alone = name in self.output_targets
         here = (seen_by for tensor, seen_by in seen if tensor() is inputs and seen_by in self.stats)
         owner = name if alone else next(here, name)
         if owner != name and self._owners.setdefault(name, owner) == owner:
@@ -127,7 +127,7 @@ class Collector:
             seen.append((ref(inputs), name))
         with torch.autocast(inputs.device.type, enabled=False):  # statistics are always summed in float32
             stats = self.stats.setdefault(name, LayerStats(self._needs))
-            stats.update(inputs, self.sequences, self.dense_inputs.get(name), self.output_drifts.get(name))
+            stats.update(inputs, self.sequences, self.dense_inputs.get(name), self.output_targets.get(name))
 
 
 def expert_layers(block: nn.Module) -> list[list[nn.Linear]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -250,21 +250,27 @@ class BlockReplay:
         return output[0] if isinstance(output, tuple) else output
 
     def suspended(
-        self, index: int, layers: Mapping[str, nn.Module], writers: Collection[nn.Module] = ()
+        self,
+        index: int,
+        layers: Mapping[str, nn.Module],
+        writers: Mapping[str, nn.Module] | None = None,
+        behind_writers: bool = False,
     ) -> SuspendedPasses:
         """Return passes of block ``index`` over all batches that wait at the given layers, by name.
 
         Args:
             index: index of the block whose inputs are the current hidden states.
             layers: layers to wait at, by name.
-            writers: layers whose outputs are added up; see ``SuspendedPasses.written``.
+            writers: layers whose outputs are added up, by name; see ``SuspendedPasses.written``.
+            behind_writers: whether to wait behind the writers, with their outputs, instead of before them.
         """
         experts = [module for module in self._blocks[index].module.modules() if isinstance(module, Experts)]
 
         def run(batch: int) -> Tensor:
             return self._waiting(self._forward(index, batch))
 
-        return SuspendedPasses(run, len(self._hidden), layers, experts, self._forward_context, writers)
+        context = self._forward_context
+        return SuspendedPasses(run, len(self._hidden), layers, experts, context, writers, behind_writers)
 
 
 def _is_finite(hidden: Tensor) -> bool:

@@ -17,7 +17,6 @@ from lit_prune.errors import InputError
 from lit_prune.models.blocks import Block
 from lit_prune.ops import LayerStats, collectives
 from lit_prune.ops.precision import working
-from lit_prune.sharding.parameters import read_weight
 
 
 class SequentialCalibration:
@@ -78,7 +77,10 @@ class SequentialCalibration:
             writers = self._writers_of(block, kind) if self._strengths[1] else {}
             compared = comparable.difference(writers)
             replays = [replay for replay in (self._replay, self._dense) if replay]
-            every = [stack.enter_context(each.suspended(block.index, layers, writers.values())) for each in replays]
+            every = [
+                stack.enter_context(each.suspended(block.index, layers, writers, behind_writers=each is self._dense))
+                for each in replays
+            ]
             for each in every:
                 each.resume()
             passes = every[0]
@@ -161,34 +163,26 @@ class _Waiting:
                             f"compared with those in the dense model: {REMEDY} and plan.residual_correction to 0"
                         )
                 self.collector.dense_inputs = {name: there[name] for name in here if name in self._compared}
-                self.collector.output_drifts = self._output_drifts(batch, here, there)
+                self.collector.output_targets = self._output_targets(batch, there)
             for name, inputs in here.items():
                 self.collector.add(name, inputs, self._seen[batch])
-        self.collector.dense_inputs, self.collector.output_drifts = {}, {}
+        self.collector.dense_inputs, self.collector.output_targets = {}, {}
 
-    def _output_drifts(self, batch: int, here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return by how much the outputs of layers should differ, to compensate for the drift of a batch.
-
-        ``(D - X) Wᵀ`` for the dense model's inputs D and these inputs X of a layer with the weight W, and the drift of
-        the residual stream, each times its strength. Empty if none of the layers writes to that stream.
+    def _output_targets(self, batch: int, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the targets of the writers' outputs on a batch, by layer name; see ``LayerStats.update``.
 
         Args:
             batch: index of the batch.
-            here: inputs of layers in the pruned model, by name.
-            there: inputs of the same layers in the dense model.
+            there: outputs of writers in the dense model, by name, and inputs of other layers.
         """
-        written = [name for name in here if name in self._writers]
-        if not written:
-            return {}
         own, residual = self._strengths
-        drift = residual * self._residual_drift(batch)
-        if not own:
-            return dict.fromkeys(written, drift)
-        weights = {name: working(read_weight(self._writers[name])) for name in written}
-        return {
-            name: drift + own * ((_rows(there[name]).to(drift) - _rows(here[name])) @ weights[name].T)
-            for name in written
-        }
+        targets = {}
+        for name in there:
+            if name in self._writers:
+                targets[name] = residual * self._residual_drift(batch)
+                if own:
+                    targets[name] += own * (_rows(there[name]) - _bias(self._writers[name])).to(targets[name])
+        return targets
 
     def _residual_drift(self, batch: int) -> Tensor:
         """Return the dense model's residual stream minus the pruned one's, at the layer that both passes wait at."""
@@ -201,6 +195,11 @@ class _Waiting:
 
 def _rows(hidden: Tensor) -> Tensor:
     return working(hidden.reshape(-1, hidden.shape[-1]))
+
+
+def _bias(layer: nn.Module) -> Tensor | float:
+    bias = getattr(layer, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else 0.0
 
 
 def _next_stage(

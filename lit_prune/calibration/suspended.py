@@ -33,7 +33,8 @@ class SuspendedPasses:
         layers: Mapping[str, nn.Module],
         experts: Sequence[Experts],
         context: Callable[[], AbstractContextManager[Any]],
-        writers: Collection[nn.Module] = (),
+        writers: Mapping[str, nn.Module] | None = None,
+        behind_writers: bool = False,
     ) -> None:
         """Prepare the passes; ``resume`` starts them.
 
@@ -43,13 +44,16 @@ class SuspendedPasses:
             layers: layers to wait at, by name.
             experts: mixtures of experts in the block.
             context: function that returns a context manager for the passes, such as autocast.
-            writers: layers whose outputs are added to the residual stream.
+            writers: layers whose outputs are added to the residual stream, by name.
+            behind_writers: whether to wait behind the writers, with their outputs, instead of before them.
         """
         self.waiting: list[dict[str, Tensor]] = [{} for _ in range(batches)]
-        """Inputs of the layers at which a pass waits, by layer name, for each batch; empty if it has ended."""
+        """Inputs of the layers at which a pass waits, by layer name, for each batch; empty if it has ended. Outputs of
+        the writers with ``behind_writers``."""
         self._outputs: list[Tensor | None] = [None] * batches
         self.written: list[Tensor | None] = [None] * batches
-        """Sum of the outputs ``[t, o]`` of the writers so far, for each batch; None before the first."""
+        """Sum of the outputs ``[t, o]`` of the writers so far, for each batch; None before the first. Without the output
+        of a writer that a pass waits behind."""
         self._expected: list[dict[str, Tensor]] = [{} for _ in range(batches)]
         self._called: list[set[str]] = [set() for _ in range(batches)]
         self._pending = set(layers)
@@ -57,7 +61,8 @@ class SuspendedPasses:
         self._experts = experts
         self._run = run
         self._context = context
-        self._writers = writers
+        self._writers = writers or {}
+        self._behind = set(self._writers if behind_writers else ())
         self._passes: list[greenlet | None] = [None] * batches
         self._running: int | None = None
         self._modes: tuple[bool, ...] = ()
@@ -66,8 +71,11 @@ class SuspendedPasses:
     def __enter__(self) -> SuspendedPasses:
         """Watch the layers."""
         for name, module in self._layers.items():
-            self._stack.enter_context(module.register_forward_pre_hook(self._hook(name)))
-        for module in self._writers:
+            if name in self._behind:
+                self._stack.enter_context(module.register_forward_hook(self._hook_behind(name)))
+            else:
+                self._stack.enter_context(module.register_forward_pre_hook(self._hook(name)))
+        for module in self._writers.values():
             self._stack.enter_context(module.register_forward_hook(self._add_written))
         for experts in self._experts:
             self._stack.enter_context(experts.announcing(self._wait_at_experts))
@@ -128,6 +136,14 @@ class SuspendedPasses:
             if self._running is not None:  # another set of passes may run the same block
                 self._check_call(name, args[0], self._running)
                 self._wait_at({name: args[0]})
+
+        return hook
+
+    def _hook_behind(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self._running is not None:
+                self._check_call(name, args[0], self._running)
+                self._wait_at({name: output})
 
         return hook
 

@@ -20,7 +20,7 @@ NORM_FLOOR = 1e-8
 """Constant added to input norms, to avoid division by zero for dead inputs."""
 DRIFT_DAMPING = 0.1
 """Damping of the drift correction: added to the diagonal of the normalised Gram matrix, as a fraction of its mean."""
-COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient", "drift", "output_drift"})
+COLLECTABLE = frozenset({"input_sq_norm", "gram", "gradient", "drift", "output_target"})
 """Statistics that calibration can collect, which a method requests in its ``needs``."""
 
 
@@ -43,7 +43,7 @@ class LayerStats:
         self._mirrored = False  # whether the lower triangle is up to date
         self._sum_sq: Tensor | None = None
         self._drift: Tensor | None = None
-        self._output_drift: Tensor | None = None
+        self._output_target: Tensor | None = None
         self._gradients: Mapping[str, Tensor] = {}
         self._factors: dict[tuple[str, float], Any] = {}
         self._last_use = False
@@ -75,7 +75,7 @@ class LayerStats:
         inputs: Tensor,
         sequences: int,
         dense_inputs: Tensor | None = None,
-        output_drift: Tensor | None = None,
+        output_target: Tensor | None = None,
     ) -> None:
         """Add inputs ``[..., i]`` that belong to ``sequences`` calibration sequences.
 
@@ -83,7 +83,8 @@ class LayerStats:
             inputs: inputs of the layer in the model as pruned so far.
             sequences: number of sequences that the inputs come from.
             dense_inputs: inputs of the layer in the dense model, in the same order; for ``drift``.
-            output_drift: ``[..., o]``, to be added to the outputs of the dense weight on these inputs.
+            output_target: ``[..., o]``, by how much the outputs should differ from those of the dense weight on these
+                inputs, plus ``strength`` (see ``correct_drift``) times the dense model's outputs without the bias.
         """
         rows = _rows(inputs)
         self.sequences += sequences
@@ -101,18 +102,18 @@ class LayerStats:
             if self._drift is None:
                 self._drift = rows.new_zeros(rows.shape[1], rows.shape[1])
             self._drift.addmm_(rows.T, _rows(dense_inputs) - rows)
-        if output_drift is not None:
-            missing = _rows(output_drift).to(rows)
-            if self._output_drift is None:
-                self._output_drift = rows.new_zeros(missing.shape[1], rows.shape[1])
-            self._output_drift.addmm_(missing.T, rows)
+        if output_target is not None:
+            target = _rows(output_target).to(rows)
+            if self._output_target is None:
+                self._output_target = rows.new_zeros(target.shape[1], rows.shape[1])
+            self._output_target.addmm_(target.T, rows)
 
     def merge(self, other: LayerStats) -> None:
         """Add the statistics of the same layer from another process, or another part of the data."""
         self.sequences += other.sequences
         self.tokens += other.tokens
         self._factors.clear()
-        for name in ("_gram", "_sum_sq", "_drift", "_output_drift"):
+        for name in ("_gram", "_sum_sq", "_drift", "_output_target"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if theirs is not None:
                 setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
@@ -124,7 +125,7 @@ class LayerStats:
         Args:
             zeros: zeros ``[i]``, with the dtype and device of the sums, for a process that has seen no input.
             outputs: number of outputs of the layer.
-            drifts: which of ``drift`` and ``output_drift`` were collected on any process.
+            drifts: which of ``drift`` and ``output_target`` were collected on any process.
         """
         inputs = len(zeros)
         shapes: dict[str, list[int]] = {}
@@ -133,7 +134,7 @@ class LayerStats:
         elif "input_sq_norm" in self.needs:
             shapes["_sum_sq"] = [inputs]
         shapes |= {"_drift": [inputs, inputs]} if "drift" in drifts else {}
-        shapes |= {"_output_drift": [outputs, inputs]} if "output_drift" in drifts else {}
+        shapes |= {"_output_target": [outputs, inputs]} if "output_target" in drifts else {}
         for name, shape in shapes.items():
             mine = getattr(self, name)
             setattr(self, name, collectives.all_reduce(zeros.new_zeros(shape) if mine is None else mine))
@@ -202,7 +203,8 @@ class LayerStats:
         only the fraction ``strength`` of it is applied. Example: one input that has shrunk by half, X = (1, 1) and D =
         (2, 2), without damping: ``(D - X)ᵀX = 2``, ``XᵀX = 2``, so the full correction doubles the weight.
 
-        A drift E of the outputs, which contains its strength already, adds ``EᵀX (XᵀX)⁻¹``.
+        For a layer with targets T of its outputs, which contain ``strength`` times the dense model's outputs ``D Wᵀ``
+        and any other desired change of the outputs, it is ``W + (TᵀX - strength W XᵀX) (XᵀX)⁻¹``.
 
         Args:
             weight: ``[o, i]``, any floating dtype.
@@ -211,12 +213,14 @@ class LayerStats:
         Returns:
             ``[o, i]`` float32 or float64; ``weight`` itself if no drift was collected.
         """
-        dense, pull = working(weight), None
-        if strength and self._drift is not None:
+        dense = working(weight)
+        if self._output_target is not None:
+            pull = self._output_target.to(dense)
+            if strength:
+                pull = pull - strength * (dense @ self.gram.to(dense))
+        elif strength and self._drift is not None:
             pull = strength * (dense @ self._drift.T.to(dense))
-        if self._output_drift is not None:
-            pull = self._output_drift.to(dense) + (0 if pull is None else pull)
-        if pull is None:
+        else:
             return weight
         norm, factor = self._once(("drift", DRIFT_DAMPING), self._drift_factor)
         return dense + torch.cholesky_solve((pull / norm.to(dense)).T, factor.to(dense)).T / norm.to(dense)

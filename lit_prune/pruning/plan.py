@@ -136,7 +136,7 @@ class PruningPlan:
         """Statistics that calibration must collect; empty = no data is needed."""
         needs = self.method_needs | ({"gram"} if self.output_error else set())
         needs |= {"gram", "drift"} if self.correction else set()
-        return needs | {"gram", "output_drift"} if self.residual_correction else needs
+        return needs | {"gram", "output_target"} if self.residual_correction else needs
 
     @property
     def method_needs(self) -> frozenset[str]:

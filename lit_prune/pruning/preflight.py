@@ -157,7 +157,7 @@ def count_work(
     for group in groups:
         outputs, inputs = sizes[group[0]]
         if plan.residual_correction and len(group) == 1 and outputs == width:  # it may write to the residual stream
-            of_drift = 2 * outputs * inputs * (1 + bool(plan.correction))
+            of_drift = 2 * outputs * inputs
         else:
             of_drift = 2 * inputs**2 * bool(plan.correction)
         of_gram = inputs * (inputs + 1) + of_drift

@@ -186,12 +186,12 @@ def test_autocast_ends_with_each_pass(tiny_model: Callable[..., nn.Module], toke
     assert ("solve", False) in seen and not any(enabled for _, enabled in seen)
 
 
-def test_the_drift_of_outputs_belongs_to_one_layer() -> None:
+def test_the_target_of_outputs_belongs_to_one_layer() -> None:
     """A layer that writes to the residual stream may read what others read, which do not write to it."""
-    collector, seen = Collector(frozenset({"gram", "output_drift"})), []
-    inputs, drift = torch.ones(1, 2, 3), torch.ones(1, 2, 5)
+    collector, seen = Collector(frozenset({"gram", "output_target"})), []
+    inputs, target = torch.ones(1, 2, 3), torch.ones(1, 2, 5)
     for name in ("before", "writer", "after"):
-        collector.output_drifts = {name: drift} if name == "writer" else {}
+        collector.output_targets = {name: target} if name == "writer" else {}
         collector.add(name, inputs, seen)
     weight = torch.zeros(5, 3)
     assert collector.stats["after"] is collector.stats["before"]

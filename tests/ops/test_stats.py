@@ -95,23 +95,19 @@ def test_making_up_for_drift_worked_example() -> None:
     assert stats.correct_drift(weight, 0.0) is weight
 
 
-def test_output_drift_worked_example() -> None:
+def test_output_target_worked_example() -> None:
     # Two tokens with inputs X = (1, 1); three outputs lack E = (4, 0, -2) at each of them: EᵀX = (8, 0, -4). XᵀX = 2,
-    # damped by 0.1: 2.2. So (8, 0, -4) / 2.2 is added, whatever the strength, which is for the drift of inputs.
-    stats = LayerStats(frozenset({"gram", "output_drift"}))
-    stats.update(torch.ones(1, 2, 1), 1, output_drift=torch.tensor([[[4.0, 0.0, -2.0]] * 2]))
+    # damped by 0.1: 2.2. So (8, 0, -4) / 2.2 is added.
+    stats = LayerStats(frozenset({"gram", "output_target"}))
+    lacking = torch.tensor([4.0, 0.0, -2.0]).expand(1, 2, 3)
+    stats.update(torch.ones(1, 2, 1), 1, output_target=lacking)
     weight, added = torch.tensor([[3.0], [1.0], [0.0]]), torch.tensor([[8.0], [0.0], [-4.0]]) / 2.2
-    for strength in (0.0, 0.5):
-        torch.testing.assert_close(stats.correct_drift(weight, strength), weight + added)
-
-
-def test_both_drifts_add_up() -> None:
-    # As above, and the inputs were D = (2, 2): (D - X)ᵀX = 2, so half of W (D - X)ᵀX is W, and W + (W + EᵀX) / 2.2.
-    stats = LayerStats(frozenset({"gram", "drift", "output_drift"}))
-    stats.update(torch.ones(1, 2, 1), 1, torch.full((1, 2, 1), 2.0), torch.tensor([[[4.0, 0.0, -2.0]] * 2]))
-    weight = torch.tensor([[3.0], [1.0], [0.0]])
-    expected = weight + (weight + torch.tensor([[8.0], [0.0], [-4.0]])) / 2.2
-    torch.testing.assert_close(stats.correct_drift(weight, 0.5), expected)
+    torch.testing.assert_close(stats.correct_drift(weight, 0.0), weight + added)
+    # The dense model's inputs were D = (2, 2), and its outputs D W = (6, 2, 0) at each token. With a strength of 0.5, T
+    # is E + (3, 1, 0), so TᵀX = EᵀX + (6, 2, 0), and 0.5 W XᵀX = (3, 1, 0): W + (W + EᵀX) / 2.2.
+    stats = LayerStats(frozenset({"gram", "output_target"}))
+    stats.update(torch.ones(1, 2, 1), 1, output_target=lacking + 0.5 * torch.tensor([6.0, 2.0, 0.0]))
+    torch.testing.assert_close(stats.correct_drift(weight, 0.5), weight + weight / 2.2 + added)
 
 
 def test_making_up_for_drift_brings_outputs_nearer_the_dense_ones() -> None:
