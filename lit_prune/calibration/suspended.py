@@ -52,8 +52,8 @@ class SuspendedPasses:
         the writers with ``behind_writers``."""
         self._outputs: list[Tensor | None] = [None] * batches
         self.written: list[Tensor | None] = [None] * batches
-        """Sum of the outputs ``[t, o]`` of the writers so far, for each batch; None before the first. Without the output
-        of a writer that a pass waits behind."""
+        """Sum of the outputs ``[t, o]`` of the writers so far, for each batch; None before the first. The output of a
+        writer that a pass waits behind is not included."""
         self._expected: list[dict[str, Tensor]] = [{} for _ in range(batches)]
         self._called: list[set[str]] = [set() for _ in range(batches)]
         self._pending = set(layers)

@@ -44,7 +44,7 @@ class ADMM(Solver):
 
     .. code-block:: yaml
 
-        solver: {class_path: ADMM, init_args: {iterations: 20}}
+        solver: {class_path: ADMM, init_args: {iterations: 12}}
 
     To repair the mask of a scorer instead of choosing one:
 

@@ -35,9 +35,9 @@ PLANS = {
     "Wanda": PruningPlan(HALF, Wanda(), output_error=False),
     "Wanda, two passes": PruningPlan(HALF, Wanda(), output_error=False, sequential=False),
     "SparseGPT": PruningPlan(HALF, solver=SparseGPT(), output_error=False),
-    "ADMM": PruningPlan(HALF, solver=ADMM(iterations=20), output_error=False),
+    "ADMM": PruningPlan(HALF, solver=ADMM(iterations=12), output_error=False),
     "ADMM corrected": PruningPlan(
-        HALF, solver=ADMM(iterations=20), output_error=False, correction=0.3, residual_correction=0.6
+        HALF, solver=ADMM(iterations=12), output_error=False, correction=0.3, residual_correction=0.6
     ),
 }
 
