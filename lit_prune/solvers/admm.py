@@ -17,9 +17,9 @@ from lit_prune.ops.masks import check_allowed, drop_smallest, drop_smallest_each
 from lit_prune.ops.precision import working
 from lit_prune.solvers.base import Solution, Solver
 
-_RHO = (0.2, 0.7)
+_RHO = (0.3, 0.7)
 """Penalty ρ of the first and the last stage of the continuation."""
-_STAGES = 4
+_STAGES = 3
 """Number of stages of the continuation, each with one ρ and so one inverse."""
 _DRAFT_ITERATIONS, _DRAFT_POLISH = 6, 2
 """Maximum number of iterations and of polish steps of a draft."""
@@ -34,7 +34,7 @@ class ADMM(Solver):
     ``H = XᵀX / (n nᵀ)`` (damped) and ``Ŵ = W n``, an iteration is ``Z = (W + U) M``, ``U += W - Z``,
     ``W = (H + ρI)⁻¹ (H Ŵ + ρ (Z - U))``, and the mask M is reselected from ``|W + U|``.
 
-    By default ρ starts small and grows geometrically in four stages (``schedule: continuation``): while it is small,
+    By default ρ starts small and grows geometrically in three stages (``schedule: continuation``): while it is small,
     the weights move freely and the mask follows them; as it grows, they converge. The last ``polish`` iterations are
     conjugate-gradient steps on the kept weights, towards the least-squares solution for the final mask.
 
