@@ -56,8 +56,9 @@ class ADMM(Solver):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
-    iterations: int = 20
-    """Total number of weight updates, including the polish; each costs one product ``[o, i] @ [i, i]``."""
+    iterations: int | None = None
+    """Total number of weight updates, including the polish; each costs one product ``[o, i] @ [i, i]``. null = 12 for
+    the continuation and 20, as in the paper, for the others."""
     schedule: Literal["continuation", "cubic"] = "continuation"
     """Schedule of the mask selection: ``continuation`` in ρ, or the paper's ``cubic`` rise of the sparsity."""
     mask: Literal["gradual", "fixed"] = "gradual"
@@ -80,9 +81,9 @@ class ADMM(Solver):
             raise InputError(f"schedule is {self.schedule!r}: it must be 'continuation' or 'cubic'")
         if self.mask not in ("gradual", "fixed"):
             raise InputError(f"mask is {self.mask!r}: it must be 'gradual' or 'fixed'")
-        last = self.iterations - 1
+        last = self._iterations - 1
         if last < 0:
-            raise InputError(f"iterations is {self.iterations!r}: it must be at least 1, such as 20")
+            raise InputError(f"iterations is {self.iterations!r}: it must be at least 1, such as 12, or null")
         if self.polish is not None and not 0 <= self.polish <= last:
             raise InputError(f"polish is {self.polish!r}: it must be from 0 to {last}, one less than iterations")
         if self.rows_at_once is not None and self.rows_at_once < 1:
@@ -91,7 +92,7 @@ class ADMM(Solver):
 
     def flops(self, outputs: int, inputs: int) -> float:
         """Return the operations of the products, ``2 o i²`` each, and of the inverses, ``i³`` each."""
-        updates = self.iterations - self._polish
+        updates = self._iterations - self._polish
         products = updates + (self._polish + 1 if self._polish else 0)
         return 2 * products * outputs * inputs**2 + len(set(self._penalties(updates))) * inputs**3
 
@@ -135,7 +136,7 @@ class ADMM(Solver):
 
     def draft(self) -> ADMM:
         """Return a solver with fewer iterations: the ranking of blocks by error stabilises long before the last one."""
-        iterations = min(self.iterations, _DRAFT_ITERATIONS)
+        iterations = min(self._iterations, _DRAFT_ITERATIONS)
         return replace(self, iterations=iterations, polish=min(self._polish, _DRAFT_POLISH, iterations - 1))
 
     def _splits(self, pattern: Pattern) -> bool:
@@ -149,8 +150,13 @@ class ADMM(Solver):
         return self.as_released or self.schedule == "cubic"
 
     @property
+    def _iterations(self) -> int:
+        default = 20 if self._published else 12
+        return default if self.iterations is None else self.iterations
+
+    @property
     def _polish(self) -> int:
-        default = 0 if self._published else min(2, self.iterations - 1)
+        default = 0 if self._published else min(2, self._iterations - 1)
         return default if self.polish is None else self.polish
 
     @property
@@ -175,7 +181,7 @@ class ADMM(Solver):
         allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the solution ``[rows, i]`` in units of ``Ŵ``, and its mask."""
-        penalties = self._penalties(self.iterations - self._polish)
+        penalties = self._penalties(self._iterations - self._polish)
         current, dual, inverse = dense, torch.zeros_like(dense), gram
         keep = torch.ones_like(dense, dtype=torch.bool) if start is None else start
         for step, rho in enumerate(penalties):

@@ -35,10 +35,8 @@ PLANS = {
     "Wanda": PruningPlan(HALF, Wanda(), output_error=False),
     "Wanda, two passes": PruningPlan(HALF, Wanda(), output_error=False, sequential=False),
     "SparseGPT": PruningPlan(HALF, solver=SparseGPT(), output_error=False),
-    "ADMM": PruningPlan(HALF, solver=ADMM(iterations=12), output_error=False),
-    "ADMM corrected": PruningPlan(
-        HALF, solver=ADMM(iterations=12), output_error=False, correction=0.3, residual_correction=0.6
-    ),
+    "ADMM": PruningPlan(HALF, solver=ADMM(), output_error=False),
+    "ADMM corrected": PruningPlan(HALF, solver=ADMM(), output_error=False, correction=0.3, residual_correction=0.6),
 }
 
 

@@ -39,7 +39,7 @@ PLANS = {
     "GBLM": PruningPlan(HALF, GBLM(), output_error=False, sequential=True),
     "SparseGPT": PruningPlan(HALF, solver=SparseGPT(), sequential=True),
     "SparseGPT, two passes": PruningPlan(HALF, solver=SparseGPT(), sequential=False),
-    "best": PruningPlan(HALF, solver=ADMM(iterations=12), correction=0.3, residual_correction=0.6, sequential=True),
+    "best": PruningPlan(HALF, solver=ADMM(), correction=0.3, residual_correction=0.6, sequential=True),
 }
 SEQUENCES, SEQLEN = 128, 2048
 
