@@ -144,7 +144,7 @@ PLAN = [
     ("scorer: banana", "trainer.callbacks: Prune: plan.scorer: there is no class 'banana'; use"),
     ("cache: '{at}/short.txt'", "plan.cache is '"),
     ("scorrer: null", "trainer.callbacks: Prune: Group 'plan' does not accept option"),
-    ("solver: {class_path: ADMM, init_args: {iterations: 0}}", "iterations is 0: it must be at least 1, such as 20"),
+    ("solver: {class_path: ADMM, init_args: {iterations: 0}}", "iterations is 0: it must be at least 1, such as 12"),
     ("include: '*.nothing'", "plan.include"),
     ("correction: 2", "plan.correction is 2.0: it must be in [0, 1], such as 0.3"),
     ("device: cuda", "plan.device is 'cuda', which cannot be used here ("),

@@ -28,6 +28,8 @@ from lit_prune.training.text_sources import GENERATED, hub_name, local_path, nam
 if TYPE_CHECKING:
     from lit_prune.training.module import LitCausalLM
 
+_DATASET = "dataset"
+"""Word for the source ``data.dataset`` in ``data.calibration``."""
 _MOST = 2**31 - 1
 _MOST_WORKERS = 512
 _MOST_TOKENS = 10**9
@@ -98,7 +100,7 @@ class TextDataModule(LightningDataModule):
             test: Source of the test set; null = ``dataset``.
             calibration: Source of the calibration set, of which the training split is used, or ``generated``; or
                 several, as a list, or with weights, such as ``{wikitext2: 3, c4: 1}``, which share the sequences in
-                proportion; null = ``dataset``.
+                proportion. The word ``dataset`` refers to the option ``dataset``; null = ``dataset``.
             sequences: Number of calibration sequences, from all sources together.
             seqlen: Tokens per window, for training, evaluation and calibration.
             batch_size: Windows per training or evaluation batch.
@@ -136,8 +138,9 @@ class TextDataModule(LightningDataModule):
                 "are more than any calibration needs; the papers take 128 x 2,048"
             )
         other_val = as_list(other_val)
-        calibration = dataset if calibration is None else calibration
-        self.calibration = _shares(calibration if isinstance(calibration, Mapping) else as_list(calibration), sequences)
+        calibration = _DATASET if calibration is None else calibration
+        weights = calibration if isinstance(calibration, Mapping) else as_list(calibration)
+        self.calibration = _shares(weights, sequences, dataset)
         """Number of calibration sequences from each source."""
         several = [("calibration", source) for source in self.calibration]
         several += [("other_val", source) for source in other_val]
@@ -350,7 +353,7 @@ class TextDataModule(LightningDataModule):
         return next(name for name, given in self._options if given == source)
 
     def _part(self, source: str, split: Split) -> str:
-        part = f"of which {NAMES[split]}, for {split}, has" if self._divided(source) else "which has"
+        part = f"of which the {NAMES[split]}, for {split}, has" if self._divided(source) else "which has"
         return f"data.{self._option(source)} is {source!r}, {part}"
 
     def _encode(self, text: str) -> Tensor:
@@ -368,12 +371,13 @@ def validation_names(other_val: Sequence[str]) -> list[str]:
     return [re.sub(r"[^\w.-]+", "_", Path(source).stem) for source in other_val]
 
 
-def _shares(weights: Mapping[str, float] | Sequence[str], total: int) -> dict[str, int]:
+def _shares(weights: Mapping[str, float] | Sequence[str], total: int, dataset: str) -> dict[str, int]:
     """Return how many of ``total`` calibration sequences come from each source, by largest remainder.
 
     Args:
         weights: weights of the sources; a list of sources has equal ones.
         total: number of sequences.
+        dataset: source that the word ``dataset`` refers to; if it is named as well, the weights add up.
     """
     named = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, 1.0)
     if len(named) < len(weights) or not named:
@@ -381,6 +385,8 @@ def _shares(weights: Mapping[str, float] | Sequence[str], total: int) -> dict[st
     for source, weight in named.items():
         if not 0 < weight < math.inf:
             raise InputError(f"data.calibration gives {source!r} the weight {weight!r}: it must be positive")
+    if _DATASET in named:
+        named = {dataset: named.pop(_DATASET) + named.pop(dataset, 0.0)} | named
     exact = {source: total * weight / sum(named.values()) for source, weight in named.items()}
     counts = {source: int(share) for source, share in exact.items()}
     by_remainder = sorted(exact, key=lambda source: counts[source] - exact[source])

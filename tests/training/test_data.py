@@ -76,6 +76,18 @@ def test_calibration_texts_share_the_sequences_by_weight(tmp_path: Path) -> None
     assert torch.equal(torch.cat(alone), torch.cat(module(calibration=str(files["a"])).calibration_batches()))
 
 
+def test_the_data_set_can_be_one_of_the_calibration_texts(tmp_path: Path) -> None:
+    """The list stays right if another option replaces the data set, even by a text of the list."""
+    path = tmp_path / "mine.txt"
+    path.write_text("a" * 500)
+    mixture = {"dataset": 2, "embedded": 1}
+    assert module(dataset=str(path), calibration=mixture, sequences=6).calibration == {str(path): 4, "embedded": 2}
+    assert module(dataset="embedded", calibration=mixture, sequences=6).calibration == {"embedded": 6}
+    assert module(dataset=str(path), calibration="dataset").calibration == module(dataset=str(path)).calibration
+    with pytest.raises(InputError, match=r"data\.dataset is '\S+mine\.txt', of which the first eight tenths"):
+        module(dataset=str(path), calibration=["dataset"], seqlen=450).calibration_batches()
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
