@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from lit_prune.checkpoint.files import load_tensors, save_tensors
 from lit_prune.checkpoint.fingerprints import model_fingerprint
-from lit_prune.errors import InputError
+from lit_prune.errors import DiskError, InputError, damage, first_line
 from lit_prune.models.generate import sample_sequences
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
@@ -35,7 +37,7 @@ def generated_sequences(
         seed: seed of the sample.
 
     Raises:
-        InputError: if the model cannot be loaded, or is random.
+        InputError: if the model cannot be loaded, or is random, or the cache is damaged or cannot be written.
         NumericalError: if its logits are NaN or infinite.
     """
     if pretrained == "random":
@@ -44,10 +46,40 @@ def generated_sequences(
     special = load_tokenizer(pretrained, trust_remote_code).all_special_ids
     settings = f"{model_fingerprint(model)} {sorted(special)} {sequences} {seqlen} {seed} {torch.__version__}"
     path = Path(constants.HF_HOME) / "lit-prune" / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # one of several processes samples, the others wait and read
+    with _locked(path):  # one of several processes samples, the others wait and read
         if not path.is_file():
             if torch.cuda.is_available():
                 model = model.cuda()
             save_tensors(path, {"tokens": sample_sequences(model, special, sequences, seqlen, seed)})
-        return load_tensors(path)["tokens"]
+        return _read(path, (sequences, seqlen))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise DiskError(
+            f"data.calibration is 'generated': the text cannot be stored in {str(path.parent)!r} "
+            f"({first_line(error)}); set HF_HOME to a folder that can be written"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(path: Path, shape: tuple[int, int]) -> Tensor:
+    """Return the token ids in a file of the cache."""
+    try:
+        tokens = load_tensors(path)["tokens"]
+    except (InputError, KeyError) as error:
+        raise InputError(f"data.calibration is 'generated': {damage(error)}; delete {str(path)!r}") from error
+    if tokens.shape != shape or tokens.dtype != torch.int64:
+        raise InputError(
+            f"data.calibration is 'generated': {str(path)!r} holds {tokens.dtype} of the shape {list(tokens.shape)} in "
+            "place of the tokens: delete it"
+        )
+    return tokens

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
+from lit_prune.errors import DiskError, InputError
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training import generated_text as subject
@@ -41,6 +42,45 @@ def test_it_is_sampled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for change in ({"seed": 1}, {"sequences": 5}, {"seqlen": 9}):
         sequences(folder, **change)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a file of tensors", r"cannot be read as safetensors \(.*\); delete '.*safetensors'"),
+        (save({"words": torch.zeros(6, 8)}), "'tokens' is missing; delete"),
+        (save({"tokens": torch.zeros(6, 7, dtype=torch.int64)}), r"int64 of the shape \[6, 7\] in place of"),
+        (save({"tokens": torch.zeros(6, 8)}), r"float32 of the shape \[6, 8\] in place of the tokens: delete it"),
+    ],
+)
+def test_a_damaged_cache_is_named(folder: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    sequences(folder)
+    [path] = (tmp_path / "cache" / "lit-prune").glob("*.safetensors")
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        sequences(folder)
+    path.unlink()
+    assert sequences(folder).shape == (6, 8)
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(DiskError, match=r"stored in '\S+lit-prune' \(.*\); set HF_HOME to a folder that"):
+        sequences(folder)
+
+
+def test_a_killed_sampling_leaves_no_text(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a partial file nor a lock that a later run would wait for."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(subject, "sample_sequences", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sequences(folder)
+    assert not list((tmp_path / "cache" / "lit-prune").glob("*.safetensors"))
+    assert sequences(folder).shape == (6, 8)
 
 
 def test_other_weights_write_another_text(folder: Path, tiny_model: Callable[..., nn.Module]) -> None:
