@@ -6,6 +6,7 @@ Martin & Mahoney, "Implicit Self-Regularization in Deep Neural Networks", 2021; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -129,15 +130,15 @@ def alpha_peak(values: Tensor, as_released: bool = False) -> PowerLaw:
     """Fit with ``λ_min`` near the peak of the histogram of ``log10 λ`` (100 bins): 0.95 to 1.5 times its left edge.
 
     If no eigenvalue other than the largest is in that window, the first one at or above the peak's edge is the
-    candidate. ``as_released`` uses the published code's lower bound, which compares 0.95 times the logarithm with an
-    eigenvalue.
+    candidate. ``as_released`` uses the published code's lower bound, which is the logarithm of the window's edge.
     """
     logs = values.log10().float()  # the reference's histogram is in float32
     if logs[0] == logs[-1]:
         raise _no_tail(len(values))
     counts = torch.histc(logs, _BINS)
     left = torch.linspace(logs[0].item(), logs[-1].item(), _BINS + 1)[int(counts.argmax())].item()
-    low = 0.95 * left if as_released else 0.95 * 10**left
+    low = 0.95 * 10**left
+    low = math.log10(low) if as_released else low
     inside = (values > low) & (values < 1.5 * 10**left)
     inside[-1] = False  # the exponent of a single-value tail is undefined
     if not inside.any():

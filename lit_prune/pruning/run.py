@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ def prune(
         for block in blocks[: run.last + 1]:
             run.prune(block)
         report.size = ModelSize.of(whole, report.masks)
+    if plan.scorer and (concern := plan.scorer.concern(report.diagnostics)):
+        warnings.warn(concern, stacklevel=2)
     report.seconds, report.peak_memory = stages.seconds, peak_memory()
     return report
 

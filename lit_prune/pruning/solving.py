@@ -87,8 +87,9 @@ class LayerSolver:
         plan = self.plan
         weight = stats.correct_drift(read_weight(target.module), plan.correction)
         limit = to_parameter_layout(target.module, allowed.unpack().to(weight.device)) if allowed else None
-        solution = self.plan.solve(target.name, weight, stats, pattern, limit)
-        error = relative_output_error(weight, solution.weight, stats.gram) if self.plan.output_error else None
+        solution = plan.solve(target.name, weight, stats, pattern, limit)
+        diagnostics = plan.scorer.diagnose(weight, stats, pattern) if plan.scorer else {}
+        error = relative_output_error(weight, solution.weight, stats.gram) if plan.output_error else None
         write_weight(target.module, solution.weight)
         return LayerReport(
             name=target.name,
@@ -99,4 +100,5 @@ class LayerSolver:
             output_error=error,
             seconds=time.perf_counter() - start,
             mask=PackedMask.pack(to_parameter_layout(target.module, solution.keep)).to("cpu"),
+            diagnostics=diagnostics,
         )

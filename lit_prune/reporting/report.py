@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any, TypedDict, get_type_hints
 
 from torch import nn
@@ -50,6 +51,8 @@ class LayerReport:
     """Seconds to score, solve and write the layer."""
     mask: PackedMask = field(repr=False)
     """Keep mask, in the layout of the parameter."""
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    """Fractions that describe how the scorer works on the layer, by name; see ``Scorer.diagnose``."""
 
     @property
     def numel(self) -> int:
@@ -63,7 +66,7 @@ class LayerReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything except the mask as plain data."""
-        names = ("name", "block", "shape", "asked", "reached", "output_error", "seconds")
+        names = ("name", "block", "shape", "asked", "reached", "output_error", "seconds", "diagnostics")
         return {name: getattr(self, name) for name in names} | {"shape": list(self.shape)}
 
     @classmethod
@@ -81,6 +84,7 @@ class LayerReport:
             raise ValueError(f"{name}.reached is {layer.reached}, and its mask prunes {pruned:.6f}")
         _check_above(f"{name}.output_error", layer.output_error)
         _check_above(f"{name}.seconds", layer.seconds)
+        _check_above(f"{name}.diagnostics", *layer.diagnostics.values())
         return layer
 
 
@@ -300,6 +304,15 @@ class PruningReport:
     def sparsity_by_block(self) -> dict[int, float]:
         """Return the fraction of each block's targeted weights that were removed, by block index."""
         return {block: weighted(layers, "reached") for block, layers in self.blocks()}
+
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """Median over the layers of every fraction that describes how the scorer works, by name."""
+        names = {name for layer in self.layers for name in layer.diagnostics}
+        found = {
+            name: [layer.diagnostics[name] for layer in self.layers if name in layer.diagnostics] for name in names
+        }
+        return {name: median(values) for name, values in sorted(found.items())}
 
     def mask_change(self, before: PruningReport) -> float:
         """Return the fraction of all weights whose mask differs from that in an earlier report."""

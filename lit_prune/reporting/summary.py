@@ -63,6 +63,7 @@ def summary(report: PruningReport) -> list[tuple[str, str]]:
         dense, bitmask = _bytes(report.size.bytes), _bytes(report.size.bitmask_bytes)
         lines.append(("size of the parameters", f"{dense} dense, {bitmask} as bitmask"))
     lines += [(name, f"{before} before, {after} after") for name, before, after in evaluation_rows(report)]
+    lines += [(f"{name} (median)", f"{value:.2%}") for name, value in report.diagnostics.items()]
     if report.reconstructions:
         before, after = (fmean(getattr(done, when) for done in report.reconstructions) for when in ("before", "after"))
         lines.append(("mean block error before and after reconstruction", f"{before:.4f}, {after:.4f}"))

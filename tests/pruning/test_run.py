@@ -1,6 +1,7 @@
 """The engine, on six architectures."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 import lit_prune
 from lit_prune.allocators import FromFile, Measured
+from lit_prune.checkpoint.files import as_json
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import NM, LayerStats, PackedMask, Unstructured, select
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.progress import Position
 from lit_prune.pruning.solving import LayerSolver
-from lit_prune.reporting.report import LayerReport
-from lit_prune.scorers import Magnitude, Scorer, SparseGPTSaliency, Wanda
+from lit_prune.reporting.report import LayerReport, PruningReport
+from lit_prune.reporting.summary import summary
+from lit_prune.scorers import GBLM, Magnitude, Scorer, SparseGPTSaliency, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
 from support.killed import KilledError, kill_at
 from support.rounding import distance
@@ -269,6 +272,24 @@ def test_gram_matrices_that_are_given_away_are_missed_by_nobody(
     prune(kept, tokens, replace(plan, output_error=True))
     prune(given, tokens, replace(plan, output_error=False))
     assert all(torch.equal(value, given.state_dict()[name]) for name, value in kept.state_dict().items())
+
+
+def test_diagnostics_of_the_scorer_are_reported(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    """Per layer, as medians in the summary, and from the journal of a resumed run."""
+    model, plan = tiny_model(), PruningPlan(Unstructured(0.5), GBLM(alpha="auto", share=0.3))
+    report = prune(model, tokens, plan, journal_folder=tmp_path)
+    ratio, changed = "gradient term / activation term", "mask differs from Wanda's"
+    assert [layer.diagnostics[ratio] for layer in report.layers] == pytest.approx([0.3] * len(report.layers))
+    assert 0 < report.diagnostics[changed] < 0.5
+    assert (f"{ratio} (median)", "30.00%") in summary(report)
+    again = PruningReport.from_dict(json.loads(as_json(report.as_dict())), {x.name: x.mask for x in report.layers})
+    assert again.diagnostics == report.diagnostics
+    resumed = prune(tiny_model(), tokens, plan, journal_folder=tmp_path, resume=True)
+    assert resumed.diagnostics == report.diagnostics
+    with pytest.warns(UserWarning, match=r"raise plan\.scorer\.alpha, which is 1e-06, or set it to auto"):
+        prune(tiny_model(), tokens, replace(plan, scorer=GBLM(alpha=1e-6)))
 
 
 def test_solves_are_partitioned_by_the_seconds_of_the_previous_block(

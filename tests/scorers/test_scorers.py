@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, NumericalError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
 from lit_prune.scorers import GBLM, Magnitude, SparseGPTSaliency, Wanda
 from support.rounding import distance, gamma, stable
@@ -81,7 +81,46 @@ def test_gblm_scores_and_masks_equal_the_reference(norm: str, golden: dict[str, 
     assert torch.equal(select(score, Unstructured(0.5).grouped(GBLM.group)), golden[f"gblm.kept.{norm}.0.5"])
 
 
+def test_gblm_diagnostics_worked_example() -> None:
+    # As above: the ratios of the terms are 5 / 2, and twice 5 / sqrt(0.5), which is their median: 7.07. Of the row
+    # (1, -2, 3), Wanda's scores are (2, 1.41, 2.12) and GBLM's (7, 11.4, 17.1): Wanda prunes the second weight, and
+    # GBLM the first, so that two of three bits differ.
+    gradients = torch.stack([torch.full((1, 3), 0.03), torch.full((1, 3), -0.04)])
+    stats, row = LayerStats.from_inputs(INPUTS, gradients), torch.tensor([[1.0, -2.0, 3.0]])
+    ratio, changed = "gradient term / activation term", "mask differs from Wanda's"
+    found = GBLM().diagnose(row, stats, Unstructured(1 / 3, "row"))
+    assert found == {ratio: pytest.approx(5 / 0.5**0.5), changed: pytest.approx(2 / 3)}
+    tiny = GBLM(alpha=1e-3)
+    assert tiny.diagnose(row, stats, Unstructured(1 / 3, "row"))[changed] == 0.0
+    concern = tiny.concern(tiny.diagnose(row, stats, Unstructured(1 / 3, "row"))) or ""
+    assert "is 0.01% of" in concern and "0.00% of the mask differs" in concern and "which is 0.001" in concern
+    assert GBLM().concern(found) is None
+    assert list(GBLM(gradient_only=True).diagnose(row, stats, Unstructured(1 / 3))) == [changed]
+
+
+def test_gblm_balances_its_terms_in_every_layer() -> None:
+    """With alpha: auto, the median ratio is the share asked for, whatever the unit of the loss."""
+    gradients = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for unit in (1e-6, 1.0, 1e6):
+        stats = LayerStats.from_inputs(INPUTS, unit * gradients)
+        scorer = GBLM(alpha="auto", share=0.25)
+        scores.append(scorer.score(WEIGHT, stats))
+        assert scorer.diagnose(WEIGHT, stats, Unstructured(0.5))["gradient term / activation term"] == 0.25
+    few = 8 * gamma(3 + 5, torch.float32)  # as the reference's norms, and a median, a product and a sum
+    torch.testing.assert_close(scores[0], scores[1], rtol=few, atol=0.0)
+    torch.testing.assert_close(scores[2], scores[1], rtol=few, atol=0.0)
+
+
 def test_gblm_refuses_what_it_cannot_use() -> None:
+    with pytest.raises(InputError, match="alpha is 'large': it must be a positive number, such as 100, or auto"):
+        GBLM(alpha="large")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="share is 0"):
+        GBLM(share=0)
+    with pytest.raises(InputError, match="gradient_only omits one"):
+        GBLM(alpha="auto", gradient_only=True)
+    with pytest.raises(NumericalError, match="alpha is 'auto', and the gradients of most weights are zero"):
+        GBLM(alpha="auto").score(WEIGHT, LayerStats.from_inputs(INPUTS, torch.zeros(2, 2, 3)))
     with pytest.raises(InputError, match="norm is 'max'"):
         GBLM("max")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="alpha is 0"):
