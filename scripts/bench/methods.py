@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from output_errors import output_errors
 from rows import Record
 
-from lit_prune.allocators import OWL, AlphaPruning, Measured, Uniform
+from lit_prune.allocators import OWL, AlphaPruning, ErdosRenyi, Measured, Uniform
 from lit_prune.allocators.base import Allocator
 from lit_prune.models.load import load_model
 from lit_prune.ops import NM, Pattern, Unstructured
@@ -75,6 +75,8 @@ ALLOCATORS: dict[str, Allocator] = {
     "alpha_full": AlphaPruning("alpha_full"),
     "FARMS": AlphaPruning(windows=True),
     "OWL": OWL(),
+    "ER": ErdosRenyi(),
+    "ER-plus": ErdosRenyi(dense_last=True),
     "measured": Measured(),
     "measured+alpha": Measured(prior=AlphaPruning()),
 }
