@@ -72,7 +72,7 @@ class SuspendedPasses:
         """Watch the layers."""
         for name, module in self._layers.items():
             if name in self._behind:
-                self._stack.enter_context(module.register_forward_hook(self._hook_behind(name)))
+                self._stack.enter_context(module.register_forward_hook(self._hook(name)))
             else:
                 self._stack.enter_context(module.register_forward_pre_hook(self._hook(name)))
         for module in self._writers.values():
@@ -131,19 +131,13 @@ class SuspendedPasses:
         else:
             self.waiting[batch] = result
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _hook(self, name: str) -> Callable[..., None]:
+        """Return a hook to call in front of a layer or, with its output, behind it."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
             if self._running is not None:  # another set of passes may run the same block
                 self._check_call(name, args[0], self._running)
-                self._wait_at({name: args[0]})
-
-        return hook
-
-    def _hook_behind(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self._running is not None:
-                self._check_call(name, args[0], self._running)
-                self._wait_at({name: output})
+                self._wait_at({name: args[0] if output is None else output})
 
         return hook
 
