@@ -146,14 +146,15 @@ class Export(Callback):
             if str(trainer.precision).endswith("-true"):
                 for name, parameter in whole.named_parameters():  # the training dtype, not that of the float32 masters
                     parameter.data = parameter.data.to(model.get_parameter(name).dtype)
+            smaller = report is not None and bool(report.kept)
             if trainer.is_global_zero:
                 title = Path(str(pl_module.pretrained)).name
                 documents = render(report, title, adapters=bool(adapters)) if report else {}
                 folder = save_pruned(
                     self.output,
-                    whole,
+                    report.smaller(whole) if report and smaller else whole,
                     pl_module.load_tokenizer(),  # type: ignore[operator]
-                    masks,
+                    {} if smaller else masks,
                     adapters | documents,
                     self.overwrite,
                 )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_prune.allocators.base import Allocator, Layer
 from lit_prune.errors import InputError
-from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
+from lit_prune.ops import NM, LayerStats, Pattern, Structured, Unstructured
 from lit_prune.ops.stats import COLLECTABLE
 from lit_prune.scorers.base import Scorer
 from lit_prune.solvers.base import Solver
@@ -35,6 +35,8 @@ PATTERNS = (
     Unstructured(0.0),
     NM(2, 4),
     NM(1, 4),
+    Structured(0.25),
+    Structured(0.0).of_layer(torch.arange(24).reshape(2, 12).T.reshape(6, 4), 2),  # columns that are not neighbours
 )
 TARGETS = (0.0, 0.3, 0.5, 0.8, 0.95)
 _SOLVES = 20

@@ -40,6 +40,11 @@ def load_masks(path: str | Path) -> dict[str, PackedMask]:
             raise InputError(f"the masks of {str(path)!r} are damaged ({first_line(error)})") from error
 
 
+def load_masks_beside(folder: str | Path) -> dict[str, PackedMask]:
+    """Read the keep masks of a folder with a report; a model that became smaller has none."""
+    return load_masks(folder) if (Path(folder).expanduser() / MASKS_FILE).exists() else {}
+
+
 def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
     """Raise a ``RuntimeError`` that names the first parameter with a pruned weight that is not exactly zero.
 

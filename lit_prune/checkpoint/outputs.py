@@ -13,6 +13,7 @@ from torch import nn
 from lit_prune.checkpoint.masks import MASKS_FILE
 from lit_prune.errors import DiskError, InputError, first_line
 
+REPORT_FILE = "pruning.json"
 PRUNED, ANALYSIS = "config.json", "analysis.json"
 """File that identifies a folder of each kind."""
 _TOKENIZERS = (
@@ -23,7 +24,7 @@ _TOKENIZERS = (
 _FILES = {
     PRUNED: (
         *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py"),
-        *(*_TOKENIZERS, MASKS_FILE, "pruning.json", "report.html", "README.md", "*.png"),
+        *(*_TOKENIZERS, MASKS_FILE, REPORT_FILE, "report.html", "README.md", "*.png"),
         *("adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     ),
     ANALYSIS: ("analysis.json", "*.png"),
@@ -59,9 +60,11 @@ def check_output(folder: str | Path, overwrite: bool, kind: str = PRUNED, reads:
     if path.exists() and any(path.iterdir()):
         if not (path / kind).is_file():
             raise _refused(folder, f"it holds no {kind}, so it is not overwritten")
-        if kind == PRUNED and not (path / MASKS_FILE).is_file():
+        if kind == PRUNED and not any((path / name).is_file() for name in (MASKS_FILE, REPORT_FILE)):
             raise _refused(
-                folder, f"it is a model without {MASKS_FILE}, which lit-prune has not written: move it elsewhere"
+                folder,
+                f"it is a model without {MASKS_FILE} and {REPORT_FILE}, which lit-prune has not written: move it "
+                "elsewhere",
             )
         if other := find_other(path, kind):
             raise _refused(folder, f"it holds {other!r}, which lit-prune has not written: move it elsewhere first")

@@ -26,7 +26,6 @@ from lit_prune.sharding.offload import disk_store_of, save_lazily
 Format = Literal["hf", "hf-sharded", "bitmask"]
 """Format of the weights: as saved by transformers, in files of limited size, or the kept weights and one bit per
 weight."""
-REPORT_FILE = "pruning.json"
 
 
 def save_pruned(
@@ -45,7 +44,7 @@ def save_pruned(
         folder: Output folder.
         model: Model whose pruned weights are exactly zero.
         tokenizer: Tokenizer of the model; None = none.
-        masks: Keep masks by parameter name.
+        masks: Keep masks by parameter name; empty for a model that became smaller.
         documents: Contents of additional files, by name.
         overwrite: Replace the folder if it exists.
         to: Format of the weights.
@@ -65,7 +64,8 @@ def save_pruned(
         _write_model(temporary, model, masks, to, shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        save_masks(temporary / MASKS_FILE, masks)
+        if masks:
+            save_masks(temporary / MASKS_FILE, masks)
         _write_documents(temporary, documents)
     return path
 

@@ -18,10 +18,10 @@ from lit_prune.checkpoint.outputs import check_output, check_space
 from lit_prune.checkpoint.save import save_pruned
 from lit_prune.commands.checks import drop_unwritable_logs
 from lit_prune.commands.evaluate import HARNESS, scores_of_tasks
-from lit_prune.commands.output import on_device, show
+from lit_prune.commands.output import on_device, refuse_lazy, show
 from lit_prune.errors import DiskError, InputError
 from lit_prune.models.generate import continuations
-from lit_prune.ops import collectives
+from lit_prune.ops import Structured, collectives
 from lit_prune.options import as_list
 from lit_prune.pruning import PruningPlan
 from lit_prune.pruning.journal import Journal
@@ -68,6 +68,8 @@ def prune(
     """
     callback = find_prune(trainer)
     _check_trainer(trainer)
+    if isinstance(callback.plan.pattern, Structured):
+        refuse_lazy(model, "a structured pattern")
     tasks, prompts = as_list(tasks), as_list(prompts)
     _check_prompts(prompts)
     folder = check_output(output, overwrite, reads=_read_by(model, datamodule, callback.plan))
@@ -89,6 +91,9 @@ def prune(
         before = evaluated()
         with _resumable(trainer, journal), on_device(trainer, model):
             report = callback.prune(trainer, model, batches, Request(callback.plan, journal, resume == "auto"))
+        masks = report.masks
+        if report.kept:
+            model.model, masks = report.smaller(model.model), {}
         after = evaluated()
 
         report.evaluation = {
@@ -105,9 +110,7 @@ def prune(
         callback.log_outcome(trainer)
         documents = render(report, title=Path(model.pretrained).name)
         with _resumable(trainer, journal):
-            collectives.on_first_rank(
-                lambda: save_pruned(folder, model.model, tokenizer, report.masks, documents, overwrite)
-            )
+            collectives.on_first_rank(lambda: save_pruned(folder, model.model, tokenizer, masks, documents, overwrite))
         if trainer.is_global_zero:
             Journal.remove(journal)
             if disk := disk_store_of(model.model):

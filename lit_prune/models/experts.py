@@ -8,7 +8,7 @@ format of transformers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -148,8 +148,8 @@ def apart(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def together(model: nn.Module) -> Iterator[None]:
     """Fuse split experts within the context, and restore the same experts on exit, with their parameters and hooks."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    _put_together(model, list(found))
+    found = _split(model)
+    _put_together(model, found)
     try:
         yield
     finally:
@@ -163,9 +163,21 @@ def has_fused_experts(model: nn.Module) -> bool:
     return any(_is_fused(module) for module in model.modules())
 
 
-def _put_together(model: nn.Module, names: list[str]) -> None:
+def put_together(model: nn.Module, device: torch.device) -> None:
+    """Fuse all split experts of a model whose fused tensors are on the meta device; they move to ``device``."""
+    found = _split(model)
+    for experts in found.values():
+        experts.__dict__["fused"].to_empty(device=device)
+    _put_together(model, found)
+
+
+def _put_together(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         model.set_submodule(name, cast(Experts, model.get_submodule(name)).refill())
+
+
+def _split(model: nn.Module) -> dict[str, Experts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
 def _is_fused(module: nn.Module) -> bool:

@@ -2,5 +2,6 @@
 
 from lit_prune.ops.masks import NM, PackedMask, Pattern, Unstructured, select
 from lit_prune.ops.stats import LayerStats
+from lit_prune.ops.structured import Structured
 
-__all__ = ["NM", "LayerStats", "PackedMask", "Pattern", "Unstructured", "select"]
+__all__ = ["NM", "LayerStats", "PackedMask", "Pattern", "Structured", "Unstructured", "select"]

@@ -22,10 +22,11 @@ from lit_prune.checkpoint.plain_data import typed
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.blocks import Block
 from lit_prune.models.targets import Target, as_layer
-from lit_prune.ops import LayerStats, Pattern, collectives
+from lit_prune.ops import LayerStats, PackedMask, Pattern, collectives
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import Stages
 from lit_prune.pruning.solving import LayerSolver
+from lit_prune.pruning.units import Units
 from lit_prune.sharding.block_store import BlockStore
 from lit_prune.sharding.parameters import weights_restored
 
@@ -43,6 +44,8 @@ class DenseModel:
     stages: Stages
     forward_context: ForwardContext
     identity: Mapping[str, Any]
+    units: Units | None = None
+    """Units that a structured pattern removes; None if the pattern is not structured."""
     cached: list[str] = field(default_factory=list)
     """Names of the cache files that were read instead of recomputing their contents."""
 
@@ -107,11 +110,37 @@ class DenseModel:
         pattern: Pattern,
     ) -> float:
         """Prune a block's targets with the draft solver and return its output error; then restore the dense weights."""
-        draft = replace(self.plan, solver=self.plan.solver.draft(), output_error=False)
+        draft = replace(self.plan, pattern=pattern, solver=self.plan.solver.draft(), output_error=False)
         with weights_restored([target.module for target in targets]):
-            patterns = {target.name: pattern for target in targets}
-            LayerSolver(draft, patterns, {}).prune(targets, dict(stats), read_again=True)
+            solver = self.solver(draft, dict.fromkeys((target.name for target in self.targets), pattern.sparsity))
+            mine = self.solved(targets)
+            solver.prune(mine, {target.name: stats[target.name] for target in mine}, read_again=True)
             return replay.output_error(targets[0].block, outputs)
+
+    def solved(self, targets: Sequence[Target]) -> list[Target]:
+        """Return the targets whose weights are solved: with a structured pattern, the layers that read its units."""
+        return [target for target in targets if self.units is None or target.name in self.units.by_consumer]
+
+    def solver(
+        self,
+        plan: PruningPlan,
+        allocation: Mapping[str, float],
+        sparsity: float | None = None,
+        allowed: Mapping[str, PackedMask] | None = None,
+    ) -> LayerSolver:
+        """Return the solver of layers for an allocation.
+
+        Args:
+            plan: the plan, or a draft of it.
+            allocation: sparsities by layer name.
+            sparsity: overall sparsity to scale ``allocation`` to; None = the plan's own.
+            allowed: keep masks by parameter name; only weights that they keep may be kept.
+        """
+        patterns: Mapping[str, Pattern] = plan.patterns(self.targets, allocation, sparsity, allowed)
+        if self.units is None:
+            return LayerSolver(plan, patterns, allowed or {})
+        scaled = {name: pattern.sparsity for name, pattern in patterns.items()}
+        return LayerSolver(plan, self.units.patterns(scaled), allowed or {}, self.units.by_consumer)
 
     def metrics(self) -> dict[str, float]:
         """Return the allocator's metric of every target's weight, by layer name; cached values are not recomputed."""

@@ -28,6 +28,7 @@ from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
 from lit_prune.pruning.progress import progress as show_progress
 from lit_prune.pruning.solving import LayerSolver
+from lit_prune.pruning.units import find_units
 from lit_prune.reporting.report import (
     Calibration,
     LayerReport,
@@ -89,6 +90,8 @@ def prune(
         calibration = list(batches) if plan.needs_data else []
         for batch in calibration:
             check_tokens(whole, batch["input_ids"] if isinstance(batch, Mapping) else batch)
+        units = find_units(whole, blocks, targets, plan, store)
+        targets = units.targets(targets) if units else targets
         plan = choose_passes(whole, targets, calibration, plan)
         identity = identity_of(plan.describe(), model_fingerprint(whole, store), calibration)
         journal = None
@@ -98,11 +101,13 @@ def prune(
         listeners = [on_progress, stack.enter_context(show_progress()) if progress else None]
         stages = Stages(len(blocks), [listener for listener in listeners if listener])
         report = PruningReport(identity=identity, calibration=Calibration.of(calibration))
-        dense = DenseModel(whole, store, blocks, targets, calibration, plan, stages, forward_context, identity)
+        dense = DenseModel(whole, store, blocks, targets, calibration, plan, stages, forward_context, identity, units)
         gradients = dense.gradients()
         report.allocation, report.metrics = _allocate(dense, gradients, allocation, journal)
         report.cached = dense.cached
-        solver = LayerSolver(plan, plan.patterns(targets, report.allocation, sparsity, allowed), allowed or {})
+        if units:
+            units.check(whole, report.allocation)
+        solver = dense.solver(plan, report.allocation, sparsity, allowed)
         replay = dense.replay() if plan.needs_replay else None
         reference = replay.fork() if replay and plan.needs_reference else None
         run = PruningRun(dense, solver, gradients, replay, reference, journal, report)
@@ -170,10 +175,11 @@ class PruningRun:
     def _solve(self, block: Block) -> list[LayerReport]:
         """Calibrate, score, solve and write the targets of a block."""
         targets = self._targets(block)
+        solved = self.dense.solved(targets)
         found: dict[str, LayerReport] = {}
-        with closing(self._calibrated(block, targets)) as parts:
+        with closing(self._calibrated(block, solved)) as parts:
             for stats in parts:
-                part = [target for target in targets if target.name in stats]
+                part = [target for target in solved if target.name in stats]
                 gradients = {target.name: self.gradients.pop(target.name) for target in part if self.gradients}
                 with self.dense.stages.stage("solve", block.index):
                     complete = self.dense.plan.with_gradients(stats, gradients)

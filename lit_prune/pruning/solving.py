@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from lit_prune.models.coupling import Coupling
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, Pattern, collectives
 from lit_prune.ops.linalg import relative_output_error
+from lit_prune.ops.masks import keep_only
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.reporting.report import LayerReport
 from lit_prune.sharding.parameters import read_weight, to_parameter_layout, write_weight
@@ -23,6 +25,8 @@ class LayerSolver:
     """Pattern of every layer, by layer name."""
     allowed: Mapping[str, PackedMask]
     """Keep masks by parameter name; only weights that they keep may be kept."""
+    couplings: Mapping[str, Coupling] = field(default_factory=dict)
+    """Units of every layer that reads some, by layer name; empty unless the pattern is structured."""
 
     def prune(
         self,
@@ -57,7 +61,11 @@ class LayerSolver:
         everybody = {name: report for reports in collectives.gather(found) for name, report in reports.items()}
         for target in targets:
             collectives.broadcast(target.module.get_parameter("weight").data, owners[target.name])
-        return [everybody[target.name] for target in targets]
+        reports = []
+        for target in targets:
+            coupling, report = self.couplings.get(target.name), everybody[target.name]
+            reports += _with_producers(report, coupling) if coupling else [report]
+        return reports
 
     def _owners(
         self, targets: Sequence[Target], stats: Mapping[str, LayerStats], before: Sequence[LayerReport]
@@ -102,3 +110,32 @@ class LayerSolver:
             mask=PackedMask.pack(to_parameter_layout(target.module, solution.keep)).to("cpu"),
             diagnostics=diagnostics,
         )
+
+
+def _with_producers(report: LayerReport, coupling: Coupling) -> list[LayerReport]:
+    """Zero the rows of the units that a layer reads no longer; return its report and those of the rows' layers."""
+    columns = to_parameter_layout(coupling.consumer.module, report.mask.unpack())[0]
+    kept = coupling.keep(columns[coupling.columns[:, 0]])
+    of_consumer = kept[report.name].columns
+    assert of_consumer is not None
+    reports = [replace(report, kept_columns=of_consumer.tolist())]
+    for target in (producer.target for producer in coupling.producers):
+        rows = kept[target.name].rows
+        assert rows is not None
+        keep = kept[target.name].mask(target.shape)
+        weight = read_weight(target.module)
+        write_weight(target.module, keep_only(weight, keep.to(weight.device)))
+        reports.append(
+            LayerReport(
+                name=target.name,
+                block=target.block,
+                shape=target.shape,
+                asked=report.asked,
+                reached=1 - len(rows) / target.shape[0],
+                output_error=None,
+                seconds=0.0,
+                mask=PackedMask.pack(to_parameter_layout(target.module, keep)),
+                kept_rows=rows.tolist(),
+            )
+        )
+    return reports

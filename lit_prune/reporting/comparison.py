@@ -7,9 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from lit_prune.checkpoint.files import write_atomically
-from lit_prune.checkpoint.masks import load_masks
-from lit_prune.checkpoint.outputs import check_file
-from lit_prune.checkpoint.save import REPORT_FILE
+from lit_prune.checkpoint.masks import load_masks_beside
+from lit_prune.checkpoint.outputs import REPORT_FILE, check_file
 from lit_prune.errors import InputError
 from lit_prune.reporting.documents import read_report
 from lit_prune.reporting.figures import Points, as_svg, by_block, scatter
@@ -109,7 +108,7 @@ def _errors(report: PruningReport) -> Points:
 
 
 def _read(run: str) -> PruningReport:
-    report = read_report(run, load_masks(run)) if (Path(run).expanduser() / REPORT_FILE).is_file() else None
+    report = read_report(run, load_masks_beside(run)) if (Path(run).expanduser() / REPORT_FILE).is_file() else None
     if report is None:
         raise InputError(f"{run!r} is not a folder that lit-prune wrote: it holds no {REPORT_FILE}")
     return report

@@ -9,21 +9,26 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, TypedDict, get_type_hints
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lit_prune.calibration.batches import Batch, count_sequences, count_tokens
 from lit_prune.checkpoint.plain_data import typed, typed_fields
 from lit_prune.errors import InputError, first_line
+from lit_prune.models.coupling import Kept
+from lit_prune.models.shrink import shrink
 from lit_prune.ops import PackedMask
 from lit_prune.ops.spectrum import PowerLaw
 
 _FORMAT = 1
 """Format version of ``pruning.json``; see docs/pruning.schema.json."""
 _MOST_BLOCKS = 100_000
+_MOST_UNITS = 1_000_000
 _HUB_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)?")
 _ROUNDING = 1e-6
 """Maximum difference between the sparsity in a report and that of the mask."""
@@ -53,6 +58,18 @@ class LayerReport:
     """Keep mask, in the layout of the parameter."""
     diagnostics: dict[str, float] = field(default_factory=dict)
     """Fractions that describe how the scorer works on the layer, by name; see ``Scorer.diagnose``."""
+    kept_rows: list[int] | None = None
+    """Indices of the rows that a structured pattern keeps; None = all."""
+    kept_columns: list[int] | None = None
+    """Indices of the columns that a structured pattern keeps; None = all."""
+
+    @property
+    def kept(self) -> Kept | None:
+        """Rows and columns that a structured pattern keeps; None if the pattern is not structured."""
+        if self.kept_rows is None and self.kept_columns is None:
+            return None
+        rows, columns = (None if i is None else torch.tensor(i) for i in (self.kept_rows, self.kept_columns))
+        return Kept(rows, columns)
 
     @property
     def numel(self) -> int:
@@ -67,11 +84,16 @@ class LayerReport:
     def as_dict(self) -> dict[str, Any]:
         """Return everything except the mask as plain data."""
         names = ("name", "block", "shape", "asked", "reached", "output_error", "seconds", "diagnostics")
-        return {name: getattr(self, name) for name in names} | {"shape": list(self.shape)}
+        kept = {name: getattr(self, name) for name in ("kept_rows", "kept_columns") if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in names} | {"shape": list(self.shape)} | kept
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], mask: PackedMask, name: str = "layer") -> LayerReport:
-        """Rebuild a report from ``as_dict``; raise a ``TypeError`` or ``ValueError`` that names the invalid part."""
+    def from_dict(cls, content: Mapping[str, Any], mask: PackedMask | None, name: str = "layer") -> LayerReport:
+        """Rebuild a report from ``as_dict`` and the mask; raise a ``TypeError`` or ``ValueError`` for an invalid part.
+
+        Without a mask, it is that of the rows and columns that a structured pattern keeps.
+        """
+        mask = mask or _mask_of_units(content, name)
         layer: LayerReport = typed({**content, "mask": mask}, cls, name)
         if not 0 <= layer.block < _MOST_BLOCKS:
             raise ValueError(f"{name}.block is {layer.block}: it must be from 0 to {_MOST_BLOCKS - 1:,}")
@@ -292,6 +314,24 @@ class PruningReport:
         return {layer.parameter: layer.mask for layer in self.layers}
 
     @property
+    def kept(self) -> dict[str, Kept]:
+        """What every layer keeps of its weight, by layer name, if the pattern is structured; else empty."""
+        return {layer.name: layer.kept for layer in self.layers if layer.kept}
+
+    @property
+    def removed_blocks(self) -> list[int]:
+        """Indices of the blocks that a structured pattern removes entirely."""
+        return [index for index, layers in self.blocks() if all(layer.kept_rows == [] for layer in layers)]
+
+    def smaller(self, model: nn.Module) -> nn.Module:
+        """Return the smaller model that a structured pattern leaves of ``model``, which it has pruned in place.
+
+        Raises:
+            InputError: if the config of the model's family has no values for its sizes.
+        """
+        return shrink(model, self.kept, self.removed_blocks)
+
+    @property
     def changed(self) -> list[str]:
         """Names of all parameters that may have changed: pruned weights, and norms and biases trained with them."""
         return changed_parameters(self.layers, self.reconstructions)
@@ -433,7 +473,8 @@ class PruningReport:
         from lit_prune.reporting.documents import render
 
         title = Path(getattr(model.config, "name_or_path", "") or "model").name
-        return save_pruned(folder, model, tokenizer, self.masks, render(self, title), overwrite)
+        whole, masks = (self.smaller(model), {}) if self.kept else (model, self.masks)
+        return save_pruned(folder, whole, tokenizer, masks, render(self, title), overwrite)
 
     def __str__(self) -> str:
         """Return the summary as a plain-text table."""
@@ -471,9 +512,27 @@ def _check_above(name: str, *values: Any, least: float = 0) -> None:
 
 def _layer(place: str, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> LayerReport:
     name = content.get("name")
-    if not isinstance(name, str) or name not in masks:
+    if not isinstance(name, str) or (name not in masks and not {"kept_rows", "kept_columns"} & content.keys()):
         raise ValueError(f"{place}.name is {name!r:.80}, which has no mask")
-    return LayerReport.from_dict(content, masks[name], place)
+    return LayerReport.from_dict(content, masks.get(name), place)
+
+
+def _mask_of_units(content: Mapping[str, Any], name: str) -> PackedMask:
+    """Return the mask of the rows and columns that a layer keeps, from the content of an untrusted file."""
+    shape = typed(content.get("shape"), tuple[int, int], f"{name}.shape")
+    if min(shape) < 1 or max(shape) > _MOST_UNITS:
+        raise ValueError(f"{name}.shape is {list(shape)}: sizes must be from 1 to {_MOST_UNITS:,}")
+    indices: list[Tensor | None] = []
+    for part, size in zip(("kept_rows", "kept_columns"), shape, strict=True):
+        kept = content.get(part)
+        if kept is None:
+            indices.append(None)
+            continue
+        kept = typed(kept, list[int], f"{name}.{part}")
+        if any(not first < second for first, second in pairwise([-1, *kept, size])):
+            raise ValueError(f"{name}.{part} has indices that are not ascending, or not below {size}")
+        indices.append(torch.tensor(kept, dtype=torch.int64))
+    return PackedMask.pack(Kept(*indices).mask(shape))
 
 
 def check_format(content: Any, source: str) -> None:

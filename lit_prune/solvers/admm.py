@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError, NumericalError
-from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
+from lit_prune.ops import NM, LayerStats, Pattern, Structured, Unstructured, select
 from lit_prune.ops.linalg import check_damping, conjugate_gradient, inverse_plus
 from lit_prune.ops.masks import check_allowed, drop_smallest, drop_smallest_each, keep_only, only
 from lit_prune.ops.precision import working
@@ -112,7 +112,7 @@ class ADMM(Solver):
         check_allowed(allowed, pattern, weight.shape)
         start = None if score is None else select(score, pattern, allowed)
         if self.mask == "fixed" and start is None:
-            start = select(dense.abs(), pattern, allowed)
+            start = select(dense.square() if isinstance(pattern, Structured) else dense.abs(), pattern, allowed)
         counts = None
         if isinstance(pattern, Unstructured) and pattern.group == "row":
             # Fix here which rows lose one more weight, so that rows can be solved independently.
@@ -213,6 +213,8 @@ class ADMM(Solver):
             keep: keep mask of the previous iteration.
             progress: progress of the paper's schedule in [0, 1]; 1 = full sparsity.
         """
+        if isinstance(pattern, Structured):
+            magnitude = magnitude.square()  # units are projected on by their norms
         reached = pattern.mask if counts is None else partial(drop_smallest_each, counts=counts)
         if not self._published:
             return reached(magnitude)
@@ -222,6 +224,8 @@ class ADMM(Solver):
         if progress == 1 or (self.as_released and by_matrix):
             return reached(magnitude)
         sparsity = pattern.sparsity * (1 - (1 - progress) ** 3)
+        if isinstance(pattern, Structured):
+            return pattern.at(sparsity).mask(magnitude)
         if isinstance(pattern, NM):  # weights that N:M keeps are never pruned on the way
             magnitude = magnitude.masked_fill(pattern.mask(magnitude), float("inf"))
         groups = magnitude.reshape(1, -1) if counts is None else magnitude

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.ops import NM, LayerStats, Pattern, Unstructured, select
+from lit_prune.ops import NM, LayerStats, Pattern, Structured, Unstructured, select
+from lit_prune.ops.elimination import eliminate
 from lit_prune.ops.linalg import check_damping
 from lit_prune.ops.masks import check_allowed, drop_smallest_each, keep_only, only
 from lit_prune.ops.precision import working
@@ -45,11 +46,15 @@ class SparseGPT(Solver):
     """Number of columns per lazy update, and per selection of an unstructured mask."""
     damping: float = 0.01
     """Damping added to the diagonal of the Gram matrix, as a fraction of the diagonal's mean."""
+    steps: int = 64
+    """Number of steps in which structured units are removed, each with new saliencies."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
         if self.block_size < 1:
             raise InputError(f"block_size is {self.block_size!r}: it must be at least 1, such as 128")
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps!r}: it must be at least 1, such as 64")
         check_damping(self.damping)
 
     def flops(self, outputs: int, inputs: int) -> float:
@@ -71,6 +76,8 @@ class SparseGPT(Solver):
         """Sweep once over the columns of ``weight`` ``[o, i]``; the result is in the dtype of ``weight``."""
         pattern.check(weight.shape)
         check_allowed(allowed, pattern, weight.shape)
+        if isinstance(pattern, Structured):
+            return self._solve_units(weight, stats, pattern, score, allowed)
         work = working(weight.T.clone(memory_format=torch.contiguous_format))  # [i, o]: contiguous rows to sweep
         factor = stats.inverse_cholesky(self.damping, take_gram=True).to(work)
         work[(stats.input_sq_norm == 0).to(work.device)] = 0.0
@@ -96,6 +103,21 @@ class SparseGPT(Solver):
         del work  # large for a wide layer
         keep = keep.T.contiguous()
         return Solution(keep_only(solved, keep), keep)
+
+    def _solve_units(
+        self, weight: Tensor, stats: LayerStats, pattern: Structured, score: Tensor | None, allowed: Tensor | None
+    ) -> Solution:
+        """Remove whole units of columns by backward elimination, or those of the score, and repair the others."""
+        columns = pattern.columns_of(weight.shape).to(weight.device)
+        factor = stats.inverse_cholesky(self.damping).to(working(weight))
+        inverse = factor.T @ factor
+        work = working(weight)
+        allowed_units = None if allowed is None else allowed.all(0)[columns].all(1)
+        if score is not None:
+            allowed_units = select(score, pattern, allowed)[0][columns].all(1)
+        solved, kept = eliminate(work, inverse, columns, pattern.removed(len(columns)), self.steps, allowed_units)
+        keep = pattern.mask_of(kept, weight.shape)
+        return Solution(keep_only(solved.to(weight.dtype), keep), keep)
 
 
 def _unstructured_mask(

@@ -1,0 +1,185 @@
+"""Build a smaller model of the same family from the units that a pruned model keeps."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.models.blocks import find_blocks
+from lit_prune.models.coupling import Kept
+from lit_prune.models.experts import apart, put_together, take_apart
+from lit_prune.sharding.parameters import to_parameter_layout
+
+_WIDTHS = re.compile(r"intermediate|inner|ffn")
+"""Values of a config that are widths of MLPs."""
+_COUNTS = re.compile(r"heads?(_kv)?$")
+"""Values of a config that are numbers of heads."""
+_DEPTHS = re.compile(r"layer")
+"""Values of a config that are the number of blocks."""
+_CHECKED = 64
+"""Number of tokens on which the smaller model is compared with the masked one."""
+Shapes = Mapping[str, tuple[int, ...]]
+Mismatch = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, kept: Mapping[str, Kept], removed_blocks: Collection[int] = ()) -> nn.Module:
+    """Return a smaller model with the units that a masked model keeps, which computes the same to rounding.
+
+    Args:
+        model: a causal language model of transformers, in which removed units have no effect; not modified.
+        kept: what each of its layers keeps, by name; other layers keep everything.
+        removed_blocks: indices of the decoder blocks to leave out.
+
+    Raises:
+        InputError: if the config of the model's family has no values for these sizes, or if the smaller model does not
+            compute the same as the masked one.
+    """
+    with apart(model):
+        small = _empty(model, smaller_config(model, kept, removed_blocks))
+        values = {name: value.clone() for name, value in _kept_values(model, kept, removed_blocks)}
+        small.load_state_dict(values, strict=False, assign=True)
+        small.tie_weights()
+        small.generation_config = copy.deepcopy(model.generation_config)
+        put_together(small, next(model.parameters()).device)
+    _check_equal(model, small)
+    return small.requires_grad_()
+
+
+def smaller_config(model: nn.Module, kept: Mapping[str, Kept], removed_blocks: Collection[int] = ()) -> Any:
+    """Return the config of a smaller model of the same family; raise ``InputError`` if it has no values for the sizes.
+
+    Args:
+        model: the model, with its experts apart.
+        kept: as for ``shrink``.
+        removed_blocks: as for ``shrink``.
+    """
+    twin = _empty(model, model.config)
+    parameters = {name for name, _ in twin.named_parameters()}
+    values = _kept_values(twin, kept, removed_blocks)
+    shapes = {name: tuple(value.shape) for name, value in values if name in parameters}
+    base: Any = copy.deepcopy(model.config)
+    if removed_blocks:
+        base = _with_fewer_blocks(base, len(find_blocks(model)), removed_blocks)
+    best, missing = base, _mismatches(model, base, shapes)
+    while missing:
+        for change in _changes(best, missing):
+            trial = copy.deepcopy(best)
+            for name, value in change.items():
+                setattr(trial.get_text_config(), name, value)
+            left = _mismatches_if_possible(model, trial, shapes)
+            if left is not None and len(left) < len(missing):
+                best, missing = trial, left
+                break
+        else:
+            name, (found, needed) = next(iter(missing.items()))
+            raise InputError(
+                f"the config of {base.model_type} cannot say that {name} is {list(needed)} and not {list(found)}: its "
+                "value for this size is tied to others, such as the size of heads to their number; remove other units "
+                "(plan.pattern.units)"
+            )
+    return best
+
+
+def _changes(config: Any, missing: Mapping[str, Mismatch]) -> Iterator[dict[str, Any]]:
+    """Yield changes of a config that may give parameters other shapes: one width, or all numbers of heads."""
+    text = config.get_text_config()
+    values = {name: value for name, value in text.to_dict().items() if not name.startswith("_")}
+    sizes = {(old, new) for found, needed in missing.values() for old, new in zip(found, needed, strict=True)}
+    for old, new in sorted(sizes):
+        if old == new:
+            continue
+        yield from ({name: new} for name, value in values.items() if _WIDTHS.search(name) and value in (old, None))
+        fewer = {
+            name: count * new // old
+            for name, count in values.items()
+            if _COUNTS.search(name) and type(count) is int and count * new % old == 0
+        }
+        if fewer and not isinstance(getattr(type(text), "head_dim", None), property):
+            yield {**fewer, "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads}
+
+
+def _with_fewer_blocks(config: Any, blocks: int, removed: Collection[int]) -> Any:
+    text = config.get_text_config()
+    for name, value in text.to_dict().items():
+        if _DEPTHS.search(name) and type(value) is int and value == blocks:
+            setattr(text, name, blocks - len(removed))
+        elif isinstance(value, list) and len(value) == blocks:
+            setattr(text, name, [item for index, item in enumerate(value) if index not in removed])
+    return config
+
+
+def _mismatches(like: nn.Module, config: Any, shapes: Shapes) -> dict[str, Mismatch]:
+    """Return the parameters of a config whose shapes are not the given ones, by name: the shape, and the given one."""
+    found = {name: tuple(value.shape) for name, value in _empty(like, config).named_parameters()}
+    if found.keys() != shapes.keys():
+        odd = min(found.keys() ^ shapes.keys())
+        raise InputError(f"the config of {config.model_type} does not describe the smaller model, which lacks {odd}")
+    return {name: (found[name], shapes[name]) for name in found if found[name] != shapes[name]}
+
+
+def _mismatches_if_possible(like: nn.Module, config: Any, shapes: Shapes) -> dict[str, Mismatch] | None:
+    """Return ``_mismatches``, or None if the family refuses the config, such as a number of heads."""
+    try:
+        return _mismatches(like, config, shapes)
+    except ValueError:
+        return None
+
+
+def _empty(like: nn.Module, config: Any) -> Any:
+    """Return a model of a config with its experts apart, whose parameters are on the meta device."""
+    kind: Any = type(like)
+    with init_empty_weights(include_buffers=False):
+        model = kind(copy.deepcopy(config))
+        take_apart(model)
+    model.tie_weights()  # so far, each tied name has a parameter of its own
+    return model.eval()
+
+
+def _kept_values(
+    model: nn.Module, kept: Mapping[str, Kept], removed_blocks: Collection[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and values of the parameters and persistent buffers of the smaller model."""
+    blocks = find_blocks(model)
+    left = [block for block in blocks if block.index not in removed_blocks]
+    parent = blocks[0].name.rpartition(".")[0]
+    names = {f"{block.name}.": f"{parent}.{index}." for index, block in enumerate(left)}
+    for name, value in model.state_dict().items():
+        layer, _, own = name.rpartition(".")
+        if name.startswith(f"{parent}."):
+            before = name[: name.index(".", len(parent) + 1) + 1]
+            if before not in names:
+                continue
+            place = names[before] + name.removeprefix(before)
+        else:
+            place = name
+        if layer not in kept:
+            yield place, value
+        elif own == "weight":
+            module = model.get_submodule(layer)
+            yield place, to_parameter_layout(module, kept[layer].of(to_parameter_layout(module, value)))
+        else:
+            rows = kept[layer].rows
+            yield place, value if rows is None else value[rows.to(value.device)]
+
+
+def _check_equal(model: nn.Module, small: nn.Module) -> None:
+    """Raise ``InputError`` if the smaller model does not compute the logits of the masked one to rounding."""
+    device = next(model.parameters()).device
+    vocabulary = cast(int, cast(Any, model).config.get_text_config().vocab_size)
+    ids = torch.arange(_CHECKED, device=device).mul(37).remainder(vocabulary).reshape(2, -1)
+    before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, small))
+    rounding = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
+    error = ((after - before).square().mean() / before.var()).sqrt().item()
+    if not error <= rounding:
+        raise InputError(
+            f"the smaller model differs from the one with removed units at zero by {error:.2g} of its logits' spread: "
+            f"{type(model).__name__} does not allow these units to be removed; use others (plan.pattern.units)"
+        )

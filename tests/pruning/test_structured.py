@@ -1,0 +1,185 @@
+"""Structured pruning by the engine: units that go, and the smaller model that is left."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_prune.allocators import Measured
+from lit_prune.errors import InputError
+from lit_prune.models.load import load_model
+from lit_prune.ops import Structured
+from lit_prune.pruning import PruningPlan, prune
+from lit_prune.reporting.documents import read_report
+from lit_prune.reporting.report import PruningReport
+from lit_prune.scorers import Magnitude, Wanda
+from lit_prune.solvers import ADMM, SparseGPT
+from support.killed import KilledError, kill_at
+from support.rounding import distance, network
+
+PLANS = {
+    "magnitude": PruningPlan(Structured(0.25), Magnitude(), output_error=False),
+    "wanda": PruningPlan(Structured(0.25), Wanda()),
+    "wanda, repaired": PruningPlan(Structured(0.25), Wanda(), solver=SparseGPT()),
+    "sparsegpt": PruningPlan(Structured(0.25), solver=SparseGPT()),
+    "sparsegpt corrected": PruningPlan(Structured(0.25), solver=SparseGPT(), correction=0.5, residual_correction=0.5),
+    "two passes": PruningPlan(Structured(0.25), solver=SparseGPT(), sequential=False),
+    "admm": PruningPlan(Structured(0.25), solver=ADMM()),
+    "admm cubic": PruningPlan(Structured(0.25), solver=ADMM(schedule="cubic")),
+}
+
+
+def blocks_weights(model: nn.Module) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("name", PLANS)
+@torch.no_grad()
+def test_a_quarter_of_the_channels_goes(
+    model_type: str, name: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model(model_type)
+    dense = copy.deepcopy(model)
+    report = prune(model, tokens, PLANS[name])
+    assert report.sparsity == 0.25  # of 48 channels, 12
+    assert len({layer.block for layer in report.layers}) == 3
+    for layer in report.layers:
+        assert layer.reached == 0.25
+        weight = model.get_parameter(layer.parameter)
+        assert not weight[~layer.mask.unpack()].any()
+    small = report.smaller(model)
+    batch = tokens[0][:2]
+    assert distance(small(input_ids=batch).logits, model(input_ids=batch).logits) <= network(model)
+    targeted = sum(layer.numel for layer in report.layers)
+    biases = sum(12 for layer in report.layers if layer.kept_rows and model_type != "llama")
+    numel = [sum(p.numel() for p in each.parameters()) for each in (dense, small)]
+    assert numel[0] - numel[1] == targeted // 4 + biases
+
+
+@torch.no_grad()
+def test_repair_lowers_the_error(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    errors = {}
+    for name in ("wanda", "wanda, repaired", "sparsegpt"):
+        report = prune(tiny_model(), tokens, PLANS[name])
+        errors[name] = [layer.output_error or 0.0 for layer in report.layers if layer.kept_columns]
+    assert all(map(float.__lt__, errors["wanda, repaired"], errors["wanda"]))
+    assert sum(errors["sparsegpt"]) < sum(errors["wanda, repaired"])
+
+
+def test_channels_make_up_for_the_rounding_of_heads(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    # A block of the model has 2 key-value heads of 32 * (16 + 8 + 8 + 16) = 1,536 weights and 48 channels of 96: 30 %
+    # of 7,680 are 2,304. That is 0.6 of a head, so one goes, and 768 are left, which are 8 channels.
+    model = tiny_model()
+    report = prune(model, tokens, PruningPlan(Structured(0.3, ["channels", "heads"]), solver=SparseGPT()))
+    assert report.sparsity == pytest.approx(0.3)
+    for _, layers in report.blocks():
+        kept = {layer.name.rpartition(".")[2]: layer.kept for layer in layers}
+        assert len(kept["o_proj"].columns) == 16 and len(kept["v_proj"].rows) == 8  # type: ignore[union-attr, arg-type]
+        assert len(kept["down_proj"].columns) == 40  # type: ignore[union-attr, arg-type]
+    assert blocks_weights(report.smaller(model)) == 0.7 * blocks_weights(model)
+
+
+def test_widths_are_rounded(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
+    plan = PruningPlan(Structured(0.3, round_to=16), solver=SparseGPT())
+    report = prune(tiny_model(), tokens, plan)
+    assert {len(layer.kept_columns) for layer in report.layers if layer.kept_columns} == {32}  # 33.6 of 48
+
+
+def test_a_resumed_run_has_the_same_bits(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    plan = PLANS["sparsegpt corrected"]
+    straight = tiny_model()
+    expected = prune(straight, tokens, plan)
+    with pytest.raises(KilledError):
+        prune(tiny_model(), tokens, plan, journal_folder=tmp_path, on_progress=kill_at(2))
+    resumed = tiny_model()
+    report = prune(resumed, tokens, plan, journal_folder=tmp_path, resume=True)
+    assert [layer.kept_columns for layer in report.layers] == [layer.kept_columns for layer in expected.layers]
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_the_folder_is_a_plain_smaller_model(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = tiny_model()
+    report = prune(model, tokens, PLANS["sparsegpt"])
+    folder = report.save(tmp_path / "out", model)
+    assert not (folder / "masks.safetensors").exists()
+    again = load_model(str(folder))
+    assert again.config.intermediate_size == 36  # type: ignore[union-attr]
+    with torch.no_grad():
+        logits = again(input_ids=tokens[0]).logits
+        assert torch.equal(logits, report.smaller(model)(input_ids=tokens[0]).logits)
+    found = read_report(folder, {})
+    assert found is not None
+    assert [layer.as_dict() for layer in found.layers] == [layer.as_dict() for layer in report.layers]
+    assert all(torch.equal(a.mask.unpack(), b.mask.unpack()) for a, b in zip(found.layers, report.layers, strict=True))
+    report.save(folder, model, overwrite=True)
+
+
+def test_an_allocator_that_measures_blocks_tries_whole_units(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model()
+    plan = PruningPlan(Structured(0.25), solver=SparseGPT(), allocator=Measured(spread=0.1))
+    dense = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="the config of llama cannot say"):  # widths differ by block
+        prune(model, tokens, plan)
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "arguments", "message"),
+    [
+        ("llama", {"pattern": Structured(0.99)}, r"sparsity 0.99 would leave no channels of the 48 of .*down_proj"),
+        ("llama", {"pattern": Structured(0.5, round_to=64)}, r"round_to is 64, and .*down_proj has 48 channels"),
+        ("llama", {"pattern": Structured(0.25), "include": "*.down_proj"}, "take .*down_proj and not .*gate_proj"),
+        ("llama", {"pattern": Structured(0.25), "exclude": "*.mlp.*"}, "has channels, and LlamaForCausalLM has none"),
+        ("llama", {"pattern": Structured(0.8, "heads")}, "would leave no heads of the 2"),
+        ("gpt2", {"pattern": Structured(0.25, "heads")}, "the config of gpt2 cannot say that .*c_attn"),
+    ],
+)
+def test_plans_that_cannot_be_carried_out(
+    model_type: str,
+    arguments: dict[str, Any],
+    message: str,
+    tiny_model: Callable[..., nn.Module],
+    tokens: list[Tensor],
+) -> None:
+    model = tiny_model(model_type)
+    dense = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        prune(model, tokens, PruningPlan(solver=SparseGPT(), **arguments))
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("kept_columns", [3, 2]),
+        ("kept_columns", [0, 48]),
+        ("kept_columns", [-1]),
+        ("kept_columns", [1, 1]),
+        ("kept_columns", [0.5]),
+        ("kept_columns", "all"),
+        ("kept_rows", [[0]]),
+        ("shape", [32, 10**9]),
+        ("shape", [32]),
+        ("reached", 0.5),
+    ],
+)
+def test_a_damaged_report_is_refused(
+    part: str, value: object, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    content = prune(tiny_model(), tokens, PLANS["wanda"]).as_dict()
+    layer = next(layer for layer in content["layers"] if "kept_columns" in layer)
+    layer[part] = value
+    with pytest.raises(InputError, match="is damaged"):
+        PruningReport.from_dict(content, {})
