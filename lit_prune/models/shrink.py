@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.coupling import Kept
-from lit_prune.models.experts import apart, put_together, take_apart
-from lit_prune.sharding.parameters import to_parameter_layout
+from lit_prune.models.experts import Experts, apart, put_together, take_apart
+from lit_prune.models.widths import narrow, set_widths, widths_of
+from lit_prune.sharding.parameters import read_weight, to_parameter_layout
 
 _WIDTHS = re.compile(r"intermediate|inner|ffn")
 """Values of a config that are widths of MLPs."""
@@ -30,20 +31,23 @@ Mismatch = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @torch.no_grad()
-def shrink(model: nn.Module, kept: Mapping[str, Kept], removed_blocks: Collection[int] = ()) -> nn.Module:
+def shrink(
+    model: nn.Module, kept: Mapping[str, Kept], removed_blocks: Collection[int] = (), uneven: bool = False
+) -> nn.Module:
     """Return a smaller model with the units that a masked model keeps, which computes the same to rounding.
 
     Args:
         model: a causal language model of transformers, in which removed units have no effect; not modified.
         kept: what each of its layers keeps, by name; other layers keep everything.
         removed_blocks: indices of the decoder blocks to leave out.
+        uneven: whether layers may have other widths than the family's config can say; see ``models/widths.py``.
 
     Raises:
         InputError: if the config of the model's family has no values for these sizes, or if the smaller model does not
             compute the same as the masked one.
     """
     with apart(model):
-        small = _empty(model, smaller_config(model, kept, removed_blocks))
+        small = _empty(model, smaller_config(model, kept, removed_blocks, uneven))
         values = {name: value.clone() for name, value in _kept_values(model, kept, removed_blocks)}
         small.load_state_dict(values, strict=False, assign=True)
         small.tie_weights()
@@ -53,13 +57,16 @@ def shrink(model: nn.Module, kept: Mapping[str, Kept], removed_blocks: Collectio
     return small.requires_grad_()
 
 
-def smaller_config(model: nn.Module, kept: Mapping[str, Kept], removed_blocks: Collection[int] = ()) -> Any:
+def smaller_config(
+    model: nn.Module, kept: Mapping[str, Kept], removed_blocks: Collection[int] = (), uneven: bool = False
+) -> Any:
     """Return the config of a smaller model of the same family; raise ``InputError`` if it has no values for the sizes.
 
     Args:
         model: the model, with its experts apart.
         kept: as for ``shrink``.
         removed_blocks: as for ``shrink``.
+        uneven: as for ``shrink``.
     """
     twin = _empty(model, model.config)
     parameters = {name for name, _ in twin.named_parameters()}
@@ -79,6 +86,12 @@ def smaller_config(model: nn.Module, kept: Mapping[str, Kept], removed_blocks: C
                 best, missing = trial, left
                 break
         else:
+            layers = {name.rpartition(".")[0] for name in missing}
+            fused = {f"{name}." for name, module in twin.named_modules() if isinstance(module, Experts)}
+            if uneven and layers <= kept.keys() and not any(name.startswith(tuple(fused)) for name in layers):
+                narrowed = {name: _narrowed(model.get_submodule(name), kept[name]) for name in sorted(kept)}
+                set_widths(base, narrowed)
+                return base
             name, (found, needed) = next(iter(missing.items()))
             raise InputError(
                 f"the config of {base.model_type} cannot say that {name} is {list(needed)} and not {list(found)}: its "
@@ -104,6 +117,12 @@ def _changes(config: Any, missing: Mapping[str, Mismatch]) -> Iterator[dict[str,
         }
         if fewer and not isinstance(getattr(type(text), "head_dim", None), property):
             yield {**fewer, "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads}
+
+
+def _narrowed(layer: nn.Module, kept: Kept) -> tuple[int, int]:
+    outputs, inputs = read_weight(layer).shape
+    rows, columns = kept.rows, kept.columns
+    return outputs if rows is None else len(rows), inputs if columns is None else len(columns)
 
 
 def _with_fewer_blocks(config: Any, blocks: int, removed: Collection[int]) -> Any:
@@ -139,6 +158,7 @@ def _empty(like: nn.Module, config: Any) -> Any:
     with init_empty_weights(include_buffers=False):
         model = kind(copy.deepcopy(config))
         take_apart(model)
+        narrow(model, widths_of(config))
     model.tie_weights()  # so far, each tied name has a parameter of its own
     return model.eval()
 

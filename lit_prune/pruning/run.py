@@ -28,7 +28,7 @@ from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import OnProgress, Stages, peak_memory
 from lit_prune.pruning.progress import progress as show_progress
 from lit_prune.pruning.solving import LayerSolver
-from lit_prune.pruning.units import find_units
+from lit_prune.pruning.units import find_units, is_uneven
 from lit_prune.reporting.report import (
     Calibration,
     LayerReport,
@@ -106,7 +106,7 @@ def prune(
         report.allocation, report.metrics = _allocate(dense, gradients, allocation, journal)
         report.cached = dense.cached
         if units:
-            units.check(whole, report.allocation)
+            units.check(whole, report.allocation, is_uneven(plan))
         solver = dense.solver(plan, report.allocation, sparsity, allowed)
         replay = dense.replay() if plan.needs_replay else None
         reference = replay.fork() if replay and plan.needs_reference else None

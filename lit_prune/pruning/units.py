@@ -10,6 +10,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
+from lit_prune.allocators import Uniform
 from lit_prune.calibration.dependencies import find_couplings
 from lit_prune.errors import InputError
 from lit_prune.models.blocks import Block
@@ -80,7 +81,7 @@ class Units:
         kept = max(least, min(kept, coupling.units))
         return coupling.units - kept, wanted - (coupling.units - kept) * coupling.unit_size
 
-    def check(self, model: nn.Module, allocation: Mapping[str, float]) -> None:
+    def check(self, model: nn.Module, allocation: Mapping[str, float], uneven: bool) -> None:
         """Raise ``InputError`` if no unit would remain of a layer, or the smaller model cannot be written."""
         for coupling in self.couplings:
             share = sum(allocation[t.name] * _numel(t) for t in coupling.targets) / coupling.unit_size
@@ -99,7 +100,7 @@ class Units:
         for name, pattern in self.patterns(allocation).items():
             coupling = self.by_consumer[name]
             kept |= coupling.keep(torch.arange(coupling.units) >= pattern.removed(coupling.units))
-        smaller_config(model, kept)
+        smaller_config(model, kept, uneven=uneven)
 
 
 def find_units(
@@ -131,8 +132,13 @@ def find_units(
             "others: norms or other layers mix them; leave them out"
         )
     units = Units(pattern, tuple(found))
-    units.check(model, dict.fromkeys(names, pattern.sparsity))
+    units.check(model, dict.fromkeys(names, pattern.sparsity), uneven=is_uneven(plan))
     return units
+
+
+def is_uneven(plan: PruningPlan) -> bool:
+    """Return whether a structured plan may leave other widths in every block."""
+    return not isinstance(plan.allocator, Uniform)
 
 
 def _size(coupling: Coupling) -> tuple[int, int]:

@@ -329,7 +329,8 @@ class PruningReport:
         Raises:
             InputError: if the config of the model's family has no values for its sizes.
         """
-        return shrink(model, self.kept, self.removed_blocks)
+        uneven = self.identity["plan"]["allocator"]["class_path"] != "Uniform"
+        return shrink(model, self.kept, self.removed_blocks, uneven)
 
     @property
     def changed(self) -> list[str]:

@@ -1,6 +1,8 @@
 """Structured pruning by the engine: units that go, and the smaller model that is left."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from lit_prune.allocators import Measured
+from lit_prune.allocators import OWL, Allocator, AlphaPruning, Measured
 from lit_prune.errors import InputError
 from lit_prune.models.load import load_model
 from lit_prune.ops import Structured
+from lit_prune.ops.structured import Unit
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.reporting.documents import read_report
 from lit_prune.reporting.report import PruningReport
@@ -81,7 +85,7 @@ def test_channels_make_up_for_the_rounding_of_heads(tiny_model: Callable[..., nn
         kept = {layer.name.rpartition(".")[2]: layer.kept for layer in layers}
         assert len(kept["o_proj"].columns) == 16 and len(kept["v_proj"].rows) == 8  # type: ignore[union-attr, arg-type]
         assert len(kept["down_proj"].columns) == 40  # type: ignore[union-attr, arg-type]
-    assert blocks_weights(report.smaller(model)) == 0.7 * blocks_weights(model)
+    assert 10 * blocks_weights(report.smaller(model)) == 7 * blocks_weights(model)
 
 
 def test_widths_are_rounded(tiny_model: Callable[..., nn.Module], tokens: list[Tensor]) -> None:
@@ -124,15 +128,68 @@ def test_the_folder_is_a_plain_smaller_model(
     report.save(folder, model, overwrite=True)
 
 
-def test_an_allocator_that_measures_blocks_tries_whole_units(
-    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+@pytest.mark.parametrize(
+    ("units", "allocator"),
+    [
+        ("channels", Measured(spread=0.2)),
+        ("channels", AlphaPruning(epsilon=0.5)),
+        ("channels", OWL()),
+        ("heads", AlphaPruning(epsilon=0.5)),
+    ],
+)
+def test_blocks_get_widths_of_their_own_and_the_plug_in_opens_them(
+    allocator: Allocator, units: Unit, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = tiny_model(num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    report = prune(model, tokens, PruningPlan(Structured(0.5, units), solver=SparseGPT(), allocator=allocator))
+    assert abs(report.sparsity - 0.5) <= (1 / 48 if units == "channels" else 1 / 8)
+    widths = {len(layer.kept_columns) for layer in report.layers if layer.kept_columns}
+    assert len(widths) > 1
+    folder = report.save(tmp_path / "out", model)
+    with torch.no_grad():
+        expected = report.smaller(model)(input_ids=tokens[0]).logits
+    for opened in (load_model(str(folder)), AutoModelForCausalLM.from_pretrained(folder)):
+        with torch.no_grad():
+            assert torch.equal(opened(input_ids=tokens[0]).logits, expected)
+        opened.float().requires_grad_()  # an ordinary model, which can be cast, trained and saved
+        opened.save_pretrained(tmp_path / "again")
+        again = load_model(str(tmp_path / "again"))
+        assert again.state_dict().keys() == opened.state_dict().keys()
+
+
+PROGRAM = """
+import {first}, {second}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+print(sorted({{layer.mlp.down_proj.in_features for layer in model.model.layers}}))
+"""
+
+
+@pytest.mark.parametrize(("first", "second"), [("lit_prune", "transformers"), ("transformers", "lit_prune")])
+def test_importing_the_package_is_enough(
+    first: str, second: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
 ) -> None:
     model = tiny_model()
-    plan = PruningPlan(Structured(0.25), solver=SparseGPT(), allocator=Measured(spread=0.1))
-    dense = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match="the config of llama cannot say"):  # widths differ by block
-        prune(model, tokens, plan)
-    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+    report = prune(model, tokens, PruningPlan(Structured(0.5), solver=SparseGPT(), allocator=AlphaPruning(epsilon=0.5)))
+    folder = report.save(tmp_path / "out", model)
+    program = PROGRAM.format(first=first, second=second, folder=folder)
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    widths = sorted({len(layer.kept_columns) for layer in report.layers if layer.kept_columns})
+    assert found.stdout.split("\n")[-2] == str(widths)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [None, 3, {"model.layers.0.mlp.down_proj": [32]}, {"model.layers.0.mlp.down_proj": [32, 49]}, {"model": [1, 1]}],
+)
+def test_widths_of_an_untrusted_config_are_checked(
+    shapes: object, tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model = tiny_model()
+    model.config.quantization_config = {"quant_method": "lit-prune-widths", "shapes": shapes}  # type: ignore[union-attr]
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
