@@ -28,6 +28,8 @@ def pattern(report: PruningReport) -> str:
     arguments = found["init_args"]
     if found["class_path"] == "NM":
         return f"{arguments.get('keep')}:{arguments.get('of')}"
+    if found["class_path"] == "Structured":
+        return f"structured: {', '.join(arguments.get('units', ()))}"
     group = f", by {arguments['group']}" if arguments.get("group") else ""
     return f"{found['class_path'].lower()}{group}"
 
@@ -42,8 +44,9 @@ def verdict(report: PruningReport) -> dict[str, str]:
         change = f" ({after / before - 1:+,.0%})" if 0 < before < math.inf and after < math.inf else ""
         found["perplexity"] = f"{before:,.2f} → {after:,.2f}{change}"
     if report.size:
-        change = f" ({report.size.bitmask_bytes / report.size.bytes - 1:+.0%})"
-        found["size as bitmask"] = f"{_bytes(report.size.bytes)} → {_bytes(report.size.bitmask_bytes)}{change}"
+        name, after = ("size", _size_after(report)) if report.kept else ("size as bitmask", report.size.bitmask_bytes)
+        change = f" ({after / report.size.bytes - 1:+.0%})"
+        found[name] = f"{number_of_bytes(report.size.bytes)} → {number_of_bytes(after)}{change}"
     if report.calibration:
         found["calibration"] = _calibration(report.calibration)
     found["minutes"] = f"{sum(report.seconds.values()) / 60:.1f}"
@@ -60,8 +63,11 @@ def summary(report: PruningReport) -> list[tuple[str, str]]:
     ]
     if (whole := sparsity_of_model(report)) is not None and report.size:
         lines.append(("sparsity of the whole model", f"{whole:.4%} of {report.size.parameters:,} parameters"))
-        dense, bitmask = _bytes(report.size.bytes), _bytes(report.size.bitmask_bytes)
-        lines.append(("size of the parameters", f"{dense} dense, {bitmask} as bitmask"))
+        dense, bitmask = number_of_bytes(report.size.bytes), number_of_bytes(report.size.bitmask_bytes)
+        sizes = f"{dense} dense, {bitmask} as bitmask"
+        if report.kept:
+            sizes = f"{dense} before, {number_of_bytes(_size_after(report))} after"
+        lines.append(("size of the parameters", sizes))
     lines += [(name, f"{before} before, {after} after") for name, before, after in evaluation_rows(report)]
     lines += [(f"{name} (median)", f"{value:.2%}") for name, value in report.diagnostics.items()]
     if report.reconstructions:
@@ -96,6 +102,11 @@ def sparsity_of_model(report: PruningReport) -> float | None:
     return sum(layer.reached * layer.numel for layer in report.layers) / report.size.parameters
 
 
+def _size_after(report: PruningReport) -> float:
+    """Return the size in bytes of the smaller model that a structured pattern leaves."""
+    return report.size.bytes * (1 - (sparsity_of_model(report) or 0.0)) if report.size else 0.0
+
+
 def scores_of(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[tuple[str, str, list[str]]]:
     """Return every task and metric with its scores as text, one per column."""
     found = []
@@ -119,7 +130,7 @@ def _calibration(found: Calibration) -> str:
     return f"{amount} of {found.text}" if found.text else amount
 
 
-def _bytes(count: float) -> str:
+def number_of_bytes(count: float) -> str:
     """Format a number of bytes in the largest unit in which it is at least 1, such as ``538 MB``."""
     power = max(0, min(3, int(math.log10(count)) // 3))
     value = count / 1000**power

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_prune.reporting.report import PruningReport, weighted
-from lit_prune.reporting.summary import scores_of, summary
+from lit_prune.reporting.summary import number_of_bytes, scores_of, summary
+from lit_prune.runtime.model_speed import ModelSpeed
 from lit_prune.runtime.sparse_layers import Speed
 
 
@@ -71,6 +72,23 @@ def speed_table(figures: Iterable[Speed]) -> Table:
             f"{1e3 * figure.sparse:.3f}",
             figure.verdict,
         )
+    return table
+
+
+def model_speed_table(figures: Iterable[ModelSpeed], sizes: tuple[int, int]) -> Table:
+    """Return a table of the speed of two whole models.
+
+    Args:
+        figures: speeds of both by task.
+        sizes: sizes of the weights in bytes: of the model that is compared with, and of the model itself.
+    """
+    table = Table(title="Whole models")
+    for column in ("", "compared with", "this model", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    for figure in figures:
+        rates = (f"{figure.dense:,.1f} tokens/s", f"{figure.model:,.1f} tokens/s")
+        table.add_row(figure.task, *rates, f"{figure.ratio:.2f} times")
+    table.add_row("weights", *map(number_of_bytes, sizes), f"{sizes[1] / sizes[0]:.2f} times")
     return table
 
 
