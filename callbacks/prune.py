@@ -102,6 +102,10 @@ class Prune(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ``InputError`` if the schedule outlasts the training; prune if a pruning is due at step 0."""
+        if self.plan.removes_blocks:
+            raise InputError(
+                "plan.pattern.units is [blocks]: remove blocks with lit-prune prune first, and train the smaller model"
+            )
         steps = trainer.estimated_stepping_batches
         if self.schedule.last > steps:
             raise InputError(

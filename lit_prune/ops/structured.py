@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_prune.errors import InputError
 from lit_prune.ops.masks import Pattern, check_sparsity, drop_smallest
 
+BlockScore = Literal["output_error", "cosine"]
 Unit = Literal["channels", "heads", "blocks"]
 """Kind of unit: channels of an MLP, key-value heads with all queries that read them, or decoder blocks."""
 
@@ -38,6 +39,9 @@ class Structured(Pattern):
     """Kinds of units to remove: channels, heads, blocks. Blocks are not combined with other units."""
     round_to: int = 1
     """Number that the number of channels kept in a layer is a multiple of, such as 8 or 64."""
+    block_score: BlockScore = "output_error"
+    """Score of a block: the error of the last block's outputs without it (``output_error``), or one minus the cosine of
+    its input and output (``cosine``), as in ShortGPT. Scorer and solver of the plan are not used for blocks."""
     columns: Tensor | None = field(init=False, default=None, repr=False, compare=False)
     """Columns of the units of one layer, ``[units, columns per unit]`` int64; None = every column is a unit."""
 
@@ -56,6 +60,10 @@ class Structured(Pattern):
             )
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise InputError(f"round_to is {self.round_to!r}: it must be a whole number of at least 1, such as 64")
+        if self.block_score not in get_args(BlockScore):
+            raise InputError(
+                f"block_score is {self.block_score!r}: it must be one of {', '.join(get_args(BlockScore))}"
+            )
 
     def at(self, sparsity: float) -> Structured:
         """Return a copy at another sparsity, with the same units."""

@@ -16,7 +16,7 @@ from lit_prune.checkpoint.outputs import check_folder_for
 from lit_prune.errors import InputError, NumericalError, first_line
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.targets import Patterns, Target, as_layer, as_patterns, find_targets
-from lit_prune.ops import NM, LayerStats, PackedMask, Pattern
+from lit_prune.ops import NM, LayerStats, PackedMask, Pattern, Structured
 from lit_prune.pruning.reconstruction import Reconstruction
 from lit_prune.scorers import Scorer
 from lit_prune.solvers import Solver, Zero
@@ -43,7 +43,7 @@ class PruningPlan:
     """
 
     pattern: Pattern
-    """Target sparsity and its structure: Unstructured or NM."""
+    """Target sparsity and its structure: Unstructured, NM, or Structured for a smaller model."""
     scorer: Scorer | None = None
     """Importance of each weight; may be null if the solver selects the mask itself (SparseGPT)."""
     # None represents the default, because a default object could not be serialized to a saved configuration.
@@ -151,7 +151,12 @@ class PruningPlan:
     @property
     def needs_data(self) -> bool:
         """Whether the plan needs a calibration set."""
-        return self.needs_replay or bool(self.allocator.needs)
+        return self.needs_replay or bool(self.allocator.needs) or self.removes_blocks
+
+    @property
+    def removes_blocks(self) -> bool:
+        """Whether whole decoder blocks are removed."""
+        return isinstance(self.pattern, Structured) and "blocks" in self.pattern.units
 
     @property
     def needs_replay(self) -> bool:

@@ -20,6 +20,7 @@ from lit_prune.models.targets import Target
 from lit_prune.ops import collectives
 from lit_prune.pruning.memory import choose_passes, count_gradient_memory, count_memory, free_memory
 from lit_prune.pruning.plan import PruningPlan
+from lit_prune.pruning.units import find_units
 from lit_prune.sharding.block_store import InMemory, unsharded
 
 _TRIALS = 3
@@ -94,10 +95,12 @@ def preflight(
         plan: pruning plan.
         forward_context: as for ``prune``.
     """
-    if not plan.needs_replay or not batches:
+    if not plan.needs_replay or not batches or plan.removes_blocks:
         return None
     with unsharded(model) as (whole, store), apart(whole), evaluation_mode(whole):
         blocks, targets = plan.find_targets(whole)
+        if units := find_units(whole, blocks, targets, plan, store):
+            targets = [target for target in targets if target.name in units.by_consumer]  # the others are not solved
         plan = choose_passes(whole, targets, batches, plan)
         block = blocks[targets[0].block]
         mine = [target for target in targets if target.block == block.index]

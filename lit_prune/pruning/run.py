@@ -22,6 +22,7 @@ from lit_prune.models.limits import check_tokens
 from lit_prune.models.targets import Target
 from lit_prune.ops import LayerStats, PackedMask, collectives
 from lit_prune.pruning.dense_statistics import DenseModel, precision_of
+from lit_prune.pruning.depth import check_blocks, remove_blocks
 from lit_prune.pruning.journal import Journal, identity_of
 from lit_prune.pruning.memory import choose_passes
 from lit_prune.pruning.plan import PruningPlan
@@ -90,18 +91,22 @@ def prune(
         calibration = list(batches) if plan.needs_data else []
         for batch in calibration:
             check_tokens(whole, batch["input_ids"] if isinstance(batch, Mapping) else batch)
-        units = find_units(whole, blocks, targets, plan, store)
+        units = None if plan.removes_blocks else find_units(whole, blocks, targets, plan, store)
         targets = units.targets(targets) if units else targets
         plan = choose_passes(whole, targets, calibration, plan)
         identity = identity_of(plan.describe(), model_fingerprint(whole, store), calibration)
         journal = None
-        if journal_folder is not None:
+        if journal_folder is not None and not plan.removes_blocks:
             how = _circumstances(whole, plan, forward_context, sparsity, allocation, allowed)
             journal = stack.enter_context(Journal(Path(journal_folder), {**identity, **how}, resume))
         listeners = [on_progress, stack.enter_context(show_progress()) if progress else None]
         stages = Stages(len(blocks), [listener for listener in listeners if listener])
         report = PruningReport(identity=identity, calibration=Calibration.of(calibration))
         dense = DenseModel(whole, store, blocks, targets, calibration, plan, stages, forward_context, identity, units)
+        if plan.removes_blocks:
+            check_blocks(dense)
+            report.layers = remove_blocks(dense)
+            return _finished(report, whole, stages)
         gradients = dense.gradients()
         report.allocation, report.metrics = _allocate(dense, gradients, allocation, journal)
         report.cached = dense.cached
@@ -113,9 +118,15 @@ def prune(
         run = PruningRun(dense, solver, gradients, replay, reference, journal, report)
         for block in blocks[: run.last + 1]:
             run.prune(block)
-        report.size = ModelSize.of(whole, report.masks)
+        _finished(report, whole, stages)
     if plan.scorer and (concern := plan.scorer.concern(report.diagnostics)):
         warnings.warn(concern, stacklevel=2)
+    return report
+
+
+def _finished(report: PruningReport, model: nn.Module, stages: Stages) -> PruningReport:
+    """Add what is known at the end of a run to its report, and return it."""
+    report.size = ModelSize.of(model, report.masks)
     report.seconds, report.peak_memory = stages.seconds, peak_memory()
     return report
 

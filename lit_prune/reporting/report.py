@@ -91,7 +91,7 @@ class LayerReport:
     def from_dict(cls, content: Mapping[str, Any], mask: PackedMask | None, name: str = "layer") -> LayerReport:
         """Rebuild a report from ``as_dict`` and the mask; raise a ``TypeError`` or ``ValueError`` for an invalid part.
 
-        Without a mask, it is that of the rows and columns that a structured pattern keeps.
+        Without a mask, it is that of the rows and columns that a structured pattern keeps, which may be all.
         """
         mask = mask or _mask_of_units(content, name)
         layer: LayerReport = typed({**content, "mask": mask}, cls, name)
@@ -417,7 +417,10 @@ class PruningReport:
         identity = {name: parts[name] for name in _IDENTITY}
         typed({name: value for name, value in identity["plan"].items() if name in _Plan.__annotations__}, _Plan, "plan")
         report = cls(identity, **{name: value for name, value in parts.items() if name not in _BESIDE})
-        report.layers = [_layer(f"layers[{place}]", layer, masks) for place, layer in enumerate(parts["layers"])]
+        structured = identity["plan"]["pattern"]["class_path"] == "Structured"
+        report.layers = [
+            _layer(f"layers[{place}]", layer, masks, structured) for place, layer in enumerate(parts["layers"])
+        ]
         names = {layer.name for layer in report.layers}
         if len(names) < len(report.layers):
             raise ValueError("layers has a name twice")
@@ -511,9 +514,9 @@ def _check_above(name: str, *values: Any, least: float = 0) -> None:
             raise ValueError(f"{name} has {value}: it must be a number of at least {least}")
 
 
-def _layer(place: str, content: Mapping[str, Any], masks: Mapping[str, PackedMask]) -> LayerReport:
+def _layer(place: str, content: Mapping[str, Any], masks: Mapping[str, PackedMask], structured: bool) -> LayerReport:
     name = content.get("name")
-    if not isinstance(name, str) or (name not in masks and not {"kept_rows", "kept_columns"} & content.keys()):
+    if not isinstance(name, str) or not (structured or name in masks):
         raise ValueError(f"{place}.name is {name!r:.80}, which has no mask")
     return LayerReport.from_dict(content, masks.get(name), place)
 

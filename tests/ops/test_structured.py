@@ -43,13 +43,14 @@ def test_exactly_the_units_go_in_any_order_of_the_columns(units: int, width: int
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 1.0}, r"sparsity is 1.0"),
+        ({"sparsity": 1.0}, r"sparsity is 1\.0"),
         ({"sparsity": 0.5, "units": ["rows"]}, r"units has 'rows': they are of channels, heads, blocks"),
         ({"sparsity": 0.5, "units": []}, r"units is \[\]"),
         ({"sparsity": 0.5, "units": ["heads", "heads"]}, "each once"),
         ({"sparsity": 0.5, "units": ["heads", "blocks"]}, "blocks are removed alone"),
         ({"sparsity": 0.5, "round_to": 0}, "round_to is 0"),
-        ({"sparsity": 0.5, "round_to": 1.5}, "round_to is 1.5"),
+        ({"sparsity": 0.5, "round_to": 1.5}, r"round_to is 1\.5"),
+        ({"sparsity": 0.5, "block_score": "size"}, "block_score is 'size'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

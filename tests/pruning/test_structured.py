@@ -16,7 +16,7 @@ from lit_prune.allocators import OWL, Allocator, AlphaPruning, Measured
 from lit_prune.errors import InputError
 from lit_prune.models.load import load_model
 from lit_prune.ops import Structured
-from lit_prune.ops.structured import Unit
+from lit_prune.ops.structured import BlockScore, Unit
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.reporting.documents import read_report
 from lit_prune.reporting.report import PruningReport
@@ -192,9 +192,33 @@ def test_widths_of_an_untrusted_config_are_checked(
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("score", ["output_error", "cosine"])
+@torch.no_grad()
+def test_the_blocks_that_change_least_go(
+    score: BlockScore, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = tiny_model(num_hidden_layers=5)
+    for index in (1, 3):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.get_parameter(f"model.layers.{index}.{name}.weight").mul_(1e-3)
+    plan = PruningPlan(Structured(0.4, "blocks", block_score=score), Magnitude(), output_error=False)
+    report = prune(model, tokens, plan)
+    assert report.removed_blocks == [1, 3]
+    assert report.sparsity == pytest.approx(0.4)
+    folder = report.save(tmp_path / "out", model)
+    small = load_model(str(folder))
+    assert small.config.num_hidden_layers == 3  # type: ignore[union-attr]
+    assert distance(small(input_ids=tokens[0]).logits, model(input_ids=tokens[0]).logits) <= network(model)
+    found = read_report(folder, {})
+    assert found is not None and found.removed_blocks == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("model_type", "arguments", "message"),
     [
+        ("llama", {"pattern": Structured(0.9, "blocks")}, "would leave none of the 3 blocks"),
+        ("llama", {"pattern": Structured(0.4, "blocks"), "exclude": "*.q_proj"}, "leave out .*q_proj"),
+        ("llama", {"pattern": Structured(0.4, "blocks"), "allocator": OWL()}, "allocator is OWL: blocks go as a whole"),
         ("llama", {"pattern": Structured(0.99)}, r"sparsity 0.99 would leave no channels of the 48 of .*down_proj"),
         ("llama", {"pattern": Structured(0.5, round_to=64)}, r"round_to is 64, and .*down_proj has 48 channels"),
         ("llama", {"pattern": Structured(0.25), "include": "*.down_proj"}, "take .*down_proj and not .*gate_proj"),
