@@ -1,0 +1,62 @@
+"""Structured pruning in training: masks first, and a smaller model at the end."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_prune.callbacks import Export, KeepMasks, Prune
+from lit_prune.errors import InputError
+from lit_prune.models.load import load_model
+from lit_prune.ops import Structured
+from lit_prune.pruning import Cubic, OneShot, PruningPlan, Reconstruction, Schedule
+from lit_prune.scorers import Wanda
+from lit_prune.solvers import SparseGPT
+from lit_prune.training import LitCausalLM, TextDataModule
+from support.rounding import distance, network
+from support.training import LLAMA
+from support.training import trainer as quiet_trainer
+
+trainer = partial(quiet_trainer, max_steps=8, limit_val_batches=2)
+
+
+def data() -> TextDataModule:
+    return TextDataModule("random", dataset="embedded", seqlen=16, sequences=4, max_windows=64, batch_size=2)
+
+
+def lit() -> LitCausalLM:
+    torch.manual_seed(0)
+    return LitCausalLM("random", config=LLAMA, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("schedule", [OneShot(), Cubic(start=0, end=6, every=2)])
+@pytest.mark.parametrize("regrowth", [True, False])
+def test_a_training_ends_with_a_smaller_model(schedule: Schedule, regrowth: bool, tmp_path: Path) -> None:
+    plan = PruningPlan(Structured(0.5, ["channels", "heads"]), solver=SparseGPT())
+    module, prune = lit(), Prune(plan, schedule, regrowth=regrowth)
+    trainer(prune, KeepMasks(), Export(str(tmp_path / "out"))).fit(module, data())
+    assert prune.report is not None and prune.report.sparsity == 0.5
+    small = load_model(str(tmp_path / "out"))
+    config = small.config
+    sizes = (config.intermediate_size, config.num_key_value_heads, config.num_attention_heads)  # type: ignore[union-attr]
+    assert sizes == (24, 1, 2)
+    batch = torch.arange(32).reshape(2, 16)
+    with torch.no_grad():
+        trained = module.model.eval()(input_ids=batch).logits
+        assert distance(small(input_ids=batch).logits, trained) <= network(module.model)
+
+
+def test_blocks_are_reconstructed_within_their_units(tmp_path: Path) -> None:
+    plan = PruningPlan(Structured(0.5), Wanda(), reconstruction=Reconstruction(steps=8, norms_and_biases=True))
+    prune = Prune(plan)
+    trainer(prune, KeepMasks(), Export(str(tmp_path / "out"))).fit(lit(), data())
+    assert prune.report is not None
+    assert all(done.after < done.before for done in prune.report.reconstructions)
+    assert load_model(str(tmp_path / "out")).config.intermediate_size == 24  # type: ignore[union-attr]
+
+
+def test_blocks_are_not_removed_in_training() -> None:
+    prune = Prune(PruningPlan(Structured(0.5, "blocks"), Wanda()))
+    with pytest.raises(InputError, match="remove blocks with lit-prune prune first"):
+        trainer(prune, KeepMasks()).fit(lit(), data())
