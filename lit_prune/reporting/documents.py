@@ -71,7 +71,7 @@ def report_figures(report: PruningReport, marked: Sequence[Outlier] = ()) -> dic
     """Return the figures of a report for which there is data, by name; the errors of ``marked`` layers are ringed."""
     figures = {"sparsity": by_block(_by_kind(report, lambda layer: layer.reached), "sparsity", limits=(0, 1))}
     if any(layer.output_error for layer in report.layers):
-        errors = _by_kind(report, lambda layer: layer.output_error or 0.0)
+        errors = _by_kind(report, lambda layer: layer.output_error)
         rings = [(outlier.layer.block, outlier.layer.output_error or 0.0) for outlier in marked]
         figures["output_error"] = by_block(errors, "relative output error", log=True, rings=rings)
     if report.reconstructions:
@@ -98,11 +98,17 @@ def report_figures(report: PruningReport, marked: Sequence[Outlier] = ()) -> dic
     return figures
 
 
-def _by_kind(report: PruningReport, value: Callable[[LayerReport], float]) -> dict[str, list[tuple[float, float]]]:
-    """Return a curve over the blocks for each kind of layer; a single curve if all values are equal."""
+def _by_kind(
+    report: PruningReport, value: Callable[[LayerReport], float | None]
+) -> dict[str, list[tuple[float, float]]]:
+    """Return a curve over the blocks for each kind of layer; a single curve if all values are equal.
+
+    Layers without a value are left out.
+    """
     series: dict[str, list[tuple[float, float]]] = {}
     for layer in report.layers:
-        series.setdefault(kind_of(layer.name), []).append((layer.block, value(layer)))
+        if (found := value(layer)) is not None:
+            series.setdefault(kind_of(layer.name), []).append((layer.block, found))
     points = sorted({(block, round(y, 4)) for curve in series.values() for block, y in curve})
     if len(series) > 1 and len({y for _, y in points}) == 1:
         return {"all layers": points}  # equal curves would hide one another

@@ -137,3 +137,23 @@ def test_one_shot_pruning_in_two_processes(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "blocks").exists() and not list(tmp_path.glob(".*"))
     refused = prune("three", "-c", "strategies/fsdp2")
     assert refused.code == 2 and "trainer.strategy is FSDP2: to prune once, use ddp" in refused.said
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_units_are_removed_and_kept_removed_under_every_strategy(strategy: str, tmp_path: Path) -> None:
+    plan = {
+        "pattern": {"class_path": "Structured", "init_args": {"sparsity": 0.5, "units": ["channels", "heads"]}},
+        "solver": {"class_path": "SparseGPT"},
+        "correction": 0.3,
+    }
+    pruning = {"class_path": "Prune", "init_args": {"plan": plan}}
+    export = {"class_path": "Export", "init_args": {"output": strategy}}
+    trainer = {**RUN["trainer"], "max_steps": 2, "callbacks": [pruning, {"class_path": "KeepMasks"}, export]}
+    model = {"pretrained": "random", "config": {**LLAMA, "intermediate_size": 48}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "model": model, "trainer": trainer}))
+    command = ["fit", "-c", "run.yaml", "-c", f"strategies/{strategy}"]
+    ended = run_ranks(tmp_path / "log", partial(main, command), 2, folder=tmp_path)
+    assert not any(process.code for process in ended), ended
+    small = load_model(str(tmp_path / strategy))
+    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (24, 1)  # type: ignore[union-attr]
