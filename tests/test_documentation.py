@@ -166,5 +166,7 @@ def test_python_runs(page: str, text: str, workplace: Path, tmp_path: Path, monk
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     if '"small-model"' in text:
         shutil.copytree(tmp_path / "sparse-model", tmp_path / "small-model")
+    if '"smaller"' in text:
+        shutil.copytree(tmp_path / "sparse-model", tmp_path / "smaller")
     monkeypatch.chdir(tmp_path)
     exec(code, {})

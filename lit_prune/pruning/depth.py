@@ -83,6 +83,11 @@ def _count(dense: DenseModel, pattern: Structured) -> int:
         raise InputError(
             f"plan.pattern.sparsity {pattern.sparsity:g} would leave none of the {len(dense.blocks)} blocks: lower it"
         )
+    if not count and pattern.sparsity:
+        raise InputError(
+            f"plan.pattern.sparsity {pattern.sparsity:g} is less than half of one of the {len(dense.blocks)} blocks, so "
+            "that none would go: raise it"
+        )
     return count
 
 

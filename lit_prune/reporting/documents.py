@@ -158,7 +158,7 @@ def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, a
         metrics=sorted({score.metric_type for score in scores}) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "sparse", "lit-prune"],
+        tags=["pruned", *([] if report.kept else ["sparse"]), "lit-prune"],
         model_name=f"{title}-pruned",
         eval_results=[score for score in scores if math.isfinite(score.metric_value)] or None,
     )
@@ -169,6 +169,8 @@ def _card(report: PruningReport, title: str, plots: Sequence[str], to: Format, a
         title=title,
         to=to,
         adapters=adapters,
+        smaller=bool(report.kept),
+        uneven=report.uneven,
         base_model=base_model,
         license=license,
         method=method(report),

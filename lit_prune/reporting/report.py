@@ -323,14 +323,18 @@ class PruningReport:
         """Indices of the blocks that a structured pattern removes entirely."""
         return [index for index, layers in self.blocks() if all(layer.kept_rows == [] for layer in layers)]
 
+    @property
+    def uneven(self) -> bool:
+        """Whether blocks may have other widths than each other, because the pattern is structured and allocated."""
+        return bool(self.kept) and self.identity["plan"]["allocator"]["class_path"] != "Uniform"
+
     def smaller(self, model: nn.Module) -> nn.Module:
         """Return the smaller model that a structured pattern leaves of ``model``, which it has pruned in place.
 
         Raises:
             InputError: if the config of the model's family has no values for its sizes.
         """
-        uneven = self.identity["plan"]["allocator"]["class_path"] != "Uniform"
-        return shrink(model, self.kept, self.removed_blocks, uneven)
+        return shrink(model, self.kept, self.removed_blocks, self.uneven)
 
     @property
     def changed(self) -> list[str]:
