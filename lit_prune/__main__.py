@@ -23,7 +23,7 @@ COMMANDS = {
     "validate": "Evaluates a model on the validation text.",
     "test": "Evaluates a model on the test text.",
     "evaluate": "Runs lm-evaluation-harness tasks on a model; validate and test measure its perplexity.",
-    "speed": "Times a model on this machine: as a whole against another one, or layer by layer in torch's sparse formats.",
+    "speed": "Times a model on this machine: as a whole against another one, or layer by layer in sparse formats.",
     "export": "Converts a training checkpoint or a pruned folder to a folder for publication, and verifies the masks.",
     "compare": "Compares pruned folders on one page.",
     "recipes": "Lists the shipped configurations: name, summary and path.",

@@ -34,7 +34,7 @@ def speed(
     output: str | None = None,
     overwrite: bool = False,
 ) -> list[Speed] | list[ModelSpeed]:
-    """Times a model on this machine: as a whole against another one, or layer by layer in torch's sparse formats.
+    """Times a model on this machine: as a whole against another one, or layer by layer in sparse formats.
 
     Args:
         trainer: Trainer whose device is used.

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
@@ -147,8 +148,9 @@ def _mismatches(like: nn.Module, config: Any, shapes: Shapes) -> dict[str, Misma
 def _mismatches_if_possible(like: nn.Module, config: Any, shapes: Shapes) -> dict[str, Mismatch] | None:
     """Return ``_mismatches``, or None if the family refuses the config, such as a number of heads."""
     try:
+        type(config).from_dict(config.to_dict())  # checks the values together, as when a folder is opened
         return _mismatches(like, config, shapes)
-    except ValueError:
+    except (ValueError, StrictDataclassError):
         return None
 
 

@@ -85,8 +85,8 @@ def _count(dense: DenseModel, pattern: Structured) -> int:
         )
     if not count and pattern.sparsity:
         raise InputError(
-            f"plan.pattern.sparsity {pattern.sparsity:g} is less than half of one of the {len(dense.blocks)} blocks, so "
-            "that none would go: raise it"
+            f"plan.pattern.sparsity {pattern.sparsity:g} is less than half of one of the {len(dense.blocks)} blocks: none "
+            "would go; raise it"
         )
     return count
 
