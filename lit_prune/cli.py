@@ -251,10 +251,13 @@ def _compare(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("runs", nargs="+", help="Folders that lit-prune wrote.")
     parser.add_argument("--output", default="compare.html", help="HTML file to write.")
+    parser.add_argument(
+        "--speeds", nargs="+", default=[], help="Files of lit-prune speed --against for these folders, in their order."
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     options = parser.parse_args(arguments)
-    print(f"wrote {compare(options.runs, options.output, options.overwrite)}")
+    print(f"wrote {compare(options.runs, options.output, options.overwrite, options.speeds)}")
 
 
 @contextmanager

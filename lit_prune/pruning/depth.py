@@ -85,7 +85,7 @@ def _count(dense: DenseModel, pattern: Structured) -> int:
         )
     if not count and pattern.sparsity:
         raise InputError(
-            f"plan.pattern.sparsity {pattern.sparsity:g} is less than half of one of the {len(dense.blocks)} blocks: none "
+            f"plan.pattern.sparsity {pattern.sparsity:g} is less than half of one of {len(dense.blocks)} blocks: none "
             "would go; raise it"
         )
     return count

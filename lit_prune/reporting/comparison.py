@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any, cast
 
-from lit_prune.checkpoint.files import write_atomically
+from lit_prune.checkpoint.files import read_json, write_atomically
 from lit_prune.checkpoint.masks import load_masks_beside
 from lit_prune.checkpoint.outputs import REPORT_FILE, check_file
-from lit_prune.errors import InputError
+from lit_prune.checkpoint.plain_data import typed
+from lit_prune.errors import InputError, first_line
 from lit_prune.reporting.documents import read_report
 from lit_prune.reporting.figures import Points, as_svg, by_block, scatter
 from lit_prune.reporting.pages import render_page
 from lit_prune.reporting.report import PruningReport
 from lit_prune.reporting.summary import method, pattern, sparsity_of_model
+from lit_prune.runtime.model_speed import ModelSpeed
 
 
-def compare(runs: Sequence[str], output: str = "compare.html", overwrite: bool = False) -> Path:
-    """Write a page that compares pruned folders: a table, and perplexity over sparsity and over seconds.
+def compare(
+    runs: Sequence[str], output: str = "compare.html", overwrite: bool = False, speeds: Sequence[str] = ()
+) -> Path:
+    """Write a page that compares pruned folders: a table, and perplexity over sparsity, seconds and speed.
 
     Args:
         runs: Folders written by ``lit-prune``.
         output: HTML file to write.
         overwrite: Replace the file if it exists.
+        speeds: Files that ``lit-prune speed --against`` wrote for these folders, in the same order; empty = none.
 
     Raises:
-        InputError: if a folder contains no report, or a report in another format.
+        InputError: if a folder contains no report, or a report in another format, or a file holds no speeds.
     """
-    path = check_file(output, ".html", overwrite, runs)
-    page = comparison_page({name: _read(run) for name, run in zip(_names(runs), runs, strict=True)})
+    path = check_file(output, ".html", overwrite, [*runs, *speeds])
+    names = _names(runs)
+    if speeds and len(speeds) != len(runs):
+        raise InputError(f"speeds has {len(speeds)} files for {len(runs)} folders: give one for each, in their order")
+    reports = {name: _read(run) for name, run in zip(names, runs, strict=True)}
+    page = comparison_page(reports, {name: _read_speeds(file) for name, file in zip(names, speeds, strict=False)})
     write_atomically(path, lambda temporary: temporary.write_bytes(page.encode(errors="replace")))
     return path
 
 
-def comparison_page(reports: dict[str, PruningReport]) -> str:
-    """Return the HTML page that compares reports, given by name."""
+def comparison_page(reports: dict[str, PruningReport], speeds: Mapping[str, Sequence[ModelSpeed]] | None = None) -> str:
+    """Return the HTML page that compares reports, given by name, with the speeds of their models, if there are any."""
     errors = {name: points for name, report in reports.items() if (points := _errors(report))}
     return render_page(
         "comparison.html",
         title=f"{len(reports)} pruned models",
         header=_HEADER,
         rows=[_row(name, report) for name, report in reports.items()],
-        charts=[_charts(text, seqlen, found) for (text, seqlen), found in _by_protocol(reports).items()],
+        charts=[_charts(text, seqlen, found, speeds or {}) for (text, seqlen), found in _by_protocol(reports).items()],
         errors=as_svg(by_block(errors, "relative output error", log=True)) if errors else "",
     )
 
@@ -56,12 +66,20 @@ def _by_protocol(reports: dict[str, PruningReport]) -> dict[tuple[str, int], dic
     return found
 
 
-def _charts(text: str, seqlen: int, reports: dict[str, PruningReport]) -> dict[str, str]:
+def _charts(
+    text: str, seqlen: int, reports: dict[str, PruningReport], speeds: Mapping[str, Sequence[ModelSpeed]]
+) -> dict[str, Any]:
     after = {name: report.evaluation["perplexity_after"] for name, report in reports.items()}
     by_sparsity = {name: (report.sparsity, after[name]) for name, report in reports.items()}
     by_seconds = {name: (sum(report.seconds.values()), after[name]) for name, report in reports.items()}
+    by_speed: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in reports:
+        for speed in speeds.get(name, ()):
+            by_speed.setdefault(speed.task, {})[name] = (speed.ratio, after[name])
+    across = "speed, relative to the model that it was compared with"
     return {
         "text": f"{text}, windows of {seqlen} tokens",
+        "speeds": {task: as_svg(scatter(points, across, "perplexity")) for task, points in by_speed.items()},
         "sparsity": as_svg(scatter(by_sparsity, "sparsity", "perplexity")),
         "seconds": as_svg(scatter(by_seconds, "seconds", "perplexity", log=True)),
     }
@@ -112,6 +130,15 @@ def _read(run: str) -> PruningReport:
     if report is None:
         raise InputError(f"{run!r} is not a folder that lit-prune wrote: it holds no {REPORT_FILE}")
     return report
+
+
+def _read_speeds(file: str) -> list[ModelSpeed]:
+    try:
+        return cast(list[ModelSpeed], typed(read_json(Path(file).expanduser()), list[ModelSpeed], "it"))
+    except (OSError, TypeError) as error:
+        raise InputError(
+            f"speeds has {file!r}, which is no file of lit-prune speed --against ({first_line(error)})"
+        ) from error
 
 
 def _names(runs: Sequence[str]) -> list[str]:

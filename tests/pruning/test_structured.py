@@ -217,7 +217,7 @@ def test_the_blocks_that_change_least_go(
     ("model_type", "arguments", "message"),
     [
         ("llama", {"pattern": Structured(0.9, "blocks")}, "would leave none of the 3 blocks"),
-        ("llama", {"pattern": Structured(0.1, "blocks")}, "less than half of one of the 3 blocks"),
+        ("llama", {"pattern": Structured(0.1, "blocks")}, "less than half of one of 3 blocks"),
         ("llama", {"pattern": Structured(0.4, "blocks"), "exclude": "*.q_proj"}, "leave out .*q_proj"),
         ("llama", {"pattern": Structured(0.4, "blocks"), "allocator": OWL()}, "allocator is OWL: blocks go as a whole"),
         ("llama", {"pattern": Structured(0.99)}, r"sparsity 0.99 would leave no channels of the 48 of .*down_proj"),
