@@ -54,6 +54,7 @@ def shrink(
         small.tie_weights()
         small.generation_config = copy.deepcopy(model.generation_config)
         put_together(small, next(model.parameters()).device)
+    small.to(next(model.parameters()).device)
     _check_equal(model, small)
     return small.requires_grad_()
 
@@ -77,21 +78,26 @@ def smaller_config(
     if removed_blocks:
         base = _with_fewer_blocks(base, len(find_blocks(model)), removed_blocks)
     best, missing = base, _mismatches(model, base, shapes)
+    if missing is None:
+        raise InputError(
+            f"the config of {base.model_type} does not describe a model without {len(removed_blocks)} blocks"
+        )
     while missing:
         for change in _changes(best, missing):
             trial = copy.deepcopy(best)
             for name, value in change.items():
                 setattr(trial.get_text_config(), name, value)
-            left = _mismatches_if_possible(model, trial, shapes)
+            left = _mismatches(model, trial, shapes)
             if left is not None and len(left) < len(missing):
                 best, missing = trial, left
                 break
         else:
             layers = {name.rpartition(".")[0] for name in missing}
             fused = {f"{name}." for name, module in twin.named_modules() if isinstance(module, Experts)}
-            if uneven and layers <= kept.keys() and not any(name.startswith(tuple(fused)) for name in layers):
-                narrowed = {name: _narrowed(model.get_submodule(name), kept[name]) for name in sorted(kept)}
-                set_widths(base, narrowed)
+            widths = widths_of(base)
+            possible = layers <= kept.keys() and not any(name.startswith(tuple(fused)) for name in layers)
+            if possible and (uneven or widths):
+                set_widths(base, widths | {n: _narrowed(model.get_submodule(n), kept[n]) for n in sorted(kept)})
                 return base
             name, (found, needed) = next(iter(missing.items()))
             raise InputError(
@@ -136,22 +142,19 @@ def _with_fewer_blocks(config: Any, blocks: int, removed: Collection[int]) -> An
     return config
 
 
-def _mismatches(like: nn.Module, config: Any, shapes: Shapes) -> dict[str, Mismatch]:
-    """Return the parameters of a config whose shapes are not the given ones, by name: the shape, and the given one."""
-    found = {name: tuple(value.shape) for name, value in _empty(like, config).named_parameters()}
-    if found.keys() != shapes.keys():
-        odd = min(found.keys() ^ shapes.keys())
-        raise InputError(f"the config of {config.model_type} does not describe the smaller model, which lacks {odd}")
-    return {name: (found[name], shapes[name]) for name in found if found[name] != shapes[name]}
+def _mismatches(like: nn.Module, config: Any, shapes: Shapes) -> dict[str, Mismatch] | None:
+    """Return the parameters of a config whose shapes are not the given ones, by name: the shape, and the given one.
 
-
-def _mismatches_if_possible(like: nn.Module, config: Any, shapes: Shapes) -> dict[str, Mismatch] | None:
-    """Return ``_mismatches``, or None if the family refuses the config, such as a number of heads."""
+    None if the family refuses the config, as it does some numbers of heads, or if it has other parameters.
+    """
     try:
         type(config).from_dict(config.to_dict())  # checks the values together, as when a folder is opened
-        return _mismatches(like, config, shapes)
+        found = {name: tuple(value.shape) for name, value in _empty(like, config).named_parameters()}
     except (ValueError, StrictDataclassError):
         return None
+    if found.keys() != shapes.keys():
+        return None
+    return {name: (found[name], shapes[name]) for name in found if found[name] != shapes[name]}
 
 
 def _empty(like: nn.Module, config: Any) -> Any:

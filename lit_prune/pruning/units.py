@@ -54,6 +54,9 @@ class Units:
 
         In every block, the weights that go are those of the allocation to within one unit: the largest units are
         counted first, and smaller ones make up for their rounding.
+
+        Raises:
+            InputError: if more would have to go than units that can be spared.
         """
         counts: dict[str, int] = {}
         for _, block in groupby(self.couplings, key=lambda coupling: coupling.consumer.block):
@@ -64,7 +67,17 @@ class Units:
                 lost = [self._count(each, allocation, missing) for each in alike]
                 counts |= {each.consumer.name: count for each, (count, _) in zip(alike, lost, strict=True)}
                 missing = sum(rest for _, rest in lost)
+            smallest = alike[-1]
+            if missing > len(alike) * self._step(smallest) * smallest.unit_size / 2:
+                raise InputError(
+                    f"plan.pattern.sparsity {self.pattern.sparsity:g} would leave no {smallest.kind} of the "
+                    f"{smallest.units} of {smallest.consumer.name}: lower it"
+                )
         return counts
+
+    def _step(self, coupling: Coupling) -> int:
+        """Return the number that the number of kept units is a multiple of."""
+        return self.pattern.round_to if coupling.kind == "channels" else 1
 
     def _count(self, coupling: Coupling, allocation: Mapping[str, float], more: float) -> tuple[int, float]:
         """Return the number of units to remove, and the number of weights that this is too few (or too many, if < 0).
@@ -75,7 +88,7 @@ class Units:
             more: number of weights to remove in addition to the allocation.
         """
         wanted = more + sum(allocation[target.name] * _numel(target) for target in coupling.targets)
-        step = self.pattern.round_to if coupling.kind == "channels" else 1
+        step = self._step(coupling)
         least = min(step, coupling.units)
         kept = round((coupling.units - wanted / coupling.unit_size) / step) * step
         kept = max(least, min(kept, coupling.units))
@@ -84,14 +97,7 @@ class Units:
     def check(self, model: nn.Module, allocation: Mapping[str, float], uneven: bool) -> None:
         """Raise ``InputError`` if no unit would remain of a layer, or the smaller model cannot be written."""
         for coupling in self.couplings:
-            share = sum(allocation[t.name] * _numel(t) for t in coupling.targets) / coupling.unit_size
-            alone = not any(c is not coupling and c.consumer.block == coupling.consumer.block for c in self.couplings)
-            if alone and round(share) >= coupling.units:
-                raise InputError(
-                    f"plan.pattern.sparsity {self.pattern.sparsity:g} would leave no {coupling.kind} of the "
-                    f"{coupling.units} of {coupling.consumer.name}: lower it"
-                )
-            if coupling.kind == "channels" and self.pattern.round_to > coupling.units:
+            if self._step(coupling) > coupling.units:
                 raise InputError(
                     f"plan.pattern.round_to is {self.pattern.round_to}, and {coupling.consumer.name} has "
                     f"{coupling.units} channels: lower it"

@@ -157,6 +157,24 @@ def test_blocks_get_widths_of_their_own_and_the_plug_in_opens_them(
         assert again.state_dict().keys() == opened.state_dict().keys()
 
 
+def test_a_model_with_uneven_widths_is_pruned_again(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = tiny_model(num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    plan = PruningPlan(Structured(0.5, "heads"), solver=SparseGPT(), allocator=AlphaPruning(epsilon=0.5))
+    first = load_model(str(prune(model, tokens, plan).save(tmp_path / "first", model)))
+    report = prune(first, tokens, PruningPlan(Structured(0.25), solver=SparseGPT()))
+    second = load_model(str(report.save(tmp_path / "second", first)))
+    for block, narrower in zip(first.model.layers, second.model.layers, strict=True):  # type: ignore[union-attr, arg-type]
+        assert narrower.self_attn.o_proj.in_features == block.self_attn.o_proj.in_features
+        assert narrower.mlp.down_proj.in_features == 36
+    again = prune(second, tokens, PruningPlan(Structured(0.5, "heads"), solver=SparseGPT()))
+    third = load_model(str(again.save(tmp_path / "third", second)))
+    batch = tokens[0]
+    with torch.no_grad():
+        assert distance(third(input_ids=batch).logits, second(input_ids=batch).logits) <= network(second)
+
+
 PROGRAM = """
 import {first}, {second}
 from transformers import AutoModelForCausalLM
@@ -221,6 +239,8 @@ def test_the_blocks_that_change_least_go(
         ("llama", {"pattern": Structured(0.4, "blocks"), "exclude": "*.q_proj"}, "leave out .*q_proj"),
         ("llama", {"pattern": Structured(0.4, "blocks"), "allocator": OWL()}, "allocator is OWL: blocks go as a whole"),
         ("llama", {"pattern": Structured(0.99)}, r"sparsity 0.99 would leave no channels of the 48 of .*down_proj"),
+        ("llama", {"pattern": Structured(0.97, ["channels", "heads"])}, "would leave no channels of the 48"),
+        ("llama", {"pattern": Structured(0.95, round_to=16)}, "would leave no channels of the 48"),
         ("llama", {"pattern": Structured(0.5, round_to=64)}, r"round_to is 64, and .*down_proj has 48 channels"),
         ("llama", {"pattern": Structured(0.25), "include": "*.down_proj"}, "take .*down_proj and not .*gate_proj"),
         ("llama", {"pattern": Structured(0.25), "exclude": "*.mlp.*"}, "has channels, and LlamaForCausalLM has none"),
