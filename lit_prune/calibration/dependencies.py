@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_prune.calibration.block_inputs import Recorder
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.models.blocks import Block
 from lit_prune.models.coupling import Coupling, Reach, couple
 from lit_prune.models.experts import Expert, Experts
@@ -56,7 +56,13 @@ def _reach_of(
     hidden, call = torch.ones_like(hidden), calls[block.index]
 
     def run() -> Tensor:
-        output = block.module(hidden, *call.args, **call.kwargs)
+        try:
+            output = block.module(hidden, *call.args, **call.kwargs)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the units of {block.name} cannot be found, because it does not run on single tokens "
+                f"({first_line(error)}): use an unstructured or N:M pattern"
+            ) from error
         return output[0] if isinstance(output, tuple) else output
 
     with store.resident(block):
