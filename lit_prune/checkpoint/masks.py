@@ -16,7 +16,7 @@ from lit_prune.models.blocks import find_blocks
 from lit_prune.ops import PackedMask
 from lit_prune.sharding.block_store import store_of
 
-MASKS_FILE = "masks.safetensors"
+MASKS_FILE, REPORT_FILE = "masks.safetensors", "pruning.json"
 _FORMAT = "lit-prune keep masks, one bit per weight, least significant bit first, row by row"
 
 
@@ -40,9 +40,11 @@ def load_masks(path: str | Path) -> dict[str, PackedMask]:
             raise InputError(f"the masks of {str(path)!r} are damaged ({first_line(error)})") from error
 
 
-def load_masks_beside(folder: str | Path) -> dict[str, PackedMask]:
-    """Read the keep masks of a folder with a report; a model that became smaller has none."""
-    return load_masks(folder) if (Path(folder).expanduser() / MASKS_FILE).exists() else {}
+def masks_of(folder: str | Path) -> dict[str, PackedMask]:
+    """Read the keep masks of a pruned folder; a model that became smaller has a report and no masks."""
+    path = Path(folder).expanduser()
+    smaller = (path / REPORT_FILE).is_file() and not (path / MASKS_FILE).exists()
+    return {} if smaller else load_masks(folder)
 
 
 def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:

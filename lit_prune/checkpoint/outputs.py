@@ -10,10 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
-from lit_prune.checkpoint.masks import MASKS_FILE
+from lit_prune.checkpoint.masks import MASKS_FILE, REPORT_FILE
 from lit_prune.errors import DiskError, InputError, first_line
 
-REPORT_FILE = "pruning.json"
 PRUNED, ANALYSIS = "config.json", "analysis.json"
 """File that identifies a folder of each kind."""
 _TOKENIZERS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_prune.checkpoint.masks import load_masks
+from lit_prune.checkpoint.masks import masks_of
 from lit_prune.checkpoint.outputs import check_output
 from lit_prune.checkpoint.peft_format import adapter_files, without_adapters
 from lit_prune.checkpoint.save import Format, check_shard_size, save_pruned
@@ -51,7 +51,7 @@ def export(
     check_shard_size(shard_size)
     check_output(output, overwrite, reads=[model.pretrained, *([checkpoint] if checkpoint else [])])
     read = None if checkpoint is None else read_checkpoint(checkpoint, trust)
-    masks = read.masks if read else load_masks(model.pretrained)
+    masks = read.masks if read else masks_of(model.pretrained)
     if read:
         kept = read.callbacks.get("Prune", {}).get("report")
         report = PruningReport.from_dict(kept, by_layer(masks), f"the report in {checkpoint!r}") if kept else None
@@ -72,5 +72,10 @@ def export(
         title = Path(model.pretrained).name
         documents = adapters | (render(report, title, to, adapters=bool(adapters)) if report else {})
         tokenizer = model.load_tokenizer()
-        folder = save_pruned(output, model.model, tokenizer, masks, documents, overwrite, to, shard_size)
+        whole = model.model
+        if report and report.kept:
+            whole, masks = (report.smaller(whole) if read else whole), {}
+        if to == "bitmask" and not masks:
+            raise InputError("to is 'bitmask': a model that became smaller has no zeros to leave out; make it hf")
+        folder = save_pruned(output, whole, tokenizer, masks, documents, overwrite, to, shard_size)
     show(trainer, [], folder)

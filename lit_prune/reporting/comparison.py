@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any, cast
 
 from lit_prune.checkpoint.files import read_json, write_atomically
-from lit_prune.checkpoint.masks import load_masks_beside
-from lit_prune.checkpoint.outputs import REPORT_FILE, check_file
+from lit_prune.checkpoint.masks import REPORT_FILE, masks_of
+from lit_prune.checkpoint.outputs import check_file
 from lit_prune.checkpoint.plain_data import typed
 from lit_prune.errors import InputError, first_line
 from lit_prune.reporting.documents import read_report
@@ -126,7 +126,7 @@ def _errors(report: PruningReport) -> Points:
 
 
 def _read(run: str) -> PruningReport:
-    report = read_report(run, load_masks_beside(run)) if (Path(run).expanduser() / REPORT_FILE).is_file() else None
+    report = read_report(run, masks_of(run)) if (Path(run).expanduser() / REPORT_FILE).is_file() else None
     if report is None:
         raise InputError(f"{run!r} is not a folder that lit-prune wrote: it holds no {REPORT_FILE}")
     return report

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lit_prune.checkpoint.files import as_json, read_json
 from lit_prune.checkpoint.folders import inside
-from lit_prune.checkpoint.outputs import REPORT_FILE
+from lit_prune.checkpoint.masks import REPORT_FILE
 from lit_prune.checkpoint.save import Format
 from lit_prune.checkpoint.training_checkpoints import by_layer
 from lit_prune.ops import PackedMask

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lit_prune.callbacks import Export, KeepMasks, Prune
+from lit_prune.cli import main
 from lit_prune.errors import InputError
 from lit_prune.models.load import load_model
 from lit_prune.ops import Structured
@@ -45,6 +47,34 @@ def test_a_training_ends_with_a_smaller_model(schedule: Schedule, regrowth: bool
     with torch.no_grad():
         trained = module.model.eval()(input_ids=batch).logits
         assert distance(small(input_ids=batch).logits, trained) <= network(module.model)
+
+
+def test_a_checkpoint_is_exported_as_a_smaller_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = {
+        "model": {"pretrained": "random", "config": LLAMA},
+        "data": {"dataset": "embedded", "sequences": 4, "seqlen": 16, "max_windows": 16},
+        "trainer": {"accelerator": "cpu", "max_steps": 2, "logger": False, "enable_progress_bar": False},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    plan = ["--plan", "structured", "--sparsity", "0.5"]
+    callbacks = ["--trainer.callbacks+=KeepMasks", "--trainer.callbacks+=Export", "--trainer.callbacks.Export.output=a"]
+    checkpoints = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.ModelCheckpoint.dirpath=checkpoints"]
+    assert main(["fit", "-c", "run.yaml", *plan, *callbacks, *checkpoints]) == 0
+    (checkpoint,) = Path("checkpoints").glob("*.ckpt")
+    export = ["export", "-c", "run.yaml", *plan, "--checkpoint", str(checkpoint)]
+    assert main([*export, "--output", "b"]) == 0
+    weights = [load_model(folder).state_dict() for folder in ("a", "b")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    again = ["export", "-c", "run.yaml", "--model.config", "null", "--model.pretrained", "b"]
+    assert main([*again, "--to", "hf-sharded", "--output", "c"]) == 0
+    assert load_model("c").config.intermediate_size == 24  # type: ignore[union-attr]
+    for command in (export, again):
+        assert main([*command, "--to", "bitmask", "--output", "d"]) == 2
+        assert "has no zeros to leave out" in capsys.readouterr().err
 
 
 def test_blocks_are_reconstructed_within_their_units(tmp_path: Path) -> None:
