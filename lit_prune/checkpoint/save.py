@@ -16,7 +16,7 @@ from transformers import (
 from lit_prune.checkpoint.bitmask import BITMASK_FILE, save_bitmask
 from lit_prune.checkpoint.configs import save_configs
 from lit_prune.checkpoint.files import replacing_folder
-from lit_prune.checkpoint.masks import MASKS_FILE, check_masks_hold, save_masks
+from lit_prune.checkpoint.masks import MASKS_FILE, REPORT_FILE, check_masks_hold, save_masks
 from lit_prune.checkpoint.outputs import ANALYSIS, check_output, check_space, find_other
 from lit_prune.errors import InputError
 from lit_prune.models.experts import apart, together
@@ -64,7 +64,7 @@ def save_pruned(
         _write_model(temporary, model, masks, to, shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        if masks:
+        if masks or REPORT_FILE not in documents:  # a model that became smaller has a report alone
             save_masks(temporary / MASKS_FILE, masks)
         _write_documents(temporary, documents)
     return path
