@@ -45,7 +45,8 @@ def test_nothing_that_is_read_is_written_over(
 
 def test_a_dense_model_is_not_written_over(model: Path) -> None:
     (model / "masks.safetensors").unlink()
-    with pytest.raises(InputError, match=r"it is a model without masks\.safetensors and pruning\.json, which lit-prune has not written"):
+    message = r"it is a model without masks\.safetensors and pruning\.json, which lit-prune has not written"
+    with pytest.raises(InputError, match=message):
         check_output(model, overwrite=True)
 
 
