@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
+from lit_prune.calibration.replay import evaluation_mode
 from lit_prune.errors import InputError
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.coupling import Kept
@@ -55,7 +56,8 @@ def shrink(
         small.generation_config = copy.deepcopy(model.generation_config)
         put_together(small, next(model.parameters()).device)
     small.to(next(model.parameters()).device)
-    _check_equal(model, small)
+    with evaluation_mode(model):  # at the end of a training, dropout would be active
+        _check_equal(model, small)
     return small.requires_grad_()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypedDict, get_type_hints
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ from lit_prune.ops.spectrum import PowerLaw
 _FORMAT = 1
 """Format version of ``pruning.json``; see docs/pruning.schema.json."""
 _MOST_BLOCKS = 100_000
-_MOST_UNITS = 1_000_000
+_MOST_WEIGHTS = 2**31
+"""Maximum number of weights of a layer whose mask is built from indices."""
 _HUB_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)?")
 _ROUNDING = 1e-6
 """Maximum difference between the sparsity in a report and that of the mask."""
@@ -528,8 +530,8 @@ def _layer(place: str, content: Mapping[str, Any], masks: Mapping[str, PackedMas
 def _mask_of_units(content: Mapping[str, Any], name: str) -> PackedMask:
     """Return the mask of the rows and columns that a layer keeps, from the content of an untrusted file."""
     shape = typed(content.get("shape"), tuple[int, int], f"{name}.shape")
-    if min(shape) < 1 or max(shape) > _MOST_UNITS:
-        raise ValueError(f"{name}.shape is {list(shape)}: sizes must be from 1 to {_MOST_UNITS:,}")
+    if min(shape) < 1 or shape[0] * shape[1] > min(_MOST_WEIGHTS, psutil.virtual_memory().available // 2):
+        raise ValueError(f"{name}.shape is {list(shape)}: its mask does not fit into memory, or is empty")
     indices: list[Tensor | None] = []
     for part, size in zip(("kept_rows", "kept_columns"), shape, strict=True):
         kept = content.get(part)

@@ -49,6 +49,14 @@ def test_a_training_ends_with_a_smaller_model(schedule: Schedule, regrowth: bool
         assert distance(small(input_ids=batch).logits, trained) <= network(module.model)
 
 
+def test_dropout_does_not_disturb_the_comparison_with_the_smaller_model(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "resid_pdrop": 0.5}
+    module = LitCausalLM("random", config=config)
+    prune = Prune(PruningPlan(Structured(0.5), solver=SparseGPT()))
+    trainer(prune, KeepMasks(), Export(str(tmp_path / "out"))).fit(module, data())
+    assert load_model(str(tmp_path / "out")).config.n_inner == 24  # type: ignore[union-attr]
+
+
 def test_a_checkpoint_is_exported_as_a_smaller_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -273,6 +273,8 @@ def test_plans_that_cannot_be_carried_out(
         ("kept_columns", "all"),
         ("kept_rows", [[0]]),
         ("shape", [32, 10**9]),
+        ("shape", [10**6, 10**6]),
+        ("shape", [0, 48]),
         ("shape", [32]),
         ("reached", 0.5),
     ],
