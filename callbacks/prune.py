@@ -18,7 +18,7 @@ from lit_prune.callbacks.log_pruning import log_outcome, log_pruning
 from lit_prune.callbacks.states import restoring
 from lit_prune.errors import InputError
 from lit_prune.models.lora import adapted_layers
-from lit_prune.ops import PackedMask
+from lit_prune.ops import PackedMask, Structured
 from lit_prune.ops.masks import restored_masks
 from lit_prune.pruning import OneShot, PruningPlan, PruningReport, Schedule, prune
 from lit_prune.pruning.journal import differences
@@ -105,6 +105,13 @@ class Prune(Callback):
         if self.plan.removes_blocks:
             raise InputError(
                 "plan.pattern.units is [blocks]: remove blocks with lit-prune prune first, and train the smaller model"
+            )
+        if isinstance(self.plan.pattern, Structured) and not getattr(
+            getattr(pl_module, "trainable", None), "masked", True
+        ):
+            raise InputError(
+                "LoRA.masked is false, and the pattern is structured: plain adapters would have the sizes of the "
+                "larger model; make it true, or prune first and train the smaller model"
             )
         steps = trainer.estimated_stepping_batches
         if self.schedule.last > steps:

@@ -42,7 +42,7 @@ def shrink(
         model: a causal language model of transformers, in which removed units have no effect; not modified.
         kept: what each of its layers keeps, by name; other layers keep everything.
         removed_blocks: indices of the decoder blocks to leave out.
-        uneven: whether layers may have other widths than the family's config can say; see ``models/widths.py``.
+        uneven: whether layers may have other widths than the family's config can express; see ``models/widths.py``.
 
     Raises:
         InputError: if the config of the model's family has no values for these sizes, or if the smaller model does not
@@ -103,9 +103,9 @@ def smaller_config(
                 return base
             name, (found, needed) = next(iter(missing.items()))
             raise InputError(
-                f"the config of {base.model_type} cannot say that {name} is {list(needed)} and not {list(found)}: its "
-                "value for this size is tied to others, such as the size of heads to their number; remove other units "
-                "(plan.pattern.units)"
+                f"the config of {base.model_type} cannot express {name} of the shape {list(needed)} in place of "
+                f"{list(found)}: this size is tied to others, such as the size of heads to their number; "
+                "remove other units (plan.pattern.units)"
             )
     return best
 

@@ -1,4 +1,4 @@
-"""Layers of other widths than a model's config says, as they are after structured pruning with uneven widths."""
+"""Layers of other widths than in a model's config, as they are after structured pruning with uneven widths."""
 
 from __future__ import annotations
 
@@ -47,11 +47,12 @@ def narrow(model: nn.Module, shapes: Mapping[str, Any]) -> None:
     for name, (outputs, inputs) in shapes.items():
         layer: Any = dict(model.named_modules()).get(name)
         if not isinstance(layer, PRUNABLE):
-            raise InputError(f"config.json gives {name!r} the shape {[outputs, inputs]}, and it is no linear layer")
+            raise InputError(f"config.json gives {name!r} the shape {[outputs, inputs]}, which is not a linear layer")
         before = to_parameter_layout(layer, layer.weight)
         if not (outputs <= before.shape[0] and inputs <= before.shape[1]):
             raise InputError(
-                f"config.json gives {name!r} the shape {[outputs, inputs]}, and it is only {list(before.shape)}"
+                f"config.json gives {name!r} the shape {[outputs, inputs]}, which is larger than its own, "
+                f"{list(before.shape)}"
             )
         layer.weight = nn.Parameter(to_parameter_layout(layer, before[:outputs, :inputs]).contiguous())
         if layer.bias is not None:

@@ -20,7 +20,7 @@ Unit = Literal["channels", "heads", "blocks"]
 @final
 @dataclass(frozen=True)
 class Structured(Pattern):
-    """Whole units are removed, so that the model becomes smaller, and faster in every engine.
+    """Whole units are removed, so that the model becomes smaller, and faster without special kernels.
 
     A unit is a channel of an MLP (a row of gate and up projection and a column of the down projection), a key-value
     head with the query heads that read it (rows of the query, key and value projection and columns of the output

@@ -137,7 +137,7 @@ def _read_speeds(file: str) -> list[ModelSpeed]:
         return cast(list[ModelSpeed], typed(read_json(Path(file).expanduser()), list[ModelSpeed], "it"))
     except (OSError, TypeError) as error:
         raise InputError(
-            f"speeds has {file!r}, which is no file of lit-prune speed --against ({first_line(error)})"
+            f"speeds has {file!r}, which lit-prune speed --against did not write ({first_line(error)})"
         ) from error
 
 

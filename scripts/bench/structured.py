@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import rows
-from lightning.pytorch import Trainer
 from rows import Record
+from texts import data_of, perplexities
 
 from lit_prune.allocators import AlphaPruning, Measured, Uniform
 from lit_prune.allocators.base import Allocator
@@ -25,7 +25,7 @@ from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.progress import peak_memory
 from lit_prune.scorers import Magnitude, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
-from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.training import LitCausalLM
 
 FRACTIONS = (0.2, 0.4, 0.1, 0.3)
 CORRECTED = {"correction": 0.3, "residual_correction": 0.6}
@@ -96,29 +96,14 @@ def run(name: str, options: argparse.Namespace) -> Record:
     module.configure_model()
     record: Record = {}
     if row.method:
-        data = _data(options, calibration=options.calibration, sequences=options.sequences)
+        data = data_of(options, calibration=options.calibration, sequences=options.sequences)
         plan = row.plan()
         report = prune(module.model, data.calibration_batches() if plan.needs_data else [], plan)
         record |= {"seconds": report.seconds, "peak_memory": peak_memory()}
         module.model = report.smaller(module.model)
     record["parameters"] = sum(parameter.numel() for parameter in module.model.parameters())
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    record["perplexity"] = {
-        Path(source).stem: trainer.test(module, _data(options, test=source), verbose=False)[0]["test/perplexity"]
-        for source in options.test
-    }
+    record["perplexity"] = perplexities(module, options)
     return record
-
-
-def _data(options: argparse.Namespace, **sources: Any) -> TextDataModule:
-    return TextDataModule(
-        options.model,
-        dataset="embedded",
-        seqlen=options.seqlen,
-        seed=options.seed,
-        max_windows=options.max_windows,
-        **sources,
-    )
 
 
 def table(records: list[Record], options: argparse.Namespace) -> str:

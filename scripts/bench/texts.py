@@ -63,21 +63,27 @@ def run(row: Row, options: argparse.Namespace) -> Record:
     record: Record = {}
     if row.method:
         chosen = [source for source in options.calibration if row.calibration in (_name(source), MIXTURE)]
-        data = _data(options, calibration=chosen, sequences=row.sequences)
+        data = data_of(options, calibration=chosen, sequences=row.sequences)
         how = {**METHODS, **TWO_PASSES}[row.method]
         report = prune(
             module.model, data.calibration_batches(), PruningPlan(PATTERNS[row.pattern], output_error=False, **how)
         )
         record["seconds"] = report.seconds
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    record["perplexity"] = {
-        _name(source): trainer.test(module, _data(options, test=source), verbose=False)[0]["test/perplexity"]
-        for source in options.test
-    }
+    record["perplexity"] = perplexities(module, options)
     return record
 
 
-def _data(options: argparse.Namespace, **sources: Any) -> TextDataModule:
+def perplexities(module: LitCausalLM, options: argparse.Namespace) -> dict[str, float]:
+    """Return the perplexity of a model on every test text, by name."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    return {
+        _name(source): trainer.test(module, data_of(options, test=source), verbose=False)[0]["test/perplexity"]
+        for source in options.test
+    }
+
+
+def data_of(options: argparse.Namespace, **sources: Any) -> TextDataModule:
+    """Return a data module with the options common to all rows."""
     return TextDataModule(
         options.model,
         dataset="embedded",

@@ -16,6 +16,7 @@ from lit_prune.pruning import Cubic, OneShot, PruningPlan, Reconstruction, Sched
 from lit_prune.scorers import Wanda
 from lit_prune.solvers import SparseGPT
 from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.training.recovery import LoRA
 from support.rounding import distance, network
 from support.training import LLAMA
 from support.training import trainer as quiet_trainer
@@ -91,6 +92,21 @@ def test_blocks_are_reconstructed_within_their_units(tmp_path: Path) -> None:
     trainer(prune, KeepMasks(), Export(str(tmp_path / "out"))).fit(lit(), data())
     assert prune.report is not None
     assert all(done.after < done.before for done in prune.report.reconstructions)
+    assert load_model(str(tmp_path / "out")).config.intermediate_size == 24  # type: ignore[union-attr]
+
+
+def test_plain_adapters_would_have_other_sizes() -> None:
+    module = lit()
+    module.trainable = LoRA(rank=2, masked=False)
+    with pytest.raises(InputError, match="plain adapters would have the sizes of the larger model"):
+        trainer(Prune(PruningPlan(Structured(0.5), Wanda())), KeepMasks()).fit(module, data())
+
+
+def test_masked_adapters_are_merged_into_the_smaller_model(tmp_path: Path) -> None:
+    module = lit()
+    module.trainable = LoRA(rank=2)
+    prune = Prune(PruningPlan(Structured(0.5), Wanda()))
+    trainer(prune, KeepMasks(), Export(str(tmp_path / "out"))).fit(module, data())
     assert load_model(str(tmp_path / "out")).config.intermediate_size == 24  # type: ignore[union-attr]
 
 

@@ -43,7 +43,7 @@ NO_CONFIG = {
     "channels": {"bloom"},
     "heads": {"opt", "gpt2", "gpt_neox", "bloom", "falcon", "stablelm"},
 }
-"""Families whose configs cannot say that there are fewer of a unit: sizes are tied to each other."""
+"""Families whose configs cannot express fewer of a unit: sizes are tied to each other."""
 
 
 def random_model(model_type: str) -> nn.Module:
@@ -101,7 +101,7 @@ def test_the_smaller_model_computes_what_the_masked_one_does(model_type: str, ki
     model, batch = random_model(model_type), windows("test", 2)
     kept = remove_quarter(model, kind)
     if model_type in NO_CONFIG[kind]:
-        with pytest.raises(InputError, match=f"the config of {model_type} cannot say"):
+        with pytest.raises(InputError, match=f"the config of {model_type} cannot express"):
             shrink(model, kept)
         return
     with torch.no_grad():

@@ -245,7 +245,7 @@ def test_the_blocks_that_change_least_go(
         ("llama", {"pattern": Structured(0.25), "include": "*.down_proj"}, "take .*down_proj and not .*gate_proj"),
         ("llama", {"pattern": Structured(0.25), "exclude": "*.mlp.*"}, "has channels, and LlamaForCausalLM has none"),
         ("llama", {"pattern": Structured(0.8, "heads")}, "would leave no heads of the 2"),
-        ("gpt2", {"pattern": Structured(0.25, "heads")}, "the config of gpt2 cannot say that .*c_attn"),
+        ("gpt2", {"pattern": Structured(0.25, "heads")}, "the config of gpt2 cannot express .*c_attn"),
     ],
 )
 def test_plans_that_cannot_be_carried_out(
