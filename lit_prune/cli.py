@@ -8,23 +8,25 @@ import os
 import re
 import shlex
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch import distributed
 
 import lit_prune.callbacks  # noqa: F401 - registers its class names for YAML
 from lit_prune.arguments import overridden, pattern_value, prepare
 from lit_prune.callbacks import Prune
 from lit_prune.cli_errors import PEER_GONE, ArgumentsError, did_you_mean, explain, printable
 from lit_prune.errors import InputError
+from lit_prune.internals.distributed import default_store
 from lit_prune.internals.lightning import config_value, subparser
 from lit_prune.malloc import keep_freed_memory
 from lit_prune.models.locate import hub_model, license_of
@@ -221,7 +223,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         message, status = explain(error)
-        if not _first_process_ended():
+        if not _printed_by_another(message):
             kind = "" if message == PEER_GONE else "error: "  # the other process has printed the error
             print(f"lit-prune: {kind}{printable(message)}", file=sys.stderr)
         return status
@@ -231,17 +233,14 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _first_process_ended(seconds: float = 5.0) -> bool:
-    """Return whether this process was started by the first one, and that ends within ``seconds``.
-
-    All processes meet most mistakes, and the first one has printed the error when it ends.
-    """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _printed_by_another(message: str) -> bool:
+    """Return whether another process on this host has printed the same message: all processes meet most mistakes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
         return False
-    first, end = os.getppid(), time.monotonic() + seconds
-    while os.getppid() == first and time.monotonic() < end:
-        time.sleep(0.05)
-    return os.getppid() != first
+    try:
+        return default_store().add(f"lit_prune/{gethostname()}/{message}", 1) > 1
+    except RuntimeError:  # the first process, which keeps the store, has ended with an error of its own
+        return True
 
 
 def _compare(arguments: Sequence[str]) -> None:

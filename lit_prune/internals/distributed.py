@@ -1,0 +1,10 @@
+"""Private names of torch.distributed."""
+
+from __future__ import annotations
+
+from torch.distributed import Store, distributed_c10d
+
+
+def default_store() -> Store:
+    """Return the key-value store of the default process group, which has no public name."""
+    return distributed_c10d._get_default_store()
