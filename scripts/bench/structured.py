@@ -83,9 +83,9 @@ def compared() -> dict[str, Row]:
     found = [Row("")]
     for fraction in FRACTIONS:
         found += [Row(method, fraction) for method in reversed(METHODS)]
-        found += [Row("ADMM corrected", fraction, units) for units in ("channels and heads", "blocks")]
-        found += [Row("ADMM corrected", fraction, "channels", name) for name in ALLOCATORS if name]
-    found += [Row("ADMM corrected", 0.1, "heads")]
+        found += [Row("ADMM", fraction, units) for units in ("channels and heads", "blocks")]
+        found += [Row("ADMM", fraction, "channels", name) for name in ALLOCATORS if name]
+    found += [Row("ADMM", 0.1, "heads")]
     return {str(row): row for row in found}
 
 
