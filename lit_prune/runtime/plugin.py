@@ -1,4 +1,4 @@
-"""Plug-in of transformers: ``from_pretrained`` opens models whose layers have other widths than their config says."""
+"""Plug-in of transformers: ``from_pretrained`` opens models with packed layers, or of other widths than configured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lit_prune.models.widths import METHOD, narrow, widths_of
+from lit_prune.runtime import packed_model
 
 
 @register_quantization_config(METHOD)
@@ -43,3 +44,40 @@ class WidthsLoader(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether the model can be trained."""
         return True
+
+
+@register_quantization_config(packed_model.METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """Layouts of the packed layers, by name, and the heads that are tied to an embedding."""
+
+    def __init__(self, version: Any = None, layers: Any = None, tied: Any = None, **ignored: Any) -> None:
+        """Store the entry of a config."""
+        self.quant_method: Any = packed_model.METHOD
+        self.version, self.layers, self.tied = version, layers, tied
+
+
+@register_quantizer(packed_model.METHOD)
+class PackedLoader(HfQuantizer):
+    """Replaces layers by packed ones before their parts are loaded, and checks these."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        packed_model.prepare(model)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        packed_model.check_packed(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        packed_model.unpack_model(model, dtype)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Return that ``save_pretrained`` writes such a model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained: packed weights cannot."""
+        return False

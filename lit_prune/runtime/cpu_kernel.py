@@ -1,0 +1,143 @@
+"""The C++ kernel of packed weights: compiled on first use, loaded by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+import torch
+from huggingface_hub import constants
+from torch import Tensor
+
+from lit_prune.errors import first_line
+from lit_prune.ops.packing import Kind, PackedWeight
+
+MOST_TOKENS = 8
+"""Largest number of tokens that the kernel multiplies at once."""
+_SOURCE = Path(__file__).parent / "kernels" / "packed.cpp"
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
+_FEW_WEIGHTS = 1 << 16
+"""Number of weights below which one thread is faster than several."""
+
+
+class _Weight(ctypes.Structure):
+    """The struct ``Weight`` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("mask", "values", "offsets", "scales")),
+        *((name, ctypes.c_int32) for name in ("outputs", "chunks", "groups", "kind")),
+    ]
+
+
+class CpuKernel:
+    """Products and expansion of a packed weight whose parts are on the CPU and have been checked."""
+
+    def __init__(self, library: ctypes.CDLL, weight: PackedWeight, portable: bool = False) -> None:
+        """Store the weight.
+
+        Args:
+            library: the loaded kernel, from ``library``.
+            weight: a packed weight for which ``check`` raises nothing; the kernel does not look for errors.
+            portable: use no instructions beyond the processor's family.
+        """
+        layout = weight.layout
+        parts = (weight.mask, weight.values, weight.scales)
+        mask, values, scales = (part.contiguous() for part in parts)
+        self._parts = (mask, values, weight.offsets().contiguous(), scales)  # kept alive for the pointers
+        pointers = [part.data_ptr() if part.numel() else None for part in self._parts]
+        kind = get_args(Kind).index(layout.kind)
+        self._weight = _Weight(*pointers, layout.shape[0], layout.chunks, layout.groups or layout.chunks, kind)
+        self._library, self._pointer = library, ctypes.byref(self._weight)
+        self.shape, self._portable = layout.shape, portable
+        self._several = layout.shape[0] * layout.chunks * 64 >= _FEW_WEIGHTS
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[t, o]``, of at most 8 tokens ``[t, i]``, both float32.
+
+        With 8- and 4-bit values, the inputs are rounded to 8 bits, with a scale for every 64 of a token.
+        """
+        outputs, inputs = self.shape
+        x = x.contiguous()
+        y = x.new_empty(len(x), outputs)
+        threads = torch.get_num_threads() if self._several else 1
+        self._library.lit_prune_multiply(
+            self._pointer, x.data_ptr(), len(x), inputs, y.data_ptr(), threads, self._portable
+        )
+        return y
+
+    def expand(self, first: int, last: int) -> Tensor:
+        """Return the rows from ``first`` to ``last`` of the weight, ``[last - first, i]``, float32."""
+        rows = torch.empty(last - first, self.shape[1])
+        threads = torch.get_num_threads() if self._several else 1
+        self._library.lit_prune_expand(
+            self._pointer, first, last, self.shape[1], rows.data_ptr(), threads, self._portable
+        )
+        return rows
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the loaded kernel; None, with a warning, if it cannot be compiled here.
+
+    It is compiled once with ``g++`` or ``c++``, for every version of source and compiler, to the folder ``lit-prune``
+    beside the hub's cache.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        _warn("there is no C++ compiler: install g++, or set CXX")
+        return None
+    try:
+        return _declared(ctypes.CDLL(str(_compiled(compiler))))
+    except subprocess.CalledProcessError as error:
+        _warn(f"{compiler} does not compile the kernel ({first_line(error.stderr.strip() or error)})")
+    except OSError as error:
+        _warn(f"the kernel cannot be built or loaded ({first_line(error)})")
+    return None
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"packed layers use torch's product of unpacked weights, which is slower: {reason}", stacklevel=4)
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the path of the shared library, after compiling it if it is not in the cache."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = "\0".join((_SOURCE.read_text(), compiler, version, *_FLAGS))
+    name = f"packed-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path = Path(constants.HF_HOME).expanduser() / "lit-prune" / name
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built, shared = Path(folder) / "packed.o", Path(folder) / name
+        # Linked without OpenMP: torch has loaded its own, and a second one would add as many threads again.
+        for command in ([*_FLAGS, "-c", str(_SOURCE), "-o", str(built)], ["-shared", str(built), "-o", str(shared)]):
+            subprocess.run([compiler, *command], capture_output=True, text=True, check=True)
+        shared.replace(path)  # at once, for other processes that compile it too
+    return path
+
+
+def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the types of a library's functions."""
+    number, pointer = ctypes.c_int, ctypes.c_void_p
+    loaded.lit_prune_instructions.argtypes = [number]
+    loaded.lit_prune_instructions.restype = ctypes.c_char_p
+    loaded.lit_prune_multiply.argtypes = [pointer, pointer, number, number, pointer, number, number]
+    loaded.lit_prune_multiply.restype = None
+    loaded.lit_prune_expand.argtypes = [pointer, number, number, number, pointer, number, number]
+    loaded.lit_prune_expand.restype = None
+    return loaded
+
+
+def instructions(portable: bool = False) -> str:
+    """Return the name of the instructions that the kernel uses on this processor, such as ``AVX2``."""
+    loaded = library()
+    return loaded.lit_prune_instructions(portable).decode() if loaded else "none"

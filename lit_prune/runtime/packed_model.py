@@ -1,0 +1,205 @@
+"""Models with packed weights: conversion, their entry in a config, and the way back to dense weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.models.blocks import find_blocks
+from lit_prune.models.experts import has_fused_experts
+from lit_prune.models.targets import find_targets
+from lit_prune.ops import PackedMask
+from lit_prune.ops.packing import Kind, Layout, PackedWeight, float_kind, pack
+from lit_prune.runtime.packed_layers import PackedEmbedding, PackedLinear, TiedHead
+from lit_prune.sharding.parameters import read_weight, to_parameter_layout
+
+METHOD = "lit-prune-packed"
+"""Name of the entry in a config, as a quantization method of transformers."""
+VERSION = 1
+"""Version of the format."""
+Bits = Literal[16, 8, 4]
+_PART = "quantization_config"
+_INTEGERS: dict[int, Kind] = {8: "int8", 4: "int4"}
+
+
+@torch.no_grad()
+def pack_model(
+    model: Any, masks: Mapping[str, PackedMask], bits: Bits = 16, head_bits: Literal[16, 8] | None = None
+) -> None:
+    """Replace the linear layers of the decoder blocks, the embedding and the head by packed ones, in place.
+
+    >>> pack_model(model, load_masks("out/sparse"), bits=8)  # doctest: +SKIP
+    >>> model.save_pretrained("out/packed")  # doctest: +SKIP
+
+    Layers with a mask store their kept weights only; norms, biases and position embeddings stay as they are. A head
+    that is tied to the embedding stays so. Values of 8 and 4 bits are rounded to nearest.
+
+    Args:
+        model: causal language model of transformers whose pruned weights are exactly zero.
+        masks: keep masks by parameter name; layers without one are packed without leaving anything out.
+        bits: bits per kept weight.
+        head_bits: bits per weight of embedding and head; None = 16 for 16 bits, else 8.
+
+    Raises:
+        InputError: if the model's experts are fused, or it is packed already.
+    """
+    if has_fused_experts(model):
+        raise InputError("the model's experts are fused, and packed layers are linear layers: export it as bitmask")
+    if packed_parts(model):
+        raise InputError("the model is packed already")
+    head_bits = head_bits or (16 if bits == 16 else 8)
+    # Both are asked for before anything is replaced.
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    targets = find_targets(model, find_blocks(model))
+    for target in targets:
+        mask = masks.get(target.parameter)
+        keep = None if mask is None else to_parameter_layout(target.module, mask.unpack())
+        _replace(model, target.name, _packed_linear(target.module, keep, bits))
+    if type(embedding) is nn.Embedding:  # others compute more than a look-up
+        names = {id(module): name for name, module in model.named_modules()}
+        packed = _packed_embedding(embedding, head_bits)
+        _replace(model, names[id(embedding)], packed)
+        if isinstance(head, nn.Linear) and head.weight is embedding.weight:
+            _replace(model, names[id(head)], TiedHead(packed, head.bias))
+        elif isinstance(head, nn.Linear):
+            _replace(model, names[id(head)], _packed_linear(head, None, head_bits))
+    tied = {name: _name_of(model, module.embedding) for name, module in _heads(model)}
+    if tied:
+        model.config.tie_word_embeddings = False  # transformers ties parameters only
+        model.all_tied_weights_keys = {}
+    layers = {name: _entry(module.layout) for name, module in packed_parts(model).items()}
+    entry = {"quant_method": METHOD, "version": VERSION, "layers": layers, "tied": tied}
+    setattr(model.config, _PART, entry)
+
+
+def packed_parts(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:
+    """Return the modules with a packed weight, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (PackedLinear, PackedEmbedding))}
+
+
+def prepare(model: Any) -> None:
+    """Replace the layers of a model on the meta device by packed ones, as the model's config says, in place.
+
+    Raises:
+        InputError: if the config's entry is damaged, of another version, or of another model.
+    """
+    layers, tied = _read_entry(getattr(model.config, _PART, None))
+    modules = dict(model.named_modules())
+    for name, entry in layers.items():
+        layout, module = Layout.of(entry, name), modules.get(name)
+        if module is None or not hasattr(module, "weight") or module.weight.dim() != 2:
+            raise InputError(f"config.json has a packed layer {name!r}, which the model does not have")
+        shape = to_parameter_layout(module, module.weight).shape
+        if any(size > own for size, own in zip(layout.shape, shape, strict=True)):
+            raise InputError(f"config.json gives {name!r} the shape {list(layout.shape)}, larger than {list(shape)}")
+        if isinstance(module, nn.Embedding):
+            _replace(model, name, PackedEmbedding(layout, module.weight.dtype, module.weight.device))
+        else:
+            bias = getattr(module, "bias", None)
+            bias = None if bias is None else nn.Parameter(bias[: layout.shape[0]].clone())
+            _replace(model, name, PackedLinear(layout, bias, module.weight.device))
+    modules |= packed_parts(model)
+    for head, source in tied.items():
+        embedding = modules.get(source)
+        if head not in modules or not isinstance(embedding, PackedEmbedding):
+            raise InputError(f"config.json ties {head!r} to {source!r}, which is no packed embedding of the model")
+        _replace(model, head, TiedHead(embedding, getattr(modules[head], "bias", None)))
+
+
+def check_packed(model: nn.Module) -> None:
+    """Raise ``InputError`` if the parts of a loaded weight do not belong together."""
+    for name, module in packed_parts(model).items():
+        module.check(name)
+
+
+@torch.no_grad()
+def unpack_model(model: Any, dtype: torch.dtype | None = None) -> None:
+    """Replace packed layers by dense ones, in place; ties are restored.
+
+    Args:
+        model: model with packed layers.
+        dtype: dtype of the weights; None = the model's.
+    """
+    dtype = dtype or model.config.dtype or torch.float32
+    heads = list(_heads(model))
+    for name, module in packed_parts(model).items():
+        weight = nn.Parameter(module.packed.unpack(dtype))
+        _replace(model, name, _dense(module, weight))
+    for name, head in heads:
+        source = model.get_input_embeddings()
+        _replace(model, name, _dense(head, source.weight))
+    if heads:
+        model.config.tie_word_embeddings = True
+    vars(model.config).pop(_PART, None)
+
+
+def masks_in(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the keep masks ``[o, i]`` of packed layers that have one, by the name of the layer."""
+    for name, module in layers.items():
+        if isinstance(module, PackedLinear) and module.layout.masked:
+            yield name, module.packed.keep()
+
+
+def _packed_linear(module: nn.Module, keep: Tensor | None, bits: int) -> PackedLinear:
+    weight = read_weight(module)
+    return _filled(PackedLinear, pack(weight, keep, _INTEGERS.get(bits) or float_kind(weight)), module.bias)
+
+
+def _packed_embedding(module: nn.Embedding, bits: int) -> PackedEmbedding:
+    weight = module.weight.detach()
+    return _filled(PackedEmbedding, pack(weight, None, _INTEGERS.get(bits) or float_kind(weight)), weight.dtype)
+
+
+def _filled(kind: Any, packed: PackedWeight, argument: Any) -> Any:
+    made = kind(packed.layout, argument)
+    made.set(packed)
+    return made
+
+
+def _dense(module: Any, weight: nn.Parameter) -> nn.Module:
+    """Return the dense module of a packed one."""
+    with torch.device("meta"):
+        if isinstance(module, PackedEmbedding):
+            made: Any = nn.Embedding(module.num_embeddings, module.embedding_dim)
+        else:
+            made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            made.bias = module.bias
+    made.weight = weight
+    return made.train(module.training)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    module.train(model.training)
+    setattr(model.get_submodule(parent), own, module)
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, TiedHead]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, TiedHead))
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, each in model.named_modules() if each is module)
+
+
+def _entry(layout: Layout) -> dict[str, Any]:
+    return {"kind": layout.kind, "shape": list(layout.shape), "stored": layout.stored, "masked": layout.masked}
+
+
+def _read_entry(part: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the layers and the ties in an untrusted config."""
+    entry = part if isinstance(part, Mapping) else part.to_dict()
+    if entry.get("version") != VERSION:
+        raise InputError(
+            f"config.json has packed weights of version {entry.get('version')!r}: this lit-prune reads version "
+            f"{VERSION}; install another one"
+        )
+    layers, tied = entry.get("layers"), entry.get("tied", {})
+    names = isinstance(tied, Mapping) and all(isinstance(name, str) for name in tied.values())
+    if not isinstance(layers, Mapping) or not names:
+        raise InputError(f"config.json has the {_PART} {METHOD} without layers, by name, and tied, from name to name")
+    return dict(layers), dict(tied)
