@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 
 from lit_prune.checkpoint.folders import check_size
+from lit_prune.checkpoint.packed import is_packed
 from lit_prune.errors import InputError
 
 
@@ -58,5 +59,5 @@ def read_config(location: str | Path, pretrained: str, trust_remote_code: bool, 
             "it there"
         )
     if Path(location).is_dir():
-        check_size(Path(location), config, weights_per_byte)
+        check_size(Path(location), config, 8 if is_packed(location) else weights_per_byte)  # a mask alone is a bit
     return config

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_prune.checkpoint.bitmask import opened
 from lit_prune.checkpoint.files import save_tensors_in_order
+from lit_prune.checkpoint.packed import is_packed, packed_masks
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.blocks import find_blocks
 from lit_prune.ops import PackedMask
@@ -41,8 +42,10 @@ def load_masks(path: str | Path) -> dict[str, PackedMask]:
 
 
 def masks_of(folder: str | Path) -> dict[str, PackedMask]:
-    """Read the keep masks of a pruned folder; a model that became smaller has a report and no masks."""
+    """Read the keep masks of a pruned folder, packed or not; a model that became smaller has a report and no masks."""
     path = Path(folder).expanduser()
+    if is_packed(path):
+        return packed_masks(path)
     smaller = (path / REPORT_FILE).is_file() and not (path / MASKS_FILE).exists()
     return {} if smaller else load_masks(folder)
 

@@ -21,11 +21,12 @@ from lit_prune.checkpoint.outputs import ANALYSIS, check_output, check_space, fi
 from lit_prune.errors import InputError
 from lit_prune.models.experts import apart, together
 from lit_prune.ops import PackedMask
+from lit_prune.runtime.packed_model import Bits, HeadBits, pack_model
 from lit_prune.sharding.offload import disk_store_of, save_lazily
 
-Format = Literal["hf", "hf-sharded", "bitmask"]
+Format = Literal["hf", "hf-sharded", "bitmask", "packed"]
 """Format of the weights: as saved by transformers, in files of limited size, or the kept weights and one bit per
-weight."""
+weight, lossless (bitmask) or to compute with (packed)."""
 
 
 def save_pruned(
@@ -37,6 +38,8 @@ def save_pruned(
     overwrite: bool = False,
     to: Format = "hf",
     shard_size: str = "1GB",
+    bits: Bits = 16,
+    head_bits: HeadBits | None = None,
 ) -> Path:
     """Write a model, its masks and ``documents`` (file name to content) atomically as one folder.
 
@@ -49,22 +52,27 @@ def save_pruned(
         overwrite: Replace the folder if it exists.
         to: Format of the weights.
         shard_size: Maximum file size for ``hf-sharded``.
+        bits: Bits per kept weight for ``packed``, which converts the model in place.
+        head_bits: Bits per weight of embedding and head for ``packed``; None = 16 for 16 bits, else 8.
 
     Raises:
         InputError: if the folder exists and ``overwrite`` is off, or the disk lacks space.
         RuntimeError: if a weight that its mask prunes is not exactly zero.
     """
-    if to == "bitmask" and disk_store_of(model):
-        raise InputError("to is 'bitmask': a model that was opened lazily is written as hf-sharded, a file per block")
+    if to in ("bitmask", "packed") and disk_store_of(model):
+        raise InputError(f"to is {to!r}: a model that was opened lazily is written as hf-sharded, a file per block")
     with apart(model):
         check_masks_hold(model, masks)
     path = check_output(folder, overwrite)
     check_space(path, model)
+    if to == "packed":
+        pack_model(model, masks, bits, head_bits)
     with replacing_folder(path, find_other) as temporary:
         _write_model(temporary, model, masks, to, shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        if masks or REPORT_FILE not in documents:  # a model that became smaller has a report alone
+        # A model that became smaller has a report alone, and a packed one has the masks in its weights.
+        if to != "packed" and (masks or REPORT_FILE not in documents):
             save_masks(temporary / MASKS_FILE, masks)
         _write_documents(temporary, documents)
     return path

@@ -15,6 +15,7 @@ from lit_prune.errors import InputError, first_line
 from lit_prune.models.weights import check_all_finite
 from lit_prune.pruning import PruningReport
 from lit_prune.reporting.documents import read_report, render
+from lit_prune.runtime.packed_model import Bits, HeadBits, packed_parts, unpack_model
 from lit_prune.training import LitCausalLM, TextDataModule
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def export(
     output: str = "exported",
     to: Format = "hf",
     shard_size: str = "1GB",
+    bits: Bits | None = None,
+    head_bits: HeadBits | None = None,
     overwrite: bool = False,
     trust: bool = False,
 ) -> None:
@@ -42,13 +45,18 @@ def export(
             model as stored in its folder.
         output: Folder to write.
         to: Format: as saved by transformers (hf), in files of limited size (hf-sharded), or the kept weights and one
-            bit per weight (bitmask: smaller, lossless; lit_prune.load_model reads it).
+            bit per weight: bitmask (lossless; lit_prune.load_model reads it) or packed (computes without being
+            unpacked, and faster; transformers opens it after import lit_prune).
         shard_size: Maximum file size for hf-sharded, such as 1GB.
+        bits: Bits per kept weight for packed: 16, 8 or 4, rounded to nearest; null = 16.
+        head_bits: Bits per weight of embedding and head for packed; null = 16 for 16 bits, else 8.
         overwrite: Replace the folder if it exists.
         trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
     """
     refuse_lazy(model, "export")
     check_shard_size(shard_size)
+    if to != "packed" and (bits or head_bits):
+        raise InputError(f"bits and head_bits are for --to packed, and to is {to!r}: leave them out")
     check_output(output, overwrite, reads=[model.pretrained, *([checkpoint] if checkpoint else [])])
     read = None if checkpoint is None else read_checkpoint(checkpoint, trust)
     masks = read.masks if read else masks_of(model.pretrained)
@@ -58,6 +66,10 @@ def export(
     else:
         report = read_report(model.pretrained, masks)
     model.configure_model()
+    if packed_parts(model.model):
+        if read:
+            raise InputError(f"model.pretrained is {model.pretrained!r}: it is packed; name the model that was trained")
+        unpack_model(model.model)
     if read:
         try:
             model.model.load_state_dict(read.weights)
@@ -77,5 +89,7 @@ def export(
             whole, masks = (report.smaller(whole) if read else whole), {}
         if to == "bitmask" and not masks:
             raise InputError("to is 'bitmask': a model that became smaller has no zeros to leave out; make it hf")
-        folder = save_pruned(output, whole, tokenizer, masks, documents, overwrite, to, shard_size)
+        folder = save_pruned(
+            output, whole, tokenizer, masks, documents, overwrite, to, shard_size, bits or 16, head_bits
+        )
     show(trainer, [], folder)

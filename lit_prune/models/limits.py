@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.sharding.parameters import full_shape
 
 
 def check_tokens(model: Any, input_ids: Tensor) -> None:
@@ -17,7 +16,7 @@ def check_tokens(model: Any, input_ids: Tensor) -> None:
         model: a causal language model of transformers; its weights may be sharded.
         input_ids: ``[sequences, t]`` (int64), preferably in CPU memory.
     """
-    vocabulary = full_shape(model.get_input_embeddings().weight)[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     highest = int(input_ids.max())
     if highest >= vocabulary:
         raise InputError(

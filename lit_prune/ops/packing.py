@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -49,16 +49,16 @@ class Layout:
         """
         known = entry if isinstance(entry, Mapping) else {}
         kind, shape, stored, masked = (known.get(key) for key in ("kind", "shape", "stored", "masked"))
-        sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 1 <= n < 2**31 for n in shape)
-        if kind not in get_args(Kind) or not sizes or type(stored) is not int or type(masked) is not bool:
+        sizes = shape if isinstance(shape, list) and all(type(n) is int and 1 <= n < 2**31 for n in shape) else []
+        if kind not in get_args(Kind) or len(sizes) != 2 or type(stored) is not int or type(masked) is not bool:
             raise InputError(
                 f"the packed {name} is described by {str(entry)[:100]}: kind ({', '.join(get_args(Kind))}), shape (two "
                 "sizes), stored (a number) and masked (true or false) are needed"
             )
-        outputs, inputs = shape
+        outputs, inputs = sizes
         if not 0 <= stored <= outputs * _padded(inputs) + SLACK:
             raise InputError(f"the packed {name} has {stored} values for the shape {shape}: these are too many")
-        return cls(kind, (outputs, inputs), stored, masked)
+        return cls(cast(Kind, kind), (outputs, inputs), stored, masked)
 
     @property
     def chunks(self) -> int:
@@ -140,7 +140,7 @@ class PackedWeight:
         needed = int(self._elements(self.counts()).sum()) + slack
         if needed != len(self.values):
             raise InputError(f"the packed {name} stores {len(self.values)} values, and its mask keeps {needed} of them")
-        if self.layout.masked and _bits(self.mask[:, inputs // 8 :])[:, inputs % 8 :].any():
+        if self.layout.masked and mask_bits(self.mask[:, inputs // 8 :])[:, inputs % 8 :].any():
             raise InputError(f"the packed {name} keeps weights behind its {inputs} inputs")
         if not self.scales.view(torch.bfloat16).isfinite().all():
             raise InputError(f"the packed {name} has scales that are not finite")
@@ -150,12 +150,12 @@ class PackedWeight:
         outputs, inputs = self.layout.shape
         if not self.layout.masked:
             return torch.ones(outputs, inputs, dtype=torch.bool, device=self.values.device)
-        return _bits(self.mask)[:, :inputs]
+        return mask_bits(self.mask)[:, :inputs]
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight ``[o, i]``."""
         (outputs, inputs), width = self.layout.shape, self.layout.chunks * CHUNK
-        keep = _bits(self.mask) if self.layout.masked else self.mask.new_ones(outputs, width).bool()
+        keep = mask_bits(self.mask) if self.layout.masked else self.mask.new_ones(outputs, width).bool()
         whole = torch.zeros(outputs, width, device=keep.device).masked_scatter_(keep, self._numbers())
         if self.layout.groups:
             scales = self.scales.view(torch.bfloat16).float().unsqueeze(-1)
@@ -208,6 +208,11 @@ def float_kind(weight: Tensor) -> Kind:
     return "float16" if fits else "bfloat16"
 
 
+def mask_bits(mask: Tensor) -> Tensor:
+    """Return the bits of bytes, uint8 ``[o, b]``, as bool ``[o, 8 b]``, the least significant first."""
+    return PackedMask(mask.flatten(), (mask.shape[0], 8 * mask.shape[1])).unpack()
+
+
 def _rounded(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
     """Return the values of a padded weight ``[o, w]`` before they are stored, and the scales, bfloat16 ``[o, g]``."""
     if kind in _FLOATS:
@@ -249,11 +254,6 @@ def _padded(inputs: int) -> int:
     return -(-inputs // CHUNK) * CHUNK
 
 
-def _bits(mask: Tensor) -> Tensor:
-    """Return the bits of bytes ``[o, b]`` as bool ``[o, 8 b]``."""
-    return PackedMask(mask.flatten(), (mask.shape[0], 8 * mask.shape[1])).unpack()
-
-
 def _bit_counts(mask: Tensor) -> Tensor:
     """Return the number of set bits of every byte, int64."""
-    return _bits(mask).reshape(*mask.shape, 8).sum(-1)
+    return mask_bits(mask).reshape(*mask.shape, 8).sum(-1)

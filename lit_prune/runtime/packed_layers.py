@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lit_prune.errors import InputError
 from lit_prune.ops.packing import CHUNK, Layout, PackedWeight
 from lit_prune.runtime.cpu_kernel import MOST_TOKENS, CpuKernel, library
 
@@ -120,6 +119,8 @@ class PackedLinear(_Packed):
 
 class PackedEmbedding(_Packed):
     """An embedding with a packed weight ``[vocabulary, d]`` without a mask."""
+
+    _like: Tensor
 
     def __init__(self, layout: Layout, dtype: torch.dtype, device: Any = None) -> None:
         """Allocate the parts of a layout; ``set`` fills them.

@@ -7,29 +7,25 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from lit_prune.checkpoint.packed import PART, entry_of, read_entry
 from lit_prune.errors import InputError
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.experts import has_fused_experts
 from lit_prune.models.targets import find_targets
 from lit_prune.ops import PackedMask
-from lit_prune.ops.packing import Kind, Layout, PackedWeight, float_kind, pack
+from lit_prune.ops.packing import Kind, PackedWeight, float_kind, pack
 from lit_prune.runtime.packed_layers import PackedEmbedding, PackedLinear, TiedHead
 from lit_prune.sharding.parameters import read_weight, to_parameter_layout
 
-METHOD = "lit-prune-packed"
-"""Name of the entry in a config, as a quantization method of transformers."""
-VERSION = 1
-"""Version of the format."""
 Bits = Literal[16, 8, 4]
-_PART = "quantization_config"
+HeadBits = Literal[16, 8]
 _INTEGERS: dict[int, Kind] = {8: "int8", 4: "int4"}
 
 
 @torch.no_grad()
-def pack_model(
-    model: Any, masks: Mapping[str, PackedMask], bits: Bits = 16, head_bits: Literal[16, 8] | None = None
-) -> None:
+def pack_model(model: Any, masks: Mapping[str, PackedMask], bits: Bits = 16, head_bits: HeadBits | None = None) -> None:
     """Replace the linear layers of the decoder blocks, the embedding and the head by packed ones, in place.
 
     >>> pack_model(model, load_masks("out/sparse"), bits=8)  # doctest: +SKIP
@@ -71,9 +67,9 @@ def pack_model(
     if tied:
         model.config.tie_word_embeddings = False  # transformers ties parameters only
         model.all_tied_weights_keys = {}
-    layers = {name: _entry(module.layout) for name, module in packed_parts(model).items()}
-    entry = {"quant_method": METHOD, "version": VERSION, "layers": layers, "tied": tied}
-    setattr(model.config, _PART, entry)
+    transposed = {target.name for target in targets if isinstance(target.module, Conv1D)}
+    layouts = {name: (module.layout, name in transposed) for name, module in packed_parts(model).items()}
+    setattr(model.config, PART, entry_of(layouts, tied))
 
 
 def packed_parts(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:
@@ -87,10 +83,10 @@ def prepare(model: Any) -> None:
     Raises:
         InputError: if the config's entry is damaged, of another version, or of another model.
     """
-    layers, tied = _read_entry(getattr(model.config, _PART, None))
+    layouts, tied = read_entry(getattr(model.config, PART, None))
     modules = dict(model.named_modules())
-    for name, entry in layers.items():
-        layout, module = Layout.of(entry, name), modules.get(name)
+    for name, layout in layouts.items():
+        module: Any = modules.get(name)
         if module is None or not hasattr(module, "weight") or module.weight.dim() != 2:
             raise InputError(f"config.json has a packed layer {name!r}, which the model does not have")
         shape = to_parameter_layout(module, module.weight).shape
@@ -134,14 +130,7 @@ def unpack_model(model: Any, dtype: torch.dtype | None = None) -> None:
         _replace(model, name, _dense(head, source.weight))
     if heads:
         model.config.tie_word_embeddings = True
-    vars(model.config).pop(_PART, None)
-
-
-def masks_in(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the keep masks ``[o, i]`` of packed layers that have one, by the name of the layer."""
-    for name, module in layers.items():
-        if isinstance(module, PackedLinear) and module.layout.masked:
-            yield name, module.packed.keep()
+    vars(model.config).pop(PART, None)
 
 
 def _packed_linear(module: nn.Module, keep: Tensor | None, bits: int) -> PackedLinear:
@@ -184,22 +173,3 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, TiedHead]]:
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, each in model.named_modules() if each is module)
-
-
-def _entry(layout: Layout) -> dict[str, Any]:
-    return {"kind": layout.kind, "shape": list(layout.shape), "stored": layout.stored, "masked": layout.masked}
-
-
-def _read_entry(part: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the layers and the ties in an untrusted config."""
-    entry = part if isinstance(part, Mapping) else part.to_dict()
-    if entry.get("version") != VERSION:
-        raise InputError(
-            f"config.json has packed weights of version {entry.get('version')!r}: this lit-prune reads version "
-            f"{VERSION}; install another one"
-        )
-    layers, tied = entry.get("layers"), entry.get("tied", {})
-    names = isinstance(tied, Mapping) and all(isinstance(name, str) for name in tied.values())
-    if not isinstance(layers, Mapping) or not names:
-        raise InputError(f"config.json has the {_PART} {METHOD} without layers, by name, and tied, from name to name")
-    return dict(layers), dict(tied)

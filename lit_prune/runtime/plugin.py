@@ -8,6 +8,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lit_prune.checkpoint import packed
 from lit_prune.models.widths import METHOD, narrow, widths_of
 from lit_prune.runtime import packed_model
 
@@ -46,17 +47,17 @@ class WidthsLoader(HfQuantizer):
         return True
 
 
-@register_quantization_config(packed_model.METHOD)
+@register_quantization_config(packed.METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """Layouts of the packed layers, by name, and the heads that are tied to an embedding."""
 
     def __init__(self, version: Any = None, layers: Any = None, tied: Any = None, **ignored: Any) -> None:
         """Store the entry of a config."""
-        self.quant_method: Any = packed_model.METHOD
+        self.quant_method: Any = packed.METHOD
         self.version, self.layers, self.tied = version, layers, tied
 
 
-@register_quantizer(packed_model.METHOD)
+@register_quantizer(packed.METHOD)
 class PackedLoader(HfQuantizer):
     """Replaces layers by packed ones before their parts are loaded, and checks these."""
 
