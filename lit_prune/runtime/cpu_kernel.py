@@ -60,16 +60,22 @@ class CpuKernel:
         self._several = layout.shape[0] * layout.chunks * 64 >= _FEW_WEIGHTS
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, ``[t, o]``, of at most 8 tokens ``[t, i]``, both float32.
+        """Return ``x Wᵀ``, ``[..., o]``, of at most 8 tokens ``[..., i]``, both float32.
 
-        With 8- and 4-bit values, the inputs are rounded to 8 bits, with a scale for every 64 of a token.
+        With 8- and 4-bit values, the inputs are rounded to 8 bits, with a scale for every 32 of a token.
         """
         outputs, inputs = self.shape
-        x = x.contiguous()
-        y = x.new_empty(len(x), outputs)
+        x, tokens = x.contiguous(), x.numel() // inputs
+        if x.shape[-1] != inputs or tokens > MOST_TOKENS:
+            raise ValueError(
+                f"inputs have the shape {list(x.shape)}: at most {MOST_TOKENS} tokens of {inputs} are needed"
+            )
+        y = torch.empty(*x.shape[:-1], outputs)
+        if not tokens:
+            return y
         threads = torch.get_num_threads() if self._several else 1
         self._library.lit_prune_multiply(
-            self._pointer, x.data_ptr(), len(x), inputs, y.data_ptr(), threads, self._portable
+            self._pointer, x.data_ptr(), tokens, inputs, y.data_ptr(), threads, self._portable
         )
         return y
 

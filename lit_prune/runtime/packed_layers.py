@@ -73,15 +73,17 @@ class _Packed(nn.Module):
         Up to 8 tokens are multiplied by the packed weight; for more, it is unpacked tile by tile. Gradients reach the
         inputs, never the weight.
         """
-        kernel = self.kernel()
+        kernel = self._kernel or self.kernel()
         if kernel is None or (torch.is_grad_enabled() and x.requires_grad):
             return linear(x, self.packed.unpack(x.dtype), bias)
-        tokens = x.detach().reshape(-1, x.shape[-1])
-        y = kernel.multiply(tokens.float()) if 0 < len(tokens) <= MOST_TOKENS else self._by_tiles(kernel, tokens)
-        y = y.to(x.dtype) if bias is None else y.to(x.dtype) + bias
-        return y.reshape(*x.shape[:-1], -1)
+        if x.numel() <= MOST_TOKENS * x.shape[-1]:
+            y = kernel.multiply(x.float()).to(x.dtype)
+        else:
+            y = self._by_tiles(kernel, x.detach().reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
 
     def _by_tiles(self, kernel: CpuKernel, tokens: Tensor) -> Tensor:
+        """Return the product with many tokens ``[t, i]``, ``[t, o]``; rows are unpacked as many as fit the cache."""
         outputs, inputs = self.layout.shape
         y = tokens.new_empty(len(tokens), outputs)
         rows = max(1, _TILE // inputs)
@@ -100,17 +102,20 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """A linear layer with a packed weight ``[o, i]``, for inference: up to 8 tokens multiply it as it is."""
 
-    def __init__(self, layout: Layout, bias: nn.Parameter | None = None, device: Any = None) -> None:
+    def __init__(
+        self, layout: Layout, bias: nn.Parameter | None = None, transposed: bool = False, device: Any = None
+    ) -> None:
         """Allocate the parts of a layout; ``set`` fills them.
 
         Args:
             layout: types and sizes of the weight.
             bias: bias ``[o]``, which is not packed; None = none.
+            transposed: whether the dense layer is GPT-2's Conv1D, whose parameter is ``[i, o]``.
             device: device of the parts.
         """
         super().__init__(layout, device)
         self.out_features, self.in_features = layout.shape
-        self.bias = bias
+        self.bias, self.transposed = bias, transposed
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ + b``, ``[..., o]``."""

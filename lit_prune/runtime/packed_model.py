@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lit_prune.models.blocks import find_blocks
 from lit_prune.models.experts import has_fused_experts
 from lit_prune.models.targets import find_targets
 from lit_prune.ops import PackedMask
-from lit_prune.ops.packing import Kind, PackedWeight, float_kind, pack
+from lit_prune.ops.packing import Kind, float_kind, pack
 from lit_prune.runtime.packed_layers import PackedEmbedding, PackedLinear, TiedHead
 from lit_prune.sharding.parameters import read_weight, to_parameter_layout
 
@@ -67,8 +67,10 @@ def pack_model(model: Any, masks: Mapping[str, PackedMask], bits: Bits = 16, hea
     if tied:
         model.config.tie_word_embeddings = False  # transformers ties parameters only
         model.all_tied_weights_keys = {}
-    transposed = {target.name for target in targets if isinstance(target.module, Conv1D)}
-    layouts = {name: (module.layout, name in transposed) for name, module in packed_parts(model).items()}
+    layouts = {
+        name: (module.layout, isinstance(module, PackedLinear) and module.transposed)
+        for name, module in packed_parts(model).items()
+    }
     setattr(model.config, PART, entry_of(layouts, tied))
 
 
@@ -92,12 +94,15 @@ def prepare(model: Any) -> None:
         shape = to_parameter_layout(module, module.weight).shape
         if any(size > own for size, own in zip(layout.shape, shape, strict=True)):
             raise InputError(f"config.json gives {name!r} the shape {list(layout.shape)}, larger than {list(shape)}")
+        parent: Any = model.get_submodule(name.rpartition(".")[0])
+        if not (*parent.parameters(recurse=False), *parent.buffers(recurse=False)):
+            parent._is_hf_initialized = True  # GPT-2's attention initializes the weight of a layer within it
         if isinstance(module, nn.Embedding):
             _replace(model, name, PackedEmbedding(layout, module.weight.dtype, module.weight.device))
         else:
-            bias = getattr(module, "bias", None)
+            bias: nn.Parameter | None = getattr(module, "bias", None)
             bias = None if bias is None else nn.Parameter(bias[: layout.shape[0]].clone())
-            _replace(model, name, PackedLinear(layout, bias, module.weight.device))
+            _replace(model, name, PackedLinear(layout, bias, isinstance(module, Conv1D), module.weight.device))
     modules |= packed_parts(model)
     for head, source in tied.items():
         embedding = modules.get(source)
@@ -135,16 +140,16 @@ def unpack_model(model: Any, dtype: torch.dtype | None = None) -> None:
 
 def _packed_linear(module: nn.Module, keep: Tensor | None, bits: int) -> PackedLinear:
     weight = read_weight(module)
-    return _filled(PackedLinear, pack(weight, keep, _INTEGERS.get(bits) or float_kind(weight)), module.bias)
+    packed = pack(weight, keep, _INTEGERS.get(bits) or float_kind(weight))
+    made = PackedLinear(packed.layout, cast(Any, module).bias, isinstance(module, Conv1D))
+    made.set(packed)
+    return made
 
 
 def _packed_embedding(module: nn.Embedding, bits: int) -> PackedEmbedding:
     weight = module.weight.detach()
-    return _filled(PackedEmbedding, pack(weight, None, _INTEGERS.get(bits) or float_kind(weight)), weight.dtype)
-
-
-def _filled(kind: Any, packed: PackedWeight, argument: Any) -> Any:
-    made = kind(packed.layout, argument)
+    packed = pack(weight, None, _INTEGERS.get(bits) or float_kind(weight))
+    made = PackedEmbedding(packed.layout, weight.dtype)
     made.set(packed)
     return made
 
@@ -154,6 +159,9 @@ def _dense(module: Any, weight: nn.Parameter) -> nn.Module:
     with torch.device("meta"):
         if isinstance(module, PackedEmbedding):
             made: Any = nn.Embedding(module.num_embeddings, module.embedding_dim)
+        elif getattr(module, "transposed", False):
+            made, weight = Conv1D(module.out_features, module.in_features), nn.Parameter(weight.T.contiguous())
+            made.bias = module.bias
         else:
             made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             made.bias = module.bias

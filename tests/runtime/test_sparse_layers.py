@@ -24,28 +24,47 @@ def test_two_of_four_is_recognised() -> None:
     assert not is_two_of_four(PackedMask.pack(keep[:, :6]))
 
 
-def test_the_sparse_form_computes_the_same() -> None:
-    weight = torch.randn(6, 8) * (torch.rand(6, 8) < 0.5)
-    inputs = torch.randn(3, 8)
-    form, layer = sparse_layers._sparse(weight, PackedMask.pack(weight != 0))
-    assert form == "CSR"
-    check_sums(layer(inputs), inputs @ weight.T, 8, inputs.abs() @ weight.abs().T)
+@pytest.mark.parametrize("compiler", [True, False])
+def test_the_sparse_forms_compute_the_same(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiler:
+        monkeypatch.setattr(sparse_layers, "library", lambda: None)
+    weight = torch.randint(-7, 8, (6, 8)) * (torch.rand(6, 8) < 0.5).float()
+    weight[:, 0] = 7  # so that the integers of every form have the scale 1 / 1, 7 / 127 or 1
+    inputs = torch.randint(-127, 128, (3, 8)).float()
+    forms = sparse_layers._sparse_forms(weight, PackedMask.pack(weight != 0))
+    assert list(forms) == (["packed, float16", "packed, int8", "packed, int4"] if compiler else ["CSR"])
+    for form, (make, size) in forms.items():
+        sizes = inputs.abs() @ weight.abs().T
+        if form in ("CSR", "packed, float16"):
+            check_sums(make()(inputs), inputs @ weight.T, 8, sizes)
+        else:  # half a step of 7 / 127, and the rounding of inputs, which are whole already or not
+            assert ((make()(inputs) - inputs @ weight.T).abs() <= 0.01 * sizes.amax()).all()
+        assert size > 0
 
 
 def test_one_layer_of_each_shape_is_timed(tiny_model: Callable[..., nn.Module]) -> None:
     model = tiny_model()
     report = prune(model, [], PruningPlan(Unstructured(0.5), Magnitude(), output_error=False))
     figures = measure_speed(model, report.masks, tokens=(1, 4), seconds=0.001)
-    assert [figure.tokens for figure in figures] == [1, 4] * 4  # q and o, k and v, gate and up, down
+    # q and o, k and v, gate and up, down; each in three forms.
+    assert [figure.tokens for figure in figures] == [1, 4] * 3 * 4
     assert len({figure.shape for figure in figures}) == 4
     assert all(
         figure.dense > 0 and figure.sparse > 0 and figure.sparsity == pytest.approx(0.5, abs=0.01) for figure in figures
     )
 
 
-def test_sparse_rows_in_half_precision_are_refused_on_cpus(tiny_model: Callable[..., nn.Module]) -> None:
+def test_sparse_rows_in_half_precision_are_refused_on_cpus(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model().bfloat16()
     report = prune(model, [], PruningPlan(Unstructured(0.5), Magnitude(), output_error=False))
+    assert {figure.form for figure in measure_speed(model, report.masks, tokens=(1,), seconds=0.001)} == {
+        "packed, bfloat16",
+        "packed, int8",
+        "packed, int4",
+    }
+    monkeypatch.setattr(sparse_layers, "library", lambda: None)
     with pytest.raises(InputError, match=r"the model is in torch\.bfloat16 on cpu: torch multiplies .* float32"):
         measure_speed(model, report.masks, tokens=(1,), seconds=0.001)
     with pytest.raises(InputError, match="nothing to time"):

@@ -3,7 +3,7 @@
 //
 // The inputs of a row are processed in chunks of 64, whose mask is 8 bytes. For every mask byte, a table gives the byte
 // shuffle that moves the next kept values to their places among 8 inputs and zeros to the other places. Values of 8 and
-// 4 bits meet activations rounded to 8 bits with a scale per chunk, so that their products are sums of integers.
+// 4 bits meet activations rounded to 8 bits with a scale per half chunk, so that their products are sums of integers.
 
 #include <cmath>
 #include <cstdint>
@@ -20,6 +20,7 @@
 namespace {
 
 constexpr int CHUNK = 64;
+constexpr int PART = 32;  // activations that share a scale
 constexpr int MOST_TOKENS = 8;
 
 enum Kind : int32_t { BFLOAT16 = 0, FLOAT16 = 1, INT8 = 2, INT4 = 3 };
@@ -100,36 +101,36 @@ struct Inputs {
     int tokens, width;
     std::vector<float> floats;            // [tokens, width]
     std::vector<int8_t> integers, sizes;  // [tokens, width], and their absolute values
-    std::vector<float> scales;            // [tokens, chunks]
+    std::vector<float> scales;            // [tokens, 2 * chunks]
 
     Inputs(const float* x, int tokens, int inputs, const Weight& w) : tokens(tokens), width(w.chunks * CHUNK) {
         if (w.kind == BFLOAT16 || w.kind == FLOAT16) {
             floats.assign(size_t(tokens) * width, 0.0f);
             for (int t = 0; t < tokens; t++) std::memcpy(&floats[size_t(t) * width], x + size_t(t) * inputs, 4 * inputs);
         } else {
-            quantise(x, inputs, w.chunks);
+            quantise(x, inputs, 2 * w.chunks);
         }
     }
 
-    void quantise(const float* x, int inputs, int chunks) {
+    void quantise(const float* x, int inputs, int parts) {
         integers.assign(size_t(tokens) * width, 0);
         sizes.assign(size_t(tokens) * width, 0);
-        scales.assign(size_t(tokens) * chunks, 0.0f);
+        scales.assign(size_t(tokens) * parts, 0.0f);
         for (int t = 0; t < tokens; t++) {
-            for (int c = 0; c < chunks; c++) {
-                const float* from = x + size_t(t) * inputs + c * CHUNK;
-                int count = inputs - c * CHUNK < CHUNK ? inputs - c * CHUNK : CHUNK;
+            for (int c = 0; c * PART < inputs; c++) {
+                const float* from = x + size_t(t) * inputs + c * PART;
+                int count = inputs - c * PART < PART ? inputs - c * PART : PART;
                 float largest = 0.0f;
                 for (int j = 0; j < count; j++) {
                     float size = std::fabs(from[j]);
                     largest = size <= largest ? largest : size;  // not max: a NaN stays
                 }
-                scales[size_t(t) * chunks + c] = largest / 127.0f;
+                scales[size_t(t) * parts + c] = largest / 127.0f;
                 // Of zeros nothing is left to round, and of NaN and infinity the scale alone makes the result NaN.
                 if (!std::isfinite(largest) || !std::isfinite(127.0f / largest)) continue;
                 for (int j = 0; j < count; j++) {
                     int rounded = int(std::nearbyint(from[j] * (127.0f / largest)));
-                    size_t at = size_t(t) * width + c * CHUNK + j;
+                    size_t at = size_t(t) * width + c * PART + j;
                     integers[at] = int8_t(rounded);
                     sizes[at] = int8_t(rounded < 0 ? -rounded : rounded);
                 }
@@ -149,14 +150,15 @@ void rows_portable(const Weight& w, const Inputs& in, float* y, int first, int l
             float scale = scale_of(w, r, c);
             for (int t = 0; t < in.tokens; t++) {
                 size_t at = size_t(t) * in.width + c * CHUNK;
-                float sum = 0.0f;
                 if (in.integers.empty()) {
-                    for (int j = 0; j < CHUNK; j++) sum += values[j] * in.floats[at + j];
-                } else {
-                    for (int j = 0; j < CHUNK; j++) sum += values[j] * float(in.integers[at + j]);
-                    sum *= scale * in.scales[size_t(t) * w.chunks + c];
+                    for (int j = 0; j < CHUNK; j++) sums[t] += values[j] * in.floats[at + j];
+                    continue;
                 }
-                sums[t] += sum;
+                for (int h = 0; h < CHUNK / PART; h++, at += PART) {
+                    float sum = 0.0f;
+                    for (int j = 0; j < PART; j++) sum += values[h * PART + j] * float(in.integers[at + j]);
+                    sums[t] += sum * scale * in.scales[2 * (size_t(t) * w.chunks + c) + h];
+                }
             }
         }
         for (int t = 0; t < in.tokens; t++) y[size_t(t) * w.outputs + r] = sums[t];
@@ -321,14 +323,13 @@ AVX2 void rows_of_integers(const Weight& w, const Inputs& in, float* y, int firs
                 }
                 for (int t = 0; t < TOKENS; t++) {
                     size_t at = size_t(t) * in.width + size_t(c) * CHUNK;
-                    __m256i total = _mm256_setzero_si256();
+                    const float* factors = &in.scales[2 * (size_t(t) * w.chunks + c)];
                     for (int h = 0; h < 2; h++) {  // |x| · (w with the sign of x): maddubs takes one unsigned factor
                         __m256i x = load_bytes(&in.integers[at + 32 * h]), size = load_bytes(&in.sizes[at + 32 * h]);
                         __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(parts[h], x));
-                        total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, ones));
+                        __m256 total = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
+                        sums[t] = _mm256_fmadd_ps(total, _mm256_set1_ps(scale * factors[h]), sums[t]);
                     }
-                    __m256 factor = _mm256_set1_ps(scale * in.scales[size_t(t) * w.chunks + c]);
-                    sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), factor, sums[t]);
                 }
                 if (MASKED) mask += 8;
             }
