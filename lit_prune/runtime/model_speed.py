@@ -87,5 +87,5 @@ def _in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the memory of a model's weights in bytes, whether they are parameters or packed in buffers."""
-    weights = {id(tensor): tensor.nbytes for tensor in model.state_dict().values()}
+    weights = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
     return sum(weights.values())
