@@ -21,3 +21,8 @@ def ignored_keys(model: Any) -> tuple[str, ...]:
 def has_adapter(model: Any) -> bool:
     """Return whether a model was loaded from a folder with an adapter, which transformers applies automatically."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def mark_initialized(module: Any) -> None:
+    """Keep ``from_pretrained`` from initializing a module that lacks weights which its family initializes."""
+    module._is_hf_initialized = True

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_prune.checkpoint.packed import PART, entry_of, read_entry
 from lit_prune.errors import InputError
+from lit_prune.internals.transformers import mark_initialized
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.experts import has_fused_experts
 from lit_prune.models.targets import find_targets
@@ -96,7 +97,7 @@ def prepare(model: Any) -> None:
             raise InputError(f"config.json gives {name!r} the shape {list(layout.shape)}, larger than {list(shape)}")
         parent: Any = model.get_submodule(name.rpartition(".")[0])
         if not (*parent.parameters(recurse=False), *parent.buffers(recurse=False)):
-            parent._is_hf_initialized = True  # GPT-2's attention initializes the weight of a layer within it
+            mark_initialized(parent)  # GPT-2's attention initializes the weight of a layer within it
         if isinstance(module, nn.Embedding):
             _replace(model, name, PackedEmbedding(layout, module.weight.dtype, module.weight.device))
         else:
