@@ -169,4 +169,7 @@ def test_python_runs(page: str, text: str, workplace: Path, tmp_path: Path, monk
     if '"smaller"' in text:
         shutil.copytree(tmp_path / "sparse-model", tmp_path / "smaller")
     monkeypatch.chdir(tmp_path)
+    if '"packed-model"' in text:
+        packed = "export --model.pretrained sparse-model --to packed --bits 8 --output packed-model"
+        assert main(packed.split()) == 0
     exec(code, {})

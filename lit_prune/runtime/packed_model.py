@@ -13,12 +13,12 @@ from lit_prune.checkpoint.packed import PART, entry_of, read_entry
 from lit_prune.errors import InputError
 from lit_prune.internals.transformers import mark_initialized
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.experts import has_fused_experts
+from lit_prune.models.experts import Experts, has_fused_experts
 from lit_prune.models.targets import find_targets
 from lit_prune.ops import PackedMask
 from lit_prune.ops.packing import Kind, float_kind, pack
 from lit_prune.runtime.packed_layers import PackedEmbedding, PackedLinear, TiedHead
-from lit_prune.sharding.parameters import read_weight, to_parameter_layout
+from lit_prune.sharding.parameters import PRUNABLE, read_weight, to_parameter_layout
 
 Bits = Literal[16, 8, 4]
 HeadBits = Literal[16, 8]
@@ -44,8 +44,8 @@ def pack_model(model: Any, masks: Mapping[str, PackedMask], bits: Bits = 16, hea
     Raises:
         InputError: if the model's experts are fused, or it is packed already.
     """
-    if has_fused_experts(model):
-        raise InputError("the model's experts are fused, and packed layers are linear layers: export it as bitmask")
+    if has_fused_experts(model) or any(isinstance(module, Experts) for module in model.modules()):
+        raise InputError("the model has fused experts, which cannot be packed: export it as bitmask")
     if packed_parts(model):
         raise InputError("the model is packed already")
     head_bits = head_bits or (16 if bits == 16 else 8)
@@ -56,15 +56,16 @@ def pack_model(model: Any, masks: Mapping[str, PackedMask], bits: Bits = 16, hea
         mask = masks.get(target.parameter)
         keep = None if mask is None else to_parameter_layout(target.module, mask.unpack())
         _replace(model, target.name, _packed_linear(target.module, keep, bits))
+    tied: dict[str, str] = {}
     if type(embedding) is nn.Embedding:  # others compute more than a look-up
         names = {id(module): name for name, module in model.named_modules()}
         packed = _packed_embedding(embedding, head_bits)
         _replace(model, names[id(embedding)], packed)
         if isinstance(head, nn.Linear) and head.weight is embedding.weight:
+            tied[names[id(head)]] = names[id(embedding)]
             _replace(model, names[id(head)], TiedHead(packed, head.bias))
         elif isinstance(head, nn.Linear):
             _replace(model, names[id(head)], _packed_linear(head, None, head_bits))
-    tied = {name: _name_of(model, module.embedding) for name, module in _heads(model)}
     if tied:
         model.config.tie_word_embeddings = False  # transformers ties parameters only
         model.all_tied_weights_keys = {}
@@ -90,8 +91,10 @@ def prepare(model: Any) -> None:
     modules = dict(model.named_modules())
     for name, layout in layouts.items():
         module: Any = modules.get(name)
-        if module is None or not hasattr(module, "weight") or module.weight.dim() != 2:
+        if not isinstance(module, PRUNABLE) and type(module) is not nn.Embedding:
             raise InputError(f"config.json has a packed layer {name!r}, which the model does not have")
+        if isinstance(module, nn.Embedding) and (layout.masked or layout.kind == "int4"):
+            raise InputError(f"config.json has a packed embedding {name!r} with a mask or 4 bits: neither is possible")
         shape = to_parameter_layout(module, module.weight).shape
         if any(size > own for size, own in zip(layout.shape, shape, strict=True)):
             raise InputError(f"config.json gives {name!r} the shape {list(layout.shape)}, larger than {list(shape)}")
@@ -107,9 +110,10 @@ def prepare(model: Any) -> None:
     modules |= packed_parts(model)
     for head, source in tied.items():
         embedding = modules.get(source)
-        if head not in modules or not isinstance(embedding, PackedEmbedding):
-            raise InputError(f"config.json ties {head!r} to {source!r}, which is no packed embedding of the model")
-        _replace(model, head, TiedHead(embedding, getattr(modules[head], "bias", None)))
+        layer = modules.get(head)
+        if not isinstance(layer, nn.Linear) or not isinstance(embedding, PackedEmbedding):
+            raise InputError(f"config.json ties {head!r} to {source!r}: a head and a packed embedding are needed")
+        _replace(model, head, TiedHead(embedding, layer.bias))
 
 
 def check_packed(model: nn.Module) -> None:
@@ -178,7 +182,3 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, TiedHead]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, TiedHead))
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, each in model.named_modules() if each is module)

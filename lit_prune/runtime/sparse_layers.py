@@ -26,6 +26,7 @@ GAIN = 1.05
 _CACHE = 1 << 26
 """Number of bytes of a layer's copies that are timed in turn, so that weights come from memory, as in a model."""
 _MOST_COPIES = 256
+"""Maximum number of copies; those of small layers may stay in a large cache."""
 Product = Callable[[Tensor], Tensor]
 
 
@@ -105,7 +106,7 @@ def measure_speed(
 
     Layers with a 2:4 mask use the semi-structured form if the device supports it. On a CPU, other layers are
     packed with 16, 8 and 4 bits per kept weight; elsewhere, and without a C++ compiler, they use compressed rows. As in
-    a model, every product reads another copy of the weights, from memory and not from a cache.
+    a model, every product reads another copy of the weights, for layers of usual sizes from memory and not a cache.
 
     Args:
         model: pruned model; not modified.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lit_prune.checkpoint.masks import masks_of
 from lit_prune.checkpoint.save import save_pruned
 from lit_prune.errors import InputError
-from lit_prune.models.experts import has_fused_experts
+from lit_prune.models.experts import has_fused_experts, take_apart
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.ops import PackedMask, Unstructured
@@ -87,7 +87,10 @@ def test_a_packed_model_of_every_family(model_type: str, bits: Bits, tmp_path: P
 def test_fused_experts_are_refused(model_type: str) -> None:
     model = random_model(model_type)
     assert has_fused_experts(model)
-    with pytest.raises(InputError, match="experts are fused"):
+    with pytest.raises(InputError, match="fused experts, which cannot be packed"):
+        pack_model(model, {})
+    take_apart(model)  # as the command line does
+    with pytest.raises(InputError, match="fused experts, which cannot be packed"):
         pack_model(model, {})
 
 
@@ -166,6 +169,9 @@ ENTRIES: dict[str, tuple[Callable[[dict], object], str]] = {
     "no version": (lambda entry: entry.pop("version"), "of version None"),
     "layers": (lambda entry: entry.update(layers=[1]), "without layers, by name"),
     "ties": (lambda entry: entry.update(tied={"lm_head": 1}), "without layers, by name, and tied"),
+    "norm tied": (lambda entry: entry.update(tied={"model.norm": "model.embed_tokens"}), "ties 'model.norm'"),
+    "masked embedding": (lambda entry: entry["layers"]["model.embed_tokens"].update(masked=True), "with a mask or 4"),
+    "4-bit embedding": (lambda entry: entry["layers"]["model.embed_tokens"].update(kind="int4"), "with a mask or 4"),
     "tied to nothing": (lambda entry: entry.update(tied={"lm_head": "x"}), "ties 'lm_head' to 'x'"),
     "unknown": (lambda entry: entry["layers"].update(x=entry["layers"][Q]), "'x', which the model does not have"),
     "norm": (lambda entry: entry["layers"].update({"model.norm": entry["layers"][Q]}), "does not have"),
@@ -196,7 +202,7 @@ def test_a_damaged_entry_is_refused_in_one_line(
 
 
 def test_ten_thousand_damages_are_refused_or_harmless(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
-    """A flipped bit in a mask, a length or a scale: refused, or another weight of the same size."""
+    """One or two flipped bits in a mask or a scale: refused, or another weight of the same size."""
     model = tiny_model()
     pack_model(model, pruned(model), 8)
     layer = next(module for module in model.modules() if isinstance(module, PackedLinear))
