@@ -234,6 +234,24 @@ def test_a_pruned_folder_is_exported_in_every_format(tmp_path: Path, capsys: pyt
     fails_with("masks are asked of 'random'", capsys, "export", "-c", config, "--output", str(tmp_path / "none"))
 
 
+def test_a_pruned_folder_is_packed_and_made_dense_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruned, packed, dense = (str(tmp_path / name) for name in ("pruned", "packed", "dense"))
+    config = write_config(tmp_path)
+    assert main(["prune", "-c", config, "--output", pruned]) == 0
+    given = ["-c", config, "--model.config", "null", "--model.pretrained"]
+    fails_with("bits and head_bits are for --to packed", capsys, "export", *given, pruned, "--bits", "8")
+    assert main(["export", *given, pruned, "--to", "packed", "--output", packed]) == 0
+    assert main(["test", *given, packed]) == 0
+    fails_with("it is packed; name a model to compare it --against", capsys, "speed", *given, packed)
+    fails_with("nothing to prune", capsys, "prune", *given, packed, "--output", str(tmp_path / "none"))
+    assert main(["export", *given, packed, "--output", dense]) == 0
+    before, after = (load_model(folder).state_dict() for folder in (pruned, dense))
+    for name, weight in before.items():  # what is packed is rounded to float16, and norms are not
+        assert torch.equal(after[name], weight) or torch.equal(after[name], weight.half().to(weight.dtype))
+    assert all(torch.equal(mask.bits, load_masks(pruned)[name].bits) for name, mask in load_masks(dense).items())
+    assert read_json(Path(dense) / "pruning.json") == read_json(Path(pruned) / "pruning.json")
+
+
 def check_report(folder: Path) -> None:
     """Raise where a folder's pruning.json is not what its schema says."""
     jsonschema.validate(read_json(folder / "pruning.json"), read_json(SCHEMA))

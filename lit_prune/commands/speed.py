@@ -11,6 +11,7 @@ from rich.console import Console
 from lit_prune.checkpoint.files import write_json
 from lit_prune.checkpoint.masks import load_masks
 from lit_prune.checkpoint.outputs import check_file
+from lit_prune.checkpoint.packed import is_packed
 from lit_prune.commands.output import check_sparse, on_device, refuse_lazy
 from lit_prune.errors import InputError
 from lit_prune.options import as_list
@@ -58,6 +59,10 @@ def speed(
 
 
 def _of_layers(trainer: PruningTrainer, model: LitCausalLM, tokens: Sequence[int]) -> list[Speed]:
+    if is_packed(model.pretrained):
+        raise InputError(
+            f"model.pretrained is {model.pretrained!r}: it is packed; name a model to compare it --against"
+        )
     masks = load_masks(model.pretrained)
     model.configure_model()
     check_sparse(model.model, masks, model.pretrained)

@@ -35,7 +35,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
     ]
     name, blocks = max(outermost, key=lambda item: _linear_weights(item[1]), default=("", nn.ModuleList()))
     if not _linear_weights(blocks):
-        raise InputError(f"{type(model).__name__} has no list of decoder blocks with linear layers: nothing to prune")
+        raise InputError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers: nothing to prune (if it "
+            "is packed, lit-prune export --to hf makes it dense)"
+        )
     return [Block(index, f"{name}.{index}", module) for index, module in enumerate(blocks)]
 
 
