@@ -85,7 +85,8 @@ def compared() -> dict[str, Row]:
         found += [Row(method, fraction) for method in reversed(METHODS)]
         found += [Row("ADMM", fraction, units) for units in ("channels and heads", "blocks")]
         found += [Row("ADMM", fraction, "channels", name) for name in ALLOCATORS if name]
-    found += [Row("ADMM", 0.1, "heads")]
+    found += [Row("ADMM", 0.1, "heads"), Row("ADMM corrected", 0.2, "channels and heads")]
+    found += [Row("ADMM corrected", 0.2, "channels", "measured")]
     return {str(row): row for row in found}
 
 
