@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -59,6 +60,8 @@ _SCHEDULE_HELP = "Optimizer steps at which fit prunes; null = once, at the start
 
 _UNKNOWN_SUBCOMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)'")
 _UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)")
+_PATIENCE = timedelta(seconds=20)
+"""Time in which the first process meets the mistake of another one, or never."""
 _SEEDS = 2**32
 """Number of valid seeds; NumPy's limit."""
 
@@ -223,7 +226,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         message, status = explain(error)
-        if not _printed_by_another(message):
+        if not _printed_by_first(message):
             kind = "" if message == PEER_GONE else "error: "  # the other process has printed the error
             print(f"lit-prune: {kind}{printable(message)}", file=sys.stderr)
         return status
@@ -233,14 +236,24 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _printed_by_another(message: str) -> bool:
-    """Return whether another process on this host has printed the same message: all processes meet most mistakes."""
+def _printed_by_first(message: str) -> bool:
+    """Return whether the first process on this host prints the same message: all processes meet most mistakes.
+
+    The others wait for it, in the store of their group, and print the message themselves if it does not come.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
+    key = f"lit_prune/{gethostname()}/{message}"
     try:
-        return default_store().add(f"lit_prune/{gethostname()}/{message}", 1) > 1
-    except RuntimeError:  # the first process, which keeps the store, has ended with an error of its own
-        return True
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            default_store().set(key, "")
+            return False
+        default_store().wait([key], _PATIENCE)
+    except distributed.DistStoreError:  # too late
+        return False
+    except RuntimeError:  # the process that keeps the store has ended, and printed an error of its own
+        return os.environ.get("LOCAL_RANK", "0") != "0"
+    return True
 
 
 def _compare(arguments: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from io import StringIO
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from lit_prune.reporting.report import PruningReport, weighted
@@ -60,7 +60,8 @@ def speed_table(figures: Iterable[Speed]) -> Table:
     """Return a table of the timings of layers in dense and sparse form."""
     table = Table(title="One layer of each shape")
     for column in ("layer", "outputs x inputs", "zeros", "tokens", "form", "dense ms", "sparse ms", ""):
-        table.add_column(column, justify="left" if column in ("layer", "form", "") else "right")
+        justify: JustifyMethod = "left" if column in ("layer", "form", "") else "right"
+        table.add_column(column, justify=justify, no_wrap=column.endswith(" ms"))
     for figure in figures:
         table.add_row(
             figure.layer.rsplit(".", 1)[-1],

@@ -160,8 +160,8 @@ def _sparse_forms(weight: Tensor, mask: PackedMask) -> dict[str, tuple[Callable[
     if is_two_of_four(mask) and _has_semi_structured(weight):
         return {SEMI_STRUCTURED: (lambda: _dense(to_sparse_semi_structured(weight)), weight.nbytes // 2)}
     if weight.device.type == "cpu" and library():
-        kinds: tuple[Kind, ...] = (float_kind(weight), "int8", "int4")
-        packed = {f"packed, {kind}": pack(weight, mask.unpack(), kind) for kind in kinds}
+        kinds: dict[str, Kind] = {"16 bits": float_kind(weight), "8 bits": "int8", "4 bits": "int4"}
+        packed = {form: pack(weight, mask.unpack(), kind) for form, kind in kinds.items()}
         return {form: (lambda w=w: _packed(w), w.nbytes) for form, w in packed.items()}  # type: ignore[misc]
     return {CSR: (lambda: _compressed_rows(weight), weight.nbytes)}
 

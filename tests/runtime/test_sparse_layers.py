@@ -32,10 +32,10 @@ def test_the_sparse_forms_compute_the_same(compiler: bool, monkeypatch: pytest.M
     weight[:, 0] = 7  # so that the integers of every form have the scale 1 / 1, 7 / 127 or 1
     inputs = torch.randint(-127, 128, (3, 8)).float()
     forms = sparse_layers._sparse_forms(weight, PackedMask.pack(weight != 0))
-    assert list(forms) == (["packed, float16", "packed, int8", "packed, int4"] if compiler else ["CSR"])
+    assert list(forms) == (["16 bits", "8 bits", "4 bits"] if compiler else ["CSR"])
     for form, (make, size) in forms.items():
         sizes = inputs.abs() @ weight.abs().T
-        if form in ("CSR", "packed, float16"):
+        if form in ("CSR", "16 bits"):
             check_sums(make()(inputs), inputs @ weight.T, 8, sizes)
         else:  # half a step of 7 / 127, and the rounding of inputs, which are whole already or not
             assert ((make()(inputs) - inputs @ weight.T).abs() <= 0.01 * sizes.amax()).all()
@@ -59,11 +59,8 @@ def test_sparse_rows_in_half_precision_are_refused_on_cpus(
 ) -> None:
     model = tiny_model().bfloat16()
     report = prune(model, [], PruningPlan(Unstructured(0.5), Magnitude(), output_error=False))
-    assert {figure.form for figure in measure_speed(model, report.masks, tokens=(1,), seconds=0.001)} == {
-        "packed, bfloat16",
-        "packed, int8",
-        "packed, int4",
-    }
+    figures = measure_speed(model, report.masks, tokens=(1,), seconds=0.001)
+    assert {figure.form for figure in figures} == {"16 bits", "8 bits", "4 bits"}
     monkeypatch.setattr(sparse_layers, "library", lambda: None)
     with pytest.raises(InputError, match=r"the model is in torch\.bfloat16 on cpu: torch multiplies .* float32"):
         measure_speed(model, report.masks, tokens=(1,), seconds=0.001)
