@@ -102,6 +102,11 @@ class Prune(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ``InputError`` if the schedule outlasts the training; prune if a pruning is due at step 0."""
+        if self.plan.quantize:
+            raise InputError(
+                "plan.quantize rounds weights to a grid, and training moves them off it: leave it out, and quantise "
+                "the trained model with lit-prune prune"
+            )
         if self.plan.removes_blocks:
             raise InputError(
                 "plan.pattern.units is [blocks]: remove blocks with lit-prune prune first, and train the smaller model"

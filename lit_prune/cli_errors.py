@@ -17,7 +17,7 @@ import lit_prune.callbacks
 import lit_prune.training
 from lit_prune.allocators import METHODS as ALLOCATORS
 from lit_prune.errors import DiskError, InputError, NumericalError, first_line
-from lit_prune.pruning import Reconstruction
+from lit_prune.pruning import Quantize, Reconstruction
 from lit_prune.scorers import METHODS as SCORERS
 from lit_prune.solvers import METHODS as SOLVERS
 
@@ -26,6 +26,7 @@ _KNOWN = {
     "plan.solver": list(SOLVERS),
     "plan.allocator": list(ALLOCATORS),
     "plan.reconstruction": [Reconstruction.__name__],
+    "plan.quantize": [Quantize.__name__],
 }
 PEER_GONE = "another process ended; its error is above"
 """Message of a process that waited in vain for another one."""

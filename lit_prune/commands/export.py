@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lit_prune.checkpoint.masks import masks_of
 from lit_prune.checkpoint.outputs import check_output
@@ -48,7 +48,8 @@ def export(
             bit per weight: bitmask (lossless; lit_prune.load_model reads it) or packed (computes without being
             unpacked, and faster; transformers opens it after import lit_prune).
         shard_size: Maximum file size for hf-sharded, such as 1GB.
-        bits: Bits per kept weight for packed: 16, 8 or 4, rounded to nearest; null = 16.
+        bits: Bits per kept weight for packed: 16, 8 or 4, rounded to nearest; null = those that plan.quantize rounded
+            to, which loses nothing, else 16.
         head_bits: Bits per weight of embedding and head for packed; null = 16 for 16 bits, else 8.
         overwrite: Replace the folder if it exists.
         trust: Load the checkpoint even if it holds more than tensors and plain data, which may run code.
@@ -65,6 +66,7 @@ def export(
         report = PruningReport.from_dict(kept, by_layer(masks), f"the report in {checkpoint!r}") if kept else None
     else:
         report = read_report(model.pretrained, masks)
+    quantised = cast(Bits | None, report.bits) if report and not read else None
     model.configure_model()
     if packed_parts(model.model):
         if read:
@@ -90,6 +92,6 @@ def export(
         if to == "bitmask" and not masks:
             raise InputError("to is 'bitmask': a model that became smaller has no zeros to leave out; make it hf")
         folder = save_pruned(
-            output, whole, tokenizer, masks, documents, overwrite, to, shard_size, bits or 16, head_bits
+            output, whole, tokenizer, masks, documents, overwrite, to, shard_size, bits or quantised or 16, head_bits
         )
     show(trainer, [], folder)

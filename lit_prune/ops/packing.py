@@ -13,16 +13,12 @@ from torch.nn.functional import pad
 
 from lit_prune.errors import InputError
 from lit_prune.ops.masks import PackedMask
+from lit_prune.ops.quantization import CHUNK, Grid
 
 Kind = Literal["bfloat16", "float16", "int8", "int4"]
 """Type of the kept values; the integers are symmetric, with a scale per row (int8) or per chunk of a row (int4)."""
-CHUNK = 64
-"""Number of inputs to which rows are padded, and that share a scale of 4-bit values."""
 SLACK = 64
 """Number of unused bytes at the end of the values, so that a kernel may read whole vectors."""
-_LARGEST = {"int8": 127, "int4": 7}
-_CLIPS = torch.linspace(1.0, 0.7, 11)
-"""Fractions of the largest 4-bit value at which the others may be clipped."""
 _STORED = {"bfloat16": torch.int16, "float16": torch.int16, "int8": torch.int8, "int4": torch.uint8}
 _FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,8 +84,8 @@ class PackedWeight:
     follow one another, then those of the next row; 4-bit values are stored two per byte, the low half first, and every
     row starts at a byte. A weight is its value times its scale.
 
-    Example: the row ``(0, 3, 0, -1)`` with int8 values has the scale 3 / 127, the values ``(127, -42)`` and the mask
-    byte ``0b1010``, followed by seven zero bytes.
+    Example: the row ``(0, 3, 0, -1)`` with int8 values has the scale -1/32, the values ``(-96, 32)`` and the mask byte
+    ``0b1010``, followed by seven zero bytes.
     """
 
     layout: Layout
@@ -176,7 +172,7 @@ class PackedWeight:
 
 
 def pack(weight: Tensor, keep: Tensor | None, kind: Kind) -> PackedWeight:
-    """Pack a weight, with its values rounded to nearest.
+    """Pack a weight, with its values rounded to nearest; one that is on a grid of this kind stays as it is.
 
     Args:
         weight: ``[o, i]``, any float dtype.
@@ -188,7 +184,8 @@ def pack(weight: Tensor, keep: Tensor | None, kind: Kind) -> PackedWeight:
     weight = pad(weight.float(), padding)
     bits = None if keep is None else pad(keep, padding)
     weight = weight if bits is None else weight.masked_fill(~bits, 0.0)
-    numbers, scales = _rounded(weight, kind)
+    grid = Grid.of(weight, kind) if kind in ("int8", "int4") else None
+    numbers = grid.levels(weight) if grid else weight
     kept = numbers.flatten() if bits is None else numbers[bits]
     if kind == "int4":
         counts = torch.full((outputs,), weight.shape[1]) if bits is None else bits.sum(1)
@@ -198,7 +195,7 @@ def pack(weight: Tensor, keep: Tensor | None, kind: Kind) -> PackedWeight:
     empty = torch.zeros(0, 0, dtype=torch.uint8, device=weight.device)
     mask = empty if bits is None else PackedMask.pack(bits).bits.reshape(outputs, -1)
     layout = Layout(kind, (outputs, inputs), len(stored), keep is not None)
-    raw = empty.to(torch.int16) if scales is None else scales.view(torch.int16)
+    raw = grid.scales.view(torch.int16) if grid else empty.to(torch.int16)
     return PackedWeight(layout, stored, mask, raw)
 
 
@@ -211,32 +208,6 @@ def float_kind(weight: Tensor) -> Kind:
 def mask_bits(mask: Tensor) -> Tensor:
     """Return the bits of bytes, uint8 ``[o, b]``, as bool ``[o, 8 b]``, the least significant first."""
     return PackedMask(mask.flatten(), (mask.shape[0], 8 * mask.shape[1])).unpack()
-
-
-def _rounded(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
-    """Return the values of a padded weight ``[o, w]`` before they are stored, and the scales, bfloat16 ``[o, g]``."""
-    if kind in _FLOATS:
-        return weight, None
-    groups = weight.unsqueeze(1) if kind == "int8" else weight.reshape(len(weight), -1, CHUNK)
-    scales = groups.abs().amax(-1, keepdim=True) / _LARGEST[kind]
-    if kind == "int4":
-        scales = _clipped(groups, scales)
-    scales = scales.bfloat16()
-    return _to_grid(groups, scales.float(), kind).reshape(weight.shape), scales.squeeze(-1)
-
-
-def _clipped(groups: Tensor, scales: Tensor) -> Tensor:
-    """Return the scales of 4-bit values with the least squared error, among some that clip the largest values."""
-    best, least = scales, torch.full_like(scales, torch.inf)
-    for clip in _CLIPS.tolist():
-        tried = (scales * clip).bfloat16().float()
-        error = (_to_grid(groups, tried, "int4") * tried - groups).square().sum(-1, keepdim=True)
-        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
-    return best
-
-
-def _to_grid(groups: Tensor, scales: Tensor, kind: Kind) -> Tensor:
-    return (groups / scales).nan_to_num_(0.0).round_().clamp_(-_LARGEST[kind], _LARGEST[kind])
 
 
 def _in_pairs(values: Tensor, counts: Tensor) -> Tensor:

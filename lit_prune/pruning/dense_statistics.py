@@ -110,7 +110,7 @@ class DenseModel:
         pattern: Pattern,
     ) -> float:
         """Prune a block's targets with the draft solver and return its output error; then restore the dense weights."""
-        draft = replace(self.plan, pattern=pattern, solver=self.plan.solver.draft(), output_error=False)
+        draft = replace(self.plan, pattern=pattern, solver=self.plan.solver.draft(), output_error=False, quantize=None)
         with weights_restored([target.module for target in targets]):
             solver = self.solver(draft, dict.fromkeys((target.name for target in self.targets), pattern.sparsity))
             mine = self.solved(targets)

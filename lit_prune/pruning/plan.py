@@ -17,6 +17,7 @@ from lit_prune.errors import InputError, NumericalError, first_line
 from lit_prune.models.blocks import Block, find_blocks
 from lit_prune.models.targets import Patterns, Target, as_layer, as_patterns, find_targets
 from lit_prune.ops import NM, LayerStats, PackedMask, Pattern, Structured
+from lit_prune.pruning.quantization import Quantize
 from lit_prune.pruning.reconstruction import Reconstruction
 from lit_prune.scorers import Scorer
 from lit_prune.solvers import Solver, Zero
@@ -56,6 +57,8 @@ class PruningPlan:
     calibration set, and one more matrix product per Gram matrix."""
     reconstruction: Reconstruction | None = None
     """Training of each pruned block to match the outputs of the dense block; null = none."""
+    quantize: Quantize | None = None
+    """Rounding of the kept weights to 8 or 4 bits, for a packed model; null = none."""
     include: Patterns = ("*",)
     """Shell patterns over module names: which linear layers of the decoder blocks to prune."""
     exclude: Patterns = ()
@@ -106,6 +109,15 @@ class PruningPlan:
                 "plan.propagate is 'dense': correction and reconstruction compensate for what pruned blocks do to the "
                 "inputs of later ones, so they need 'pruned'"
             )
+        if self.quantize and self.reconstruction:
+            raise InputError(
+                "plan.quantize rounds weights to a grid, and plan.reconstruction trains them off it: leave out one"
+            )
+        if self.quantize and isinstance(self.pattern, Structured):
+            raise InputError(
+                "plan.quantize is set, and a Structured pattern removes inputs from the groups that share a scale: "
+                "quantise the smaller model in a second run, at plan.pattern Unstructured with sparsity 0"
+            )
         if self.sequential is not None and not isinstance(self.sequential, bool):
             raise InputError(f"plan.sequential is {self.sequential!r}: it must be true, false or null")
         if self.residual_correction and self.sequential is False:
@@ -123,9 +135,10 @@ class PruningPlan:
             ("allocator", Allocator, "AlphaPruning()"),
             ("solver", Solver, "SparseGPT()"),
             ("reconstruction", Reconstruction, "Reconstruction()"),
+            ("quantize", Quantize, "Quantize(4)"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kind) and not (value is None and name in ("scorer", "reconstruction")):
+            if not isinstance(value, kind) and not (value is None and name in ("scorer", "reconstruction", "quantize")):
                 raise InputError(
                     f"plan.{name} is {value!r}: it must be a {kind.__name__}, such as {example}; a whole plan is "
                     'PruningPlan(Unstructured(0.5), scorer=Wanda()), and on the command line "--plan wanda"'
@@ -134,7 +147,7 @@ class PruningPlan:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that calibration must collect; empty = no data is needed."""
-        needs = self.method_needs | ({"gram"} if self.output_error else set())
+        needs = self.method_needs | ({"gram"} if self.output_error or self.quantize else set())
         needs |= {"gram", "drift"} if self.correction else set()
         return needs | {"gram", "output_target"} if self.residual_correction else needs
 
@@ -167,6 +180,10 @@ class PruningPlan:
     def needs_reference(self) -> bool:
         """Whether the dense model's hidden states are propagated as well."""
         return bool(self.correction or self.residual_correction) or self.reconstruction is not None
+
+    def flops(self, outputs: int, inputs: int) -> float:
+        """Return the floating-point operations to solve one layer, without those that layers of one input share."""
+        return self.solver.flops(outputs, inputs) + (self.quantize.flops(outputs, inputs) if self.quantize else 0)
 
     def at(self, sparsity: float) -> PruningPlan:
         """Return a copy of the plan at another sparsity."""
@@ -237,17 +254,20 @@ class PruningPlan:
     def solve(
         self, name: str, weight: Tensor, stats: LayerStats, pattern: Pattern, allowed: Tensor | None = None
     ) -> Solution:
-        """Score and solve one layer; raise a ``NumericalError`` that names the layer on failure."""
+        """Score, solve and quantise one layer; raise a ``NumericalError`` that names the layer on failure."""
         try:
             score = self.scorer.score(weight, stats) if self.scorer else None
-            return self.solver.solve(weight, stats, pattern, score, allowed)
+            solution = self.solver.solve(weight, stats, pattern, score, allowed)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
+        if self.quantize is None:
+            return solution
+        return solution._replace(weight=self.quantize.round(*solution, weight, stats.gram))
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain data: class paths and arguments, as in YAML."""
         described = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("pattern", "scorer", "allocator", "solver", "reconstruction"):
+        for name in ("pattern", "scorer", "allocator", "solver", "reconstruction", "quantize"):
             described[name] = _described(described[name]) if described[name] is not None else None
         return {**described, "include": list(self.include), "exclude": list(self.exclude)}
 

@@ -164,7 +164,7 @@ def count_work(
         else:
             of_drift = 2 * inputs**2 * bool(plan.correction)
         of_gram = inputs * (inputs + 1) + of_drift
-        of_solve = plan.solver.shared_flops(inputs) + sum(plan.solver.flops(*sizes[name]) for name in group)
+        of_solve = plan.solver.shared_flops(inputs) + sum(plan.flops(*sizes[name]) for name in group)
         draft = plan.solver.draft()
         trial = draft.shared_flops(inputs) + _TRIALS * sum(draft.flops(*sizes[name]) for name in group)
         gram += (of_gram * tokens + inputs**2 * observed * tried) if "gram" in plan.needs else 0

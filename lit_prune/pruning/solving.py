@@ -49,7 +49,12 @@ class LayerSolver:
         failed: Exception | None = None
         for target in targets:
             mine = stats.pop(target.name)
-            needed = read_again or self.plan.output_error or any(map(mine.shares_inputs, stats.values()))
+            needed = (
+                read_again
+                or self.plan.output_error
+                or self.plan.quantize
+                or any(map(mine.shares_inputs, stats.values()))
+            )
             if self.plan.solver.takes_gram and not needed:
                 mine.mark_last_use()
             if owners[target.name] == collectives.rank() and failed is None:
@@ -86,8 +91,7 @@ class LayerSolver:
         return {targets[index].name: owner for group, owner in owners for index in group}
 
     def _flops(self, group: Sequence[Target]) -> float:
-        solver = self.plan.solver
-        return solver.shared_flops(group[0].shape[1]) + sum(solver.flops(*target.shape) for target in group)
+        return self.plan.solver.shared_flops(group[0].shape[1]) + sum(self.plan.flops(*t.shape) for t in group)
 
     def _prune_layer(self, target: Target, stats: LayerStats) -> LayerReport:
         start = time.perf_counter()

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, TypedDict, get_type_hints
+from typing import Any, NotRequired, TypedDict, get_type_hints
 
 import psutil
 import torch
@@ -252,6 +252,7 @@ class _Plan(TypedDict):
     allocator: _Method
     solver: _Method
     reconstruction: _Method | None
+    quantize: NotRequired[_Method | None]
     correction: float
 
 
@@ -319,6 +320,12 @@ class PruningReport:
     def kept(self) -> dict[str, Kept]:
         """What every layer keeps of its weight, by layer name, if the pattern is structured; else empty."""
         return {layer.name: layer.kept for layer in self.layers if layer.kept}
+
+    @property
+    def bits(self) -> int | None:
+        """Number of bits to which the kept weights are rounded; None if they are not."""
+        quantize = self.identity["plan"].get("quantize")
+        return quantize["init_args"].get("bits") if quantize else None
 
     @property
     def removed_blocks(self) -> list[int]:
@@ -423,6 +430,8 @@ class PruningReport:
         identity = {name: parts[name] for name in _IDENTITY}
         typed({name: value for name, value in identity["plan"].items() if name in _Plan.__annotations__}, _Plan, "plan")
         report = cls(identity, **{name: value for name, value in parts.items() if name not in _BESIDE})
+        if identity["plan"].get("quantize") and report.bits not in (8, 4):
+            raise ValueError(f"plan.quantize has {report.bits!r:.80} bits: 8 or 4 are possible")
         structured = identity["plan"]["pattern"]["class_path"] == "Structured"
         report.layers = [
             _layer(f"layers[{place}]", layer, masks, structured) for place, layer in enumerate(parts["layers"])

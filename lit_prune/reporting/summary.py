@@ -19,6 +19,7 @@ def method(report: PruningReport) -> str:
     beta = plan.get("residual_correction")  # reports of older versions have neither
     how += [f"residual correction {beta}"] if beta else []
     how += ["two passes"] if plan.get("sequential") is False else []
+    how += [f"{report.bits} bits"] if report.bits else []
     return ", ".join([*how, *(["reconstruction"] if report.reconstructions else [])])
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lit_prune.ops.packing import CHUNK, Layout, PackedWeight
+from lit_prune.ops.packing import Layout, PackedWeight
+from lit_prune.ops.quantization import CHUNK
 from lit_prune.runtime.cpu_kernel import MOST_TOKENS, CpuKernel, library
 
 _TILE = 1 << 18

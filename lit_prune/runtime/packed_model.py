@@ -32,8 +32,9 @@ def pack_model(model: Any, masks: Mapping[str, PackedMask], bits: Bits = 16, hea
     >>> pack_model(model, load_masks("out/sparse"), bits=8)  # doctest: +SKIP
     >>> model.save_pretrained("out/packed")  # doctest: +SKIP
 
-    Layers with a mask store their kept weights only; norms, biases and position embeddings stay as they are. A head
-    that is tied to the embedding stays so. Values of 8 and 4 bits are rounded to nearest.
+    Layers with a mask that prunes anything store their kept weights only; norms, biases and position embeddings stay
+    as they are. A head that is tied to the embedding stays so. Values of 8 and 4 bits are rounded to nearest, and stay
+    as they are if ``plan.quantize`` has rounded them.
 
     Args:
         model: causal language model of transformers whose pruned weights are exactly zero.
@@ -54,7 +55,7 @@ def pack_model(model: Any, masks: Mapping[str, PackedMask], bits: Bits = 16, hea
     targets = find_targets(model, find_blocks(model))
     for target in targets:
         mask = masks.get(target.parameter)
-        keep = None if mask is None else to_parameter_layout(target.module, mask.unpack())
+        keep = None if mask is None or mask.kept == mask.numel else to_parameter_layout(target.module, mask.unpack())
         _replace(model, target.name, _packed_linear(target.module, keep, bits))
     tied: dict[str, str] = {}
     if type(embedding) is nn.Embedding:  # others compute more than a look-up

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.ops.packing import CHUNK, SLACK, Kind, Layout, PackedWeight, float_kind, pack
+from lit_prune.ops.packing import SLACK, Kind, Layout, PackedWeight, float_kind, pack
+from lit_prune.ops.quantization import CHUNK
 
 KINDS: tuple[Kind, ...] = ("bfloat16", "float16", "int8", "int4")
 SHAPES = [(1, 1), (3, 7), (5, 64), (7, 200), (4, 130)]
@@ -24,17 +25,16 @@ def sparse(shape: tuple[int, int], sparsity: float, seed: int = 0) -> tuple[Tens
 
 def test_the_parts_of_a_small_weight() -> None:
     # Two rows of three inputs, one byte of eight for the mask and padded to 64 inputs:
-    #   ( 0  4  2)   keeps inputs 1 and 2: 0b110; scale 4 / 127 is 0.03149 in bfloat16 (8 bits: 0.031494140625)
-    #   (-1  0  0)   keeps input 0:        0b001; scale 1 / 127 is 0.007874
-    # so the values are 4 / 0.031494 = 127, 2 / 0.031494 = 63.5, to even 64 (63.5039 rounds up), and -127.
+    #   ( 0  4  2)   keeps inputs 1 and 2: 0b110; -64 and -32 steps of -1/16, the finest grid with both
+    #   (-1  0  0)   keeps input 0:        0b001; -64 steps of 1/64
     weight = torch.tensor([[0.0, 4.0, 2.0], [-1.0, 0.0, 0.0]])
     packed = pack(weight, weight != 0, "int8")
-    assert packed.values[:3].tolist() == [127, 64, -127] and len(packed.values) == 3 + SLACK
+    assert packed.values[:3].tolist() == [-64, -32, -64] and len(packed.values) == 3 + SLACK
     assert packed.mask[:, 0].tolist() == [0b110, 0b001] and not packed.mask[:, 1:].any()
     assert packed.offsets().tolist() == [0, 2]
-    # In 4 bits, 4 / 7 and 1 / 7 are the scales: 7, 3.5 (to even: 4), one byte 0x47; -7 = 0b1001, alone in its byte.
+    # In 4 bits: -8 and -4 steps of -1/2, 0b1000 and 0b1100 in one byte; -8 steps of 1/8, alone in its byte.
     halves = pack(weight, weight != 0, "int4")
-    assert halves.values[:2].tolist() == [0x47, 0x09] and halves.offsets().tolist() == [0, 1]
+    assert halves.values[:2].tolist() == [0xC8, 0x08] and halves.offsets().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,11 +49,10 @@ def test_what_comes_back_is_rounded_and_as_sparse(kind: Kind, shape: tuple[int, 
     if kind in ("bfloat16", "float16"):
         assert torch.equal(back, weight.to(getattr(torch, kind)).float())
         return
-    scales = packed.scales.view(torch.bfloat16).float()
+    scales = packed.scales.view(torch.bfloat16).float().abs()
     each = scales.repeat_interleave(CHUNK if kind == "int4" else packed.layout.chunks * CHUNK, 1)[:, : shape[1]]
-    # Half a step within the grid. A bfloat16 scale is up to 2^-8 too small, and 4-bit scales clip up to 30 %.
-    largest = {"int8": 127, "int4": 7}[kind] * each
-    clipped = (weight.abs() - largest).clamp_min(0)
+    # Half a step within the grid; the chosen scales of 4-bit values may clip.
+    clipped = (weight.abs() - {"int8": 127, "int4": 7}[kind] * each).clamp_min(0)
     assert ((back - weight).abs() <= torch.maximum(each * 0.5001, clipped * 1.0001)).all()
 
 
@@ -67,9 +66,8 @@ def test_every_weight_packs_and_its_unpacked_form_packs_to_the_same(
     packed = pack(weight, keep if masked else None, kind)
     packed.check("layer")
     assert packed.layout.parts()["values"][0] == tuple(packed.values.shape)
-    if kind in ("bfloat16", "float16"):
-        again = pack(packed.unpack(), keep if masked else None, kind)
-        assert all(torch.equal(getattr(again, part), getattr(packed, part)) for part in ("values", "mask", "scales"))
+    again = pack(packed.unpack(), keep if masked else None, kind)
+    assert torch.equal(again.unpack(), packed.unpack()) and torch.equal(again.mask, packed.mask)
 
 
 def test_bits_per_weight() -> None:
