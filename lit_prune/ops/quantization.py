@@ -16,7 +16,7 @@ Integers = Literal["int8", "int4"]
 CHUNK = 64
 """Number of inputs that share a scale of 4-bit values."""
 _LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}
-_TRIED = {"int8": (1.0,), "int4": tuple(torch.linspace(8 / 7, 0.65, 12).tolist())}
+_TRIED = {"int8": (1.0,), "int4": (8 / 7, 15 / 14, *torch.linspace(1.0, 0.65, 8).tolist())}
 """Tried scales, as multiples of the one that puts the largest value of a group on the lowest level: with 4 bits, from
 the one that puts it on the next level to one that clips a third of it."""
 _LARGEST = 64
