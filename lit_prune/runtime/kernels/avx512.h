@@ -1,0 +1,215 @@
+// The form for AVX-512 with VBMI2 and VNNI: one instruction moves the kept values of a chunk to their places.
+
+#pragma once
+
+#include "packed.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")))
+#define AVX512_INLINE AVX512 __attribute__((always_inline)) inline
+
+namespace packed {
+
+constexpr int AHEAD = 4096;  // bytes of values that are fetched before they are needed
+
+// To unpack 4-bit values: which bytes, and how far each is shifted.
+struct HalvesTables {
+    alignas(64) uint8_t bytes[64];      // eight values begin in byte 4 q and end in byte 4 q + 4 at the latest
+    alignas(64) uint8_t shifts[2][64];  // for rows of values that begin with a low or a high half
+
+    HalvesTables() {
+        for (int j = 0; j < 64; j++) {
+            bytes[j] = uint8_t(j / 8 * 4 + j % 8);
+            for (int odd = 0; odd < 2; odd++) shifts[odd][j] = uint8_t((4 * (j % 8) + 4 * odd - 4) & 63);
+        }
+    }
+};
+const HalvesTables HALVES;
+
+struct Avx512 {
+    static constexpr const char* NAME = "AVX-512";
+
+    static bool available() {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+               __builtin_cpu_supports("popcnt");
+    }
+
+    AVX512 static void round(const float* x, int inputs, Inputs& in) { round_inputs(x, inputs, in); }
+
+    // Reads a row's values chunk by chunk, 64 bytes at a time, from the end of the values at the latest: see `Weight`.
+    template <bool MASKED, int KIND>
+    struct Reader {
+        const uint8_t* values;
+        const uint8_t* mask;
+        int odd = 0;  // whether the next 4-bit value is in the high half of its byte
+
+        AVX512_INLINE void start(const Weight& w, int row) {
+            values = w.values_of(row);
+            mask = w.mask_of(row);
+        }
+
+        AVX512_INLINE uint64_t next_mask() {
+            uint64_t keep = ~uint64_t(0);
+            _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+            if (MASKED) {
+                std::memcpy(&keep, mask, 8);
+                mask += 8;
+                _mm_prefetch(reinterpret_cast<const char*>(mask) + AHEAD / 4, _MM_HINT_T0);
+            }
+            return keep;
+        }
+
+        // The next 32 inputs' values of 16 bits, by way of memory: that leaves the shuffle unit to the expansion.
+        AVX512_INLINE void next_words(uint32_t keep, __m512& low, __m512& high) {
+            alignas(64) uint8_t words[64];
+            const uint8_t* from = values;
+            if (MASKED) {
+                _mm512_store_si512(words, _mm512_maskz_expand_epi16(keep, _mm512_loadu_si512(values)));
+                from = words;
+            }
+            values += 2 * (MASKED ? __builtin_popcount(keep) : 32);
+            low = widen(from);
+            high = widen(from + 32);
+        }
+
+        AVX512_INLINE static __m512 widen(const uint8_t* from) {
+            const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+            if (KIND == FLOAT16) return _mm512_cvtph_ps(words);
+            return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+        }
+
+        // The next chunk's values as bytes, which for 4 bits are 16 times the values.
+        AVX512_INLINE __m512i next_bytes() {
+            const uint64_t keep = next_mask();
+            const int count = MASKED ? __builtin_popcountll(keep) : CHUNK;
+            __m512i packed;
+            if (KIND == INT8) {
+                packed = _mm512_loadu_si512(values);
+                values += count;
+            } else {
+                packed = unpack_halves();
+                values += (count + odd) / 2;
+                odd = (count + odd) % 2;
+            }
+            return MASKED ? _mm512_maskz_expand_epi8(keep, packed) : packed;
+        }
+
+        // The next 64 values of 4 bits in the high halves of bytes.
+        AVX512_INLINE __m512i unpack_halves() const {
+            const __m512i from = MASKED ? _mm512_loadu_si512(values)
+                                        : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)values));
+            const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(HALVES.bytes), from);
+            const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(HALVES.shifts[odd]), bytes);
+            return _mm512_and_si512(shifted, _mm512_set1_epi8(int8_t(0xf0)));
+        }
+    };
+
+    template <bool MASKED, int KIND, int TOKENS>
+    AVX512 static void rows(const Weight& w, const Inputs& in, float* y, int first, int last) {
+        constexpr int TOGETHER = TOKENS == 1 ? 4 : 2;  // rows at once, to read from several places of the memory
+        int r = first;
+        for (; r + TOGETHER <= last; r += TOGETHER) some_rows<MASKED, KIND, TOKENS, TOGETHER>(w, in, y, r);
+        for (; r < last; r++) some_rows<MASKED, KIND, TOKENS, 1>(w, in, y, r);
+    }
+
+    template <bool MASKED, int KIND, int TOKENS, int ROWS>
+    AVX512_INLINE static void some_rows(const Weight& w, const Inputs& in, float* y, int first) {
+        Reader<MASKED, KIND> readers[ROWS];
+        __m512 sums[ROWS][TOKENS];
+        for (int r = 0; r < ROWS; r++) {
+            readers[r].start(w, first + r);
+            for (int t = 0; t < TOKENS; t++) sums[r][t] = _mm512_setzero_ps();
+        }
+        for (int c = 0; c < w.chunks; c++) {
+            if (is_16_bits(KIND)) {
+                multiply_words(readers, in, c, sums);
+            } else {
+                multiply_bytes(w, readers, in, first, c, sums);
+            }
+        }
+        for (int r = 0; r < ROWS; r++) {
+            const float scale = KIND == INT8 ? w.scale_of(first + r, 0) : 1.0f;
+            for (int t = 0; t < TOKENS; t++) {
+                y[size_t(t) * w.outputs + first + r] = scale * _mm512_reduce_add_ps(sums[r][t]);
+            }
+        }
+    }
+
+    template <bool MASKED, int KIND, int TOKENS, int ROWS>
+    AVX512_INLINE static void multiply_words(
+        Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int chunk, __m512 (&sums)[ROWS][TOKENS]) {
+        for (int r = 0; r < ROWS; r++) {
+            const uint64_t keep = readers[r].next_mask();
+            for (int h = 0; h < 2; h++) {
+                __m512 low, high;
+                readers[r].next_words(uint32_t(keep >> 32 * h), low, high);
+                for (int t = 0; t < TOKENS; t++) {
+                    const float* x = &in.floats[size_t(t) * in.width + chunk * CHUNK + 32 * h];
+                    sums[r][t] = _mm512_fmadd_ps(low, _mm512_loadu_ps(x), sums[r][t]);
+                    sums[r][t] = _mm512_fmadd_ps(high, _mm512_loadu_ps(x + 16), sums[r][t]);
+                }
+            }
+        }
+    }
+
+    template <bool MASKED, int KIND, int TOKENS, int ROWS>
+    AVX512_INLINE static void multiply_bytes(
+        const Weight& w, Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int first, int chunk,
+        __m512 (&sums)[ROWS][TOKENS]) {
+        // The instruction wants unsigned inputs: it gets x + 128, and 128 times the sum of the values is taken off.
+        const __m512i zero = _mm512_setzero_si512(), shift = _mm512_set1_epi8(int8_t(128));
+        __m512i values[ROWS], start[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            values[r] = readers[r].next_bytes();
+            start[r] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, shift, values[r]));
+        }
+        for (int t = 0; t < TOKENS; t++) {
+            const __m512i x = _mm512_loadu_si512(&in.rounded[size_t(t) * in.width + chunk * CHUNK]);
+            double pair;  // the scales of the two halves
+            std::memcpy(&pair, in.scales_of(t, chunk), 8);
+            const __m512i places = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+            const __m512 scales = _mm512_permutexvar_ps(places, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+            for (int r = 0; r < ROWS; r++) {
+                const __m512i total = _mm512_dpbusd_epi32(start[r], _mm512_xor_si512(x, shift), values[r]);
+                const __m512 factor =
+                    KIND == INT8 ? scales : _mm512_mul_ps(scales, _mm512_set1_ps(w.scale_of(first + r, chunk) / 16));
+                sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, sums[r][t]);
+            }
+        }
+    }
+
+    template <bool MASKED, int KIND>
+    AVX512 static void expand(const Weight& w, int first, int last, int inputs, float* out) {
+        for (int r = first; r < last; r++, out += inputs) {
+            Reader<MASKED, KIND> reader;
+            reader.start(w, r);
+            for (int c = 0; c < w.chunks; c++) {
+                __m512 quarters[4];
+                if (is_16_bits(KIND)) {
+                    const uint64_t keep = reader.next_mask();
+                    reader.next_words(uint32_t(keep), quarters[0], quarters[1]);
+                    reader.next_words(uint32_t(keep >> 32), quarters[2], quarters[3]);
+                } else {
+                    alignas(64) int8_t bytes[CHUNK];
+                    _mm512_store_si512(bytes, reader.next_bytes());
+                    const __m512 scale = _mm512_set1_ps(w.scale_of(r, c) / (KIND == INT4 ? 16 : 1));
+                    for (int q = 0; q < 4; q++) {
+                        const __m128i quarter = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16 * q));
+                        quarters[q] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter)), scale);
+                    }
+                }
+                for (int q = 0; q < 4; q++) {
+                    const int at = c * CHUNK + 16 * q, count = inputs - at;
+                    const __mmask16 used = count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1;
+                    _mm512_mask_storeu_ps(out + at, used, quarters[q]);
+                }
+            }
+        }
+    }
+};
+
+}  // namespace packed
+#endif
