@@ -44,14 +44,16 @@ struct Avx2 {
                __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
     }
 
-    AVX2 static void round(const float* x, int inputs, Inputs& in) { round_inputs(x, inputs, in); }
+    AVX2 static void prepare(const Weight& w, const float* x, int inputs, Inputs& in) {
+        is_16_bits(w.kind) ? copy_inputs(x, inputs, in) : round_inputs(x, inputs, in);
+    }
 
     // Reads a row's values, at most 16 bytes at a time, from the end of the values at the latest: see `Weight`.
     template <bool MASKED, int KIND>
     struct Reader {
         const uint8_t* values;
         const uint8_t* mask;
-        int odd = 0;  // whether the next 4-bit value is in the high half of its byte
+        uint64_t half = 0;  // place of the next 4-bit value, in halves of bytes
 
         AVX2_INLINE void start(const Weight& w, int row) {
             values = w.values_of(row);
@@ -59,7 +61,7 @@ struct Avx2 {
         }
 
         AVX2_INLINE void fetch_ahead() const {
-            _mm_prefetch(reinterpret_cast<const char*>(values) + 4096, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(values + half / 2) + 4096, _MM_HINT_T0);
             if (MASKED) _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024, _MM_HINT_T0);
         }
 
@@ -103,11 +105,9 @@ struct Avx2 {
             for (int k = 0; k < 2; k++) {
                 const unsigned bits = MASKED ? *mask++ : 255;
                 uint64_t packed;
-                std::memcpy(&packed, values, 8);
-                parts[k] = _pdep_u64(packed >> 4 * odd, SHUFFLES.halves[bits]);
-                const int count = odd + __builtin_popcount(bits);
-                values += count / 2;
-                odd = count % 2;
+                std::memcpy(&packed, values + half / 2, 8);
+                parts[k] = _pdep_u64(packed >> half % 2 * 4, SHUFFLES.halves[bits]);
+                half += MASKED ? __builtin_popcount(bits) : 8;
             }
             const __m128i signs = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
             return _mm_shuffle_epi8(signs, _mm_set_epi64x(int64_t(parts[1]), int64_t(parts[0])));
@@ -116,31 +116,32 @@ struct Avx2 {
 
     template <bool MASKED, int KIND, int TOKENS>
     AVX2 static void rows(const Weight& w, const Inputs& in, float* y, int first, int last) {
-        constexpr int TOGETHER = TOKENS <= 2 ? 2 : 1;  // rows at once, to read from several places of the memory
-        int r = first;
-        for (; r + TOGETHER <= last; r += TOGETHER) some_rows<MASKED, KIND, TOKENS, TOGETHER>(w, in, y, r);
-        for (; r < last; r++) some_rows<MASKED, KIND, TOKENS, 1>(w, in, y, r);
+        // Several rows at once, far apart: long streams from several places hide the latency of the memory.
+        constexpr int TOGETHER = TOKENS == 1 && !MASKED ? 4 : TOKENS <= 2 ? 2 : 1;
+        const int apart = (last - first) / TOGETHER, rest = first + apart * TOGETHER;
+        for (int r = first; r < first + apart; r++) some_rows<MASKED, KIND, TOKENS, TOGETHER>(w, in, y, r, apart);
+        for (int r = rest; r < last; r++) some_rows<MASKED, KIND, TOKENS, 1>(w, in, y, r, 0);
     }
 
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
-    AVX2_INLINE static void some_rows(const Weight& w, const Inputs& in, float* y, int first) {
+    AVX2_INLINE static void some_rows(const Weight& w, const Inputs& in, float* y, int first, int apart) {
         Reader<MASKED, KIND> readers[ROWS];
         __m256 sums[ROWS][TOKENS];
         for (int r = 0; r < ROWS; r++) {
-            readers[r].start(w, first + r);
+            readers[r].start(w, first + r * apart);
             for (int t = 0; t < TOKENS; t++) sums[r][t] = _mm256_setzero_ps();
         }
         for (int c = 0; c < w.chunks; c++) {
             if (is_16_bits(KIND)) {
                 multiply_words(readers, in, c, sums);
             } else {
-                multiply_bytes(w, readers, in, first, c, sums);
+                multiply_bytes(w, readers, in, first, apart, c, sums);
             }
             for (int r = 0; r < ROWS; r++) readers[r].fetch_ahead();
         }
         for (int r = 0; r < ROWS; r++) {
-            const float scale = KIND == INT8 ? w.scale_of(first + r, 0) : 1.0f;
-            for (int t = 0; t < TOKENS; t++) y[size_t(t) * w.outputs + first + r] = scale * sum_of(sums[r][t]);
+            const float scale = KIND == INT8 ? w.scale_of(first + r * apart, 0) : 1.0f;
+            for (int t = 0; t < TOKENS; t++) y[size_t(t) * w.outputs + first + r * apart] = scale * sum_of(sums[r][t]);
         }
     }
 
@@ -160,14 +161,14 @@ struct Avx2 {
 
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
     AVX2_INLINE static void multiply_bytes(
-        const Weight& w, Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int first, int chunk,
+        const Weight& w, Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int first, int apart, int chunk,
         __m256 (&sums)[ROWS][TOKENS]) {
         const __m256i ones = _mm256_set1_epi16(1);
         for (int h = 0; h < 2; h++) {
             for (int r = 0; r < ROWS; r++) {
                 const __m128i low = readers[r].next_bytes(), high = readers[r].next_bytes();
                 const __m256i values = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-                const float scale = KIND == INT8 ? 1.0f : w.scale_of(first + r, chunk);
+                const float scale = KIND == INT8 ? 1.0f : w.scale_of(first + r * apart, chunk);
                 for (int t = 0; t < TOKENS; t++) {
                     const size_t at = size_t(t) * in.width + chunk * CHUNK + PART * h;
                     const __m256i x = load_bytes(&in.rounded[at]), size = load_bytes(&in.sizes[at]);

@@ -27,6 +27,11 @@ struct HalvesTables {
 };
 const HalvesTables HALVES;
 
+constexpr int32_t EVEN_AND_ODD[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+constexpr int32_t IN_TURN[] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
 struct Avx512 {
     static constexpr const char* NAME = "AVX-512";
 
@@ -37,14 +42,25 @@ struct Avx512 {
                __builtin_cpu_supports("popcnt");
     }
 
-    AVX512 static void round(const float* x, int inputs, Inputs& in) { round_inputs(x, inputs, in); }
+    AVX512 static void prepare(const Weight& w, const float* x, int inputs, Inputs& in) {
+        if (!is_16_bits(w.kind)) return round_inputs(x, inputs, in);
+        copy_inputs(x, inputs, in);
+        if (w.kind != BFLOAT16) return;
+        for (float* pairs = in.floats.data(); pairs < in.floats.data() + in.floats.size(); pairs += 32) {
+            const __m512 low = _mm512_loadu_ps(pairs), high = _mm512_loadu_ps(pairs + 16);
+            _mm512_storeu_ps(pairs, _mm512_permutex2var_ps(low, load_indices(EVEN_AND_ODD), high));
+            _mm512_storeu_ps(pairs + 16, _mm512_permutex2var_ps(low, load_indices(EVEN_AND_ODD + 16), high));
+        }
+    }
+
+    AVX512_INLINE static __m512i load_indices(const int32_t* from) { return _mm512_loadu_si512(from); }
 
     // Reads a row's values chunk by chunk, 64 bytes at a time, from the end of the values at the latest: see `Weight`.
     template <bool MASKED, int KIND>
     struct Reader {
         const uint8_t* values;
         const uint8_t* mask;
-        int odd = 0;  // whether the next 4-bit value is in the high half of its byte
+        uint64_t half = 0;  // place of the next 4-bit value, in halves of bytes
 
         AVX512_INLINE void start(const Weight& w, int row) {
             values = w.values_of(row);
@@ -53,7 +69,7 @@ struct Avx512 {
 
         AVX512_INLINE uint64_t next_mask() {
             uint64_t keep = ~uint64_t(0);
-            _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(values + half / 2) + AHEAD, _MM_HINT_T0);
             if (MASKED) {
                 std::memcpy(&keep, mask, 8);
                 mask += 8;
@@ -62,23 +78,21 @@ struct Avx512 {
             return keep;
         }
 
-        // The next 32 inputs' values of 16 bits, by way of memory: that leaves the shuffle unit to the expansion.
-        AVX512_INLINE void next_words(uint32_t keep, __m512& low, __m512& high) {
-            alignas(64) uint8_t words[64];
-            const uint8_t* from = values;
-            if (MASKED) {
-                _mm512_store_si512(words, _mm512_maskz_expand_epi16(keep, _mm512_loadu_si512(values)));
-                from = words;
-            }
+        // The next 32 inputs' values of 16 bits: of float16 the first 16 and the others, of bfloat16 the even ones and
+        // the odd ones, which `prepare` has done with the inputs too. Both keep work from the unit that expands.
+        AVX512_INLINE void next_words(uint32_t keep, __m512& one, __m512& other) {
+            __m512i words = _mm512_loadu_si512(values);
+            if (MASKED) words = _mm512_maskz_expand_epi16(keep, words);
             values += 2 * (MASKED ? __builtin_popcount(keep) : 32);
-            low = widen(from);
-            high = widen(from + 32);
-        }
-
-        AVX512_INLINE static __m512 widen(const uint8_t* from) {
-            const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-            if (KIND == FLOAT16) return _mm512_cvtph_ps(words);
-            return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+            if (KIND == FLOAT16) {
+                __asm__("" : "+m"(words));  // by way of memory
+                const __m256i* halves = reinterpret_cast<const __m256i*>(&words);
+                one = _mm512_cvtph_ps(_mm256_load_si256(halves));
+                other = _mm512_cvtph_ps(_mm256_load_si256(halves + 1));
+            } else {
+                one = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+                other = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000))));
+            }
         }
 
         // The next chunk's values as bytes, which for 4 bits are 16 times the values.
@@ -91,49 +105,50 @@ struct Avx512 {
                 values += count;
             } else {
                 packed = unpack_halves();
-                values += (count + odd) / 2;
-                odd = (count + odd) % 2;
+                half += count;
             }
             return MASKED ? _mm512_maskz_expand_epi8(keep, packed) : packed;
         }
 
         // The next 64 values of 4 bits in the high halves of bytes.
         AVX512_INLINE __m512i unpack_halves() const {
-            const __m512i from = MASKED ? _mm512_loadu_si512(values)
-                                        : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)values));
+            const uint8_t* at = values + half / 2;
+            const __m512i from = MASKED ? _mm512_loadu_si512(at)
+                                        : _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)at));
             const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(HALVES.bytes), from);
-            const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(HALVES.shifts[odd]), bytes);
+            const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(HALVES.shifts[half % 2]), bytes);
             return _mm512_and_si512(shifted, _mm512_set1_epi8(int8_t(0xf0)));
         }
     };
 
     template <bool MASKED, int KIND, int TOKENS>
     AVX512 static void rows(const Weight& w, const Inputs& in, float* y, int first, int last) {
-        constexpr int TOGETHER = TOKENS == 1 ? 4 : 2;  // rows at once, to read from several places of the memory
-        int r = first;
-        for (; r + TOGETHER <= last; r += TOGETHER) some_rows<MASKED, KIND, TOKENS, TOGETHER>(w, in, y, r);
-        for (; r < last; r++) some_rows<MASKED, KIND, TOKENS, 1>(w, in, y, r);
+        // Several rows at once, far apart: long streams from several places hide the latency of the memory.
+        constexpr int TOGETHER = TOKENS == 1 ? 4 : 2;
+        const int apart = (last - first) / TOGETHER, rest = first + apart * TOGETHER;
+        for (int r = first; r < first + apart; r++) some_rows<MASKED, KIND, TOKENS, TOGETHER>(w, in, y, r, apart);
+        for (int r = rest; r < last; r++) some_rows<MASKED, KIND, TOKENS, 1>(w, in, y, r, 0);
     }
 
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
-    AVX512_INLINE static void some_rows(const Weight& w, const Inputs& in, float* y, int first) {
+    AVX512_INLINE static void some_rows(const Weight& w, const Inputs& in, float* y, int first, int apart) {
         Reader<MASKED, KIND> readers[ROWS];
         __m512 sums[ROWS][TOKENS];
         for (int r = 0; r < ROWS; r++) {
-            readers[r].start(w, first + r);
+            readers[r].start(w, first + r * apart);
             for (int t = 0; t < TOKENS; t++) sums[r][t] = _mm512_setzero_ps();
         }
         for (int c = 0; c < w.chunks; c++) {
             if (is_16_bits(KIND)) {
                 multiply_words(readers, in, c, sums);
             } else {
-                multiply_bytes(w, readers, in, first, c, sums);
+                multiply_bytes(w, readers, in, first, apart, c, sums);
             }
         }
         for (int r = 0; r < ROWS; r++) {
-            const float scale = KIND == INT8 ? w.scale_of(first + r, 0) : 1.0f;
+            const float scale = KIND == INT8 ? w.scale_of(first + r * apart, 0) : 1.0f;
             for (int t = 0; t < TOKENS; t++) {
-                y[size_t(t) * w.outputs + first + r] = scale * _mm512_reduce_add_ps(sums[r][t]);
+                y[size_t(t) * w.outputs + first + r * apart] = scale * _mm512_reduce_add_ps(sums[r][t]);
             }
         }
     }
@@ -144,12 +159,12 @@ struct Avx512 {
         for (int r = 0; r < ROWS; r++) {
             const uint64_t keep = readers[r].next_mask();
             for (int h = 0; h < 2; h++) {
-                __m512 low, high;
-                readers[r].next_words(uint32_t(keep >> 32 * h), low, high);
+                __m512 one, other;
+                readers[r].next_words(uint32_t(keep >> 32 * h), one, other);
                 for (int t = 0; t < TOKENS; t++) {
                     const float* x = &in.floats[size_t(t) * in.width + chunk * CHUNK + 32 * h];
-                    sums[r][t] = _mm512_fmadd_ps(low, _mm512_loadu_ps(x), sums[r][t]);
-                    sums[r][t] = _mm512_fmadd_ps(high, _mm512_loadu_ps(x + 16), sums[r][t]);
+                    sums[r][t] = _mm512_fmadd_ps(one, _mm512_loadu_ps(x), sums[r][t]);
+                    sums[r][t] = _mm512_fmadd_ps(other, _mm512_loadu_ps(x + 16), sums[r][t]);
                 }
             }
         }
@@ -157,7 +172,7 @@ struct Avx512 {
 
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
     AVX512_INLINE static void multiply_bytes(
-        const Weight& w, Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int first, int chunk,
+        const Weight& w, Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int first, int apart, int chunk,
         __m512 (&sums)[ROWS][TOKENS]) {
         // The instruction wants unsigned inputs: it gets x + 128, and 128 times the sum of the values is taken off.
         const __m512i zero = _mm512_setzero_si512(), shift = _mm512_set1_epi8(int8_t(128));
@@ -175,7 +190,7 @@ struct Avx512 {
             for (int r = 0; r < ROWS; r++) {
                 const __m512i total = _mm512_dpbusd_epi32(start[r], _mm512_xor_si512(x, shift), values[r]);
                 const __m512 factor =
-                    KIND == INT8 ? scales : _mm512_mul_ps(scales, _mm512_set1_ps(w.scale_of(first + r, chunk) / 16));
+                    KIND == INT8 ? scales : _mm512_mul_ps(scales, _mm512_set1_ps(w.scale_of(first + r * apart, chunk) / 16));
                 sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, sums[r][t]);
             }
         }
@@ -190,8 +205,13 @@ struct Avx512 {
                 __m512 quarters[4];
                 if (is_16_bits(KIND)) {
                     const uint64_t keep = reader.next_mask();
-                    reader.next_words(uint32_t(keep), quarters[0], quarters[1]);
-                    reader.next_words(uint32_t(keep >> 32), quarters[2], quarters[3]);
+                    for (int h = 0; h < 2; h++) {
+                        __m512 one, other;
+                        reader.next_words(uint32_t(keep >> 32 * h), one, other);
+                        quarters[2 * h] = KIND == FLOAT16 ? one : _mm512_permutex2var_ps(one, load_indices(IN_TURN), other);
+                        quarters[2 * h + 1] =
+                            KIND == FLOAT16 ? other : _mm512_permutex2var_ps(one, load_indices(IN_TURN + 16), other);
+                    }
                 } else {
                     alignas(64) int8_t bytes[CHUNK];
                     _mm512_store_si512(bytes, reader.next_bytes());

@@ -15,18 +15,18 @@ using namespace packed;
 
 namespace {
 
-// The kernel for some instructions: the functions for a weight, and what prepares the inputs of integers.
+// The kernel for some instructions.
 struct Form {
     const char* name;
     bool (*available)();
-    Round round;
+    Prepare prepare;
     Rows (*rows_of)(const Weight&, int tokens);
     Expand (*expand_of)(const Weight&);
 };
 
 template <class Instructions>
 constexpr Form form_of() {
-    return {Instructions::NAME, Instructions::available, Instructions::round, rows_of<Instructions>,
+    return {Instructions::NAME, Instructions::available, Instructions::prepare, rows_of<Instructions>,
             expand_of<Instructions>};
 }
 
@@ -35,7 +35,7 @@ const Form FORMS[] = {
 #ifdef AVX512
     form_of<Avx512>(), form_of<Avx2>(),
 #endif
-    {Portable::NAME, Portable::available, Portable::round, [](const Weight&, int) -> Rows { return Portable::rows; },
+    {Portable::NAME, Portable::available, Portable::prepare, [](const Weight&, int) -> Rows { return Portable::rows; },
      [](const Weight&) -> Expand { return Portable::expand; }},
 };
 
@@ -61,12 +61,7 @@ const char* lit_prune_instructions(int form) {
 // y [tokens, outputs] = x [tokens, inputs] Wᵀ, for at most 8 tokens.
 void lit_prune_multiply(const Weight* w, const float* x, int tokens, int inputs, float* y, int threads, int form) {
     Inputs in{tokens, w->chunks * CHUNK, {}, {}, {}, {}};
-    if (is_16_bits(w->kind)) {
-        in.floats.assign(size_t(tokens) * in.width, 0.0f);
-        for (int t = 0; t < tokens; t++) std::memcpy(&in.floats[size_t(t) * in.width], x + size_t(t) * inputs, 4 * inputs);
-    } else {
-        FORMS[form].round(x, inputs, in);
-    }
+    FORMS[form].prepare(*w, x, inputs, in);
     const Rows rows = FORMS[form].rows_of(*w, tokens);
     in_parallel(w->outputs, threads, [&](int first, int last) { rows(*w, in, y, first, last); });
 }

@@ -22,7 +22,7 @@ struct Weight {
     const uint8_t* mask;      // [outputs, 8 * chunks], least significant bit first; null = every weight is kept
     const void* values;       // kept values, row by row, with 64 bytes of slack; 4-bit values two per byte, low half first
     const int64_t* offsets;   // [outputs], index of each row's first value; for 4-bit values, rows start at a byte
-    const uint16_t* scales;   // [outputs, groups] bfloat16; null for 16-bit values
+    const uint16_t* scales;   // [outputs, groups] bfloat16, one for a row or one for a chunk; null for 16-bit values
     int32_t outputs, chunks, groups;
     int32_t kind;
 
@@ -43,7 +43,7 @@ inline float widen_bfloat16(uint16_t bits) {
 }
 
 inline float Weight::scale_of(int row, int chunk) const {
-    return scales ? widen_bfloat16(scales[int64_t(row) * groups + int64_t(chunk) * groups / chunks]) : 1.0f;
+    return scales ? widen_bfloat16(scales[int64_t(row) * groups + (groups == 1 ? 0 : chunk)]) : 1.0f;
 }
 
 // Activations, padded to whole chunks: as they are for 16-bit values, rounded to 8 bits for integers.
@@ -57,9 +57,16 @@ struct Inputs {
     const float* scales_of(int token, int chunk) const { return &scales[2 * (size_t(token) * (width / CHUNK) + chunk)]; }
 };
 
-using Round = void (*)(const float* x, int inputs, Inputs& in);
+using Prepare = void (*)(const Weight& w, const float* x, int inputs, Inputs& in);
 using Rows = void (*)(const Weight& w, const Inputs& in, float* y, int first, int last);
 using Expand = void (*)(const Weight& w, int first, int last, int inputs, float* out);
+
+inline void copy_inputs(const float* x, int inputs, Inputs& in) {
+    in.floats.assign(size_t(in.tokens) * in.width, 0.0f);
+    for (int t = 0; t < in.tokens; t++) {
+        std::memcpy(&in.floats[size_t(t) * in.width], x + size_t(t) * inputs, sizeof(float) * inputs);
+    }
+}
 
 // Rounds the inputs. One body for all forms, compiled once for the instructions of each.
 __attribute__((always_inline)) inline void round_inputs(const float* x, int inputs, Inputs& in) {

@@ -23,7 +23,9 @@ struct Portable {
 
     static bool available() { return true; }
 
-    static void round(const float* x, int inputs, Inputs& in) { round_inputs(x, inputs, in); }
+    static void prepare(const Weight& w, const float* x, int inputs, Inputs& in) {
+        is_16_bits(w.kind) ? copy_inputs(x, inputs, in) : round_inputs(x, inputs, in);
+    }
 
     // Reads a row's kept values one after the other.
     struct Reader {
