@@ -15,6 +15,7 @@ namespace packed {
 // Byte shuffles by mask byte; 0x80 gives zero.
 struct Shuffles {
     alignas(64) uint8_t words[256][16];     // for 8 values of 16 bits
+    alignas(64) uint8_t upper[256][32];     // the same, to the upper halves of 32 bits: that makes floats of bfloat16
     alignas(64) uint8_t bytes[2][256][8];   // for 8 values of 8 bits, from the low or the high half of a vector
     alignas(64) uint64_t halves[256];       // bits to deposit 4-bit values in the low halves of 8 bytes
 
@@ -26,6 +27,8 @@ struct Shuffles {
                 bool keep = m >> j & 1;
                 words[m][2 * j] = uint8_t(keep ? 2 * kept : 0x80);
                 words[m][2 * j + 1] = uint8_t(keep ? 2 * kept + 1 : 0x80);
+                std::memset(&upper[m][4 * j], 0x80, 2);
+                std::memcpy(&upper[m][4 * j + 2], &words[m][2 * j], 2);
                 bytes[0][m][j] = uint8_t(keep ? kept : 0x80);
                 bytes[1][m][j] = uint8_t(keep ? kept + 8 : 0x80);
                 halves[m] |= keep ? uint64_t(15) << 8 * j : 0;
@@ -67,15 +70,26 @@ struct Avx2 {
 
         // The next 8 inputs' values of 16 bits.
         AVX2_INLINE __m256 next_words() {
-            __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-            if (MASKED) {
-                words = _mm_shuffle_epi8(words, _mm_load_si128(reinterpret_cast<const __m128i*>(SHUFFLES.words[*mask])));
-                values += 2 * __builtin_popcount(*mask++);
-            } else {
-                values += 16;
+            const __m128i* from = reinterpret_cast<const __m128i*>(values);
+            const uint64_t keep = MASKED ? next_mask() : 255;
+            values += 2 * (MASKED ? __builtin_popcountll(keep) : 8);
+            if (KIND == FLOAT16) {
+                const __m128i* places = reinterpret_cast<const __m128i*>(SHUFFLES.words[keep]);
+                const __m128i words = _mm_loadu_si128(from);
+                return _mm256_cvtph_ps(MASKED ? _mm_shuffle_epi8(words, _mm_load_si128(places)) : words);
             }
-            if (KIND == FLOAT16) return _mm256_cvtph_ps(words);
-            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+            if (!MASKED) {
+                return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), 16));
+            }
+            const __m256i* places = reinterpret_cast<const __m256i*>(SHUFFLES.upper[keep]);
+            const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(from));
+            return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256(places)));
+        }
+
+        AVX2_INLINE uint64_t next_mask() {
+            uint64_t keep = *mask++;
+            __asm__("" : "+r"(keep));  // a register: the compiler would read it once more for every use
+            return keep;
         }
 
         // The next 16 inputs' values of 8 or 4 bits, as bytes.
@@ -86,11 +100,11 @@ struct Avx2 {
                 values += 16;
                 return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values - 16));
             }
-            const uint8_t* second = values + __builtin_popcount(mask[0]);
+            const uint64_t low = next_mask(), high = next_mask();
+            const uint8_t* second = values + __builtin_popcountll(low);
             const __m128i kept = join(values, second);
-            const __m128i places = join(SHUFFLES.bytes[0][mask[0]], SHUFFLES.bytes[1][mask[1]]);
-            values = second + __builtin_popcount(mask[1]);
-            mask += 2;
+            const __m128i places = join(SHUFFLES.bytes[0][low], SHUFFLES.bytes[1][high]);
+            values = second + __builtin_popcountll(high);
             return _mm_shuffle_epi8(kept, places);
         }
 
@@ -103,11 +117,11 @@ struct Avx2 {
         AVX2_INLINE __m128i next_halves() {
             uint64_t parts[2];
             for (int k = 0; k < 2; k++) {
-                const unsigned bits = MASKED ? *mask++ : 255;
+                const uint64_t keep = MASKED ? next_mask() : 255;
                 uint64_t packed;
                 std::memcpy(&packed, values + half / 2, 8);
-                parts[k] = _pdep_u64(packed >> half % 2 * 4, SHUFFLES.halves[bits]);
-                half += MASKED ? __builtin_popcount(bits) : 8;
+                parts[k] = _pdep_u64(packed >> half % 2 * 4, SHUFFLES.halves[keep]);
+                half += MASKED ? __builtin_popcountll(keep) : 8;
             }
             const __m128i signs = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
             return _mm_shuffle_epi8(signs, _mm_set_epi64x(int64_t(parts[1]), int64_t(parts[0])));
