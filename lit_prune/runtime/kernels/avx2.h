@@ -64,8 +64,8 @@ struct Avx2 {
         }
 
         AVX2_INLINE void fetch_ahead() const {
-            _mm_prefetch(reinterpret_cast<const char*>(values + half / 2) + 4096, _MM_HINT_T0);
-            if (MASKED) _mm_prefetch(reinterpret_cast<const char*>(mask) + 1024, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(values + half / 2) + 2048, _MM_HINT_T0);
+            if (MASKED) _mm_prefetch(reinterpret_cast<const char*>(mask) + 512, _MM_HINT_T0);
         }
 
         // The next 8 inputs' values of 16 bits.

@@ -11,7 +11,7 @@
 
 namespace packed {
 
-constexpr int AHEAD = 4096;  // bytes of values that are fetched before they are needed
+constexpr int AHEAD = 2048;  // bytes of values that are fetched before they are needed
 
 // To unpack 4-bit values: which bytes, and how far each is shifted.
 struct HalvesTables {
