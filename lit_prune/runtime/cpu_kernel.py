@@ -35,7 +35,7 @@ class _Weight(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("mask", "values", "offsets", "scales")),
-        *((name, ctypes.c_int32) for name in ("outputs", "chunks", "groups", "kind")),
+        *((name, ctypes.c_int32) for name in ("outputs", "chunks", "groups", "kind", "kept_of_8")),
     ]
 
 
@@ -57,7 +57,8 @@ class CpuKernel:
         self._parts = (mask, values, weight.offsets().contiguous(), scales)  # kept alive for the pointers
         pointers = [part.data_ptr() if part.numel() else None for part in self._parts]
         kind = get_args(Kind).index(layout.kind)
-        self._weight = _Weight(*pointers, layout.shape[0], layout.chunks, layout.groups or layout.chunks, kind)
+        sizes = (layout.shape[0], layout.chunks, layout.groups or layout.chunks)
+        self._weight = _Weight(*pointers, *sizes, kind, weight.kept_of_8())
         self._library, self._pointer = library, ctypes.byref(self._weight)
         self.shape = layout.shape
         self._form = available[instructions or next(iter(available))]

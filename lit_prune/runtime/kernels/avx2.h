@@ -16,7 +16,7 @@ namespace packed {
 struct Shuffles {
     alignas(64) uint8_t words[256][16];     // for 8 values of 16 bits
     alignas(64) uint8_t upper[256][32];     // the same, to the upper halves of 32 bits: that makes floats of bfloat16
-    alignas(64) uint8_t bytes[2][256][8];   // for 8 values of 8 bits, from the low or the high half of a vector
+    alignas(64) uint8_t bytes[3][256][8];   // for 8 values of 8 bits that follow 0, 4 or 8 others
     alignas(64) uint64_t halves[256];       // bits to deposit 4-bit values in the low halves of 8 bytes
 
     Shuffles() {
@@ -29,8 +29,7 @@ struct Shuffles {
                 words[m][2 * j + 1] = uint8_t(keep ? 2 * kept + 1 : 0x80);
                 std::memset(&upper[m][4 * j], 0x80, 2);
                 std::memcpy(&upper[m][4 * j + 2], &words[m][2 * j], 2);
-                bytes[0][m][j] = uint8_t(keep ? kept : 0x80);
-                bytes[1][m][j] = uint8_t(keep ? kept + 8 : 0x80);
+                for (int k = 0; k < 3; k++) bytes[k][m][j] = uint8_t(keep ? kept + 4 * k : 0x80);
                 halves[m] |= keep ? uint64_t(15) << 8 * j : 0;
                 kept += keep;
             }
@@ -39,18 +38,9 @@ struct Shuffles {
 };
 const Shuffles SHUFFLES;
 
-struct Avx2 {
-    static constexpr const char* NAME = "AVX2";
-
-    static bool available() {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-               __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
-    }
-
-    AVX2 static void prepare(const Weight& w, const float* x, int inputs, Inputs& in) {
-        is_16_bits(w.kind) ? copy_inputs(x, inputs, in) : round_inputs(x, inputs, in);
-    }
-
+// FOUR: every mask byte keeps four weights, as in 2:4 and 4:8, and nothing has to be counted.
+template <bool FOUR>
+struct Avx2Rows {
     // Reads a row's values, at most 16 bytes at a time, from the end of the values at the latest: see `Weight`.
     template <bool MASKED, int KIND>
     struct Reader {
@@ -72,7 +62,7 @@ struct Avx2 {
         AVX2_INLINE __m256 next_words() {
             const __m128i* from = reinterpret_cast<const __m128i*>(values);
             const uint64_t keep = MASKED ? next_mask() : 255;
-            values += 2 * (MASKED ? __builtin_popcountll(keep) : 8);
+            values += 2 * (FOUR ? 4 : MASKED ? __builtin_popcountll(keep) : 8);
             if (KIND == FLOAT16) {
                 const __m128i* places = reinterpret_cast<const __m128i*>(SHUFFLES.words[keep]);
                 const __m128i words = _mm_loadu_si128(from);
@@ -101,9 +91,14 @@ struct Avx2 {
                 return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values - 16));
             }
             const uint64_t low = next_mask(), high = next_mask();
+            if (FOUR) {
+                const __m128i kept = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+                values += 8;
+                return _mm_shuffle_epi8(kept, join(SHUFFLES.bytes[0][low], SHUFFLES.bytes[1][high]));
+            }
             const uint8_t* second = values + __builtin_popcountll(low);
             const __m128i kept = join(values, second);
-            const __m128i places = join(SHUFFLES.bytes[0][low], SHUFFLES.bytes[1][high]);
+            const __m128i places = join(SHUFFLES.bytes[0][low], SHUFFLES.bytes[2][high]);
             values = second + __builtin_popcountll(high);
             return _mm_shuffle_epi8(kept, places);
         }
@@ -120,8 +115,8 @@ struct Avx2 {
                 const uint64_t keep = MASKED ? next_mask() : 255;
                 uint64_t packed;
                 std::memcpy(&packed, values + half / 2, 8);
-                parts[k] = _pdep_u64(packed >> half % 2 * 4, SHUFFLES.halves[keep]);
-                half += MASKED ? __builtin_popcountll(keep) : 8;
+                parts[k] = _pdep_u64(FOUR ? packed : packed >> half % 2 * 4, SHUFFLES.halves[keep]);
+                half += FOUR ? 4 : MASKED ? __builtin_popcountll(keep) : 8;
             }
             const __m128i signs = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
             return _mm_shuffle_epi8(signs, _mm_set_epi64x(int64_t(parts[1]), int64_t(parts[0])));
@@ -231,6 +226,25 @@ struct Avx2 {
             }
         }
     }
+};
+
+struct Avx2 {
+    static constexpr const char* NAME = "AVX2";
+
+    static bool available() {
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+               __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+    }
+
+    AVX2 static void prepare(const Weight& w, const float* x, int inputs, Inputs& in) {
+        is_16_bits(w.kind) ? copy_inputs(x, inputs, in) : round_inputs(x, inputs, in);
+    }
+
+    static Rows rows_for(const Weight& w, int tokens) {
+        return w.kept_of_8 == 4 ? rows_of<Avx2Rows<true>>(w, tokens) : rows_of<Avx2Rows<false>>(w, tokens);
+    }
+
+    static Expand expand_for(const Weight& w) { return expand_of<Avx2Rows<false>>(w); }
 };
 
 }  // namespace packed

@@ -229,6 +229,10 @@ struct Avx512 {
             }
         }
     }
+
+    static Rows rows_for(const Weight& w, int tokens) { return rows_of<Avx512>(w, tokens); }
+
+    static Expand expand_for(const Weight& w) { return expand_of<Avx512>(w); }
 };
 
 }  // namespace packed

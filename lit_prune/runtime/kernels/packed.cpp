@@ -20,14 +20,14 @@ struct Form {
     const char* name;
     bool (*available)();
     Prepare prepare;
-    Rows (*rows_of)(const Weight&, int tokens);
-    Expand (*expand_of)(const Weight&);
+    Rows (*rows_for)(const Weight&, int tokens);
+    Expand (*expand_for)(const Weight&);
 };
 
 template <class Instructions>
 constexpr Form form_of() {
-    return {Instructions::NAME, Instructions::available, Instructions::prepare, rows_of<Instructions>,
-            expand_of<Instructions>};
+    return {Instructions::NAME, Instructions::available, Instructions::prepare, Instructions::rows_for,
+            Instructions::expand_for};
 }
 
 // The fastest first.
@@ -35,8 +35,7 @@ const Form FORMS[] = {
 #ifdef AVX512
     form_of<Avx512>(), form_of<Avx2>(),
 #endif
-    {Portable::NAME, Portable::available, Portable::prepare, [](const Weight&, int) -> Rows { return Portable::rows; },
-     [](const Weight&) -> Expand { return Portable::expand; }},
+    form_of<Portable>(),
 };
 
 template <class Work>
@@ -62,13 +61,13 @@ const char* lit_prune_instructions(int form) {
 void lit_prune_multiply(const Weight* w, const float* x, int tokens, int inputs, float* y, int threads, int form) {
     Inputs in{tokens, w->chunks * CHUNK, {}, {}, {}, {}};
     FORMS[form].prepare(*w, x, inputs, in);
-    const Rows rows = FORMS[form].rows_of(*w, tokens);
+    const Rows rows = FORMS[form].rows_for(*w, tokens);
     in_parallel(w->outputs, threads, [&](int first, int last) { rows(*w, in, y, first, last); });
 }
 
 // out [last - first, inputs] = rows `first` to `last` of W, in float32.
 void lit_prune_expand(const Weight* w, int first, int last, int inputs, float* out, int threads, int form) {
-    const Expand expand = FORMS[form].expand_of(*w);
+    const Expand expand = FORMS[form].expand_for(*w);
     in_parallel(last - first, threads, [&](int from, int to) {
         expand(*w, first + from, first + to, inputs, out + int64_t(from) * inputs);
     });

@@ -25,6 +25,7 @@ struct Weight {
     const uint16_t* scales;   // [outputs, groups] bfloat16, one for a row or one for a chunk; null for 16-bit values
     int32_t outputs, chunks, groups;
     int32_t kind;
+    int32_t kept_of_8;  // number of values of every mask byte, if it is the same for all; else 0
 
     const uint8_t* mask_of(int row) const { return mask ? mask + int64_t(row) * chunks * 8 : nullptr; }
 

@@ -91,6 +91,10 @@ struct Portable {
             }
         }
     }
+
+    static Rows rows_for(const Weight&, int) { return rows; }
+
+    static Expand expand_for(const Weight&) { return expand; }
 };
 
 }  // namespace packed
