@@ -79,18 +79,14 @@ class CpuKernel:
         if not tokens:
             return y
         threads = torch.get_num_threads() if self._several else 1
-        self._library.lit_prune_multiply(
-            self._pointer, x.data_ptr(), tokens, inputs, y.data_ptr(), threads, self._form
-        )
+        self._library.lit_prune_multiply(self._pointer, x.data_ptr(), tokens, inputs, y.data_ptr(), threads, self._form)
         return y
 
     def expand(self, first: int, last: int) -> Tensor:
         """Return the rows from ``first`` to ``last`` of the weight, ``[last - first, i]``, float32."""
         rows = torch.empty(last - first, self.shape[1])
         threads = torch.get_num_threads() if self._several else 1
-        self._library.lit_prune_expand(
-            self._pointer, first, last, self.shape[1], rows.data_ptr(), threads, self._form
-        )
+        self._library.lit_prune_expand(self._pointer, first, last, self.shape[1], rows.data_ptr(), threads, self._form)
         return rows
 
 
