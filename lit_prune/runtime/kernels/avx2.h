@@ -241,7 +241,8 @@ struct Avx2 {
     }
 
     static Rows rows_for(const Weight& w, int tokens) {
-        return w.kept_of_8 == 4 ? rows_of<Avx2Rows<true>>(w, tokens) : rows_of<Avx2Rows<false>>(w, tokens);
+        if (w.kept_of_8 == 4) return rows_of<Avx2Rows<true>, true>(w.kind, tokens);
+        return rows_of<Avx2Rows<false>>(w, tokens);
     }
 
     static Expand expand_for(const Weight& w) { return expand_of<Avx2Rows<false>>(w); }

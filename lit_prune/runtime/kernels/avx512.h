@@ -85,7 +85,7 @@ struct Avx512 {
             if (MASKED) words = _mm512_maskz_expand_epi16(keep, words);
             values += 2 * (MASKED ? __builtin_popcount(keep) : 32);
             if (KIND == FLOAT16) {
-                __asm__("" : "+m"(words));  // by way of memory
+                if (MASKED) __asm__("" : "+m"(words));  // by way of memory
                 const __m256i* halves = reinterpret_cast<const __m256i*>(&words);
                 one = _mm512_cvtph_ps(_mm256_load_si256(halves));
                 other = _mm512_cvtph_ps(_mm256_load_si256(halves + 1));

@@ -111,23 +111,23 @@ Rows rows_of(int kind) {
     }
 }
 
-template <class Form, int TOKENS>
-Rows rows_of(const Weight& w) {
-    return w.mask ? rows_of<Form, true, TOKENS>(w.kind) : rows_of<Form, false, TOKENS>(w.kind);
+template <class Form, bool MASKED>
+Rows rows_of(int kind, int tokens) {
+    switch (tokens) {
+        case 1: return rows_of<Form, MASKED, 1>(kind);
+        case 2: return rows_of<Form, MASKED, 2>(kind);
+        case 3: return rows_of<Form, MASKED, 3>(kind);
+        case 4: return rows_of<Form, MASKED, 4>(kind);
+        case 5: return rows_of<Form, MASKED, 5>(kind);
+        case 6: return rows_of<Form, MASKED, 6>(kind);
+        case 7: return rows_of<Form, MASKED, 7>(kind);
+        default: return rows_of<Form, MASKED, 8>(kind);
+    }
 }
 
 template <class Form>
 Rows rows_of(const Weight& w, int tokens) {
-    switch (tokens) {
-        case 1: return rows_of<Form, 1>(w);
-        case 2: return rows_of<Form, 2>(w);
-        case 3: return rows_of<Form, 3>(w);
-        case 4: return rows_of<Form, 4>(w);
-        case 5: return rows_of<Form, 5>(w);
-        case 6: return rows_of<Form, 6>(w);
-        case 7: return rows_of<Form, 7>(w);
-        default: return rows_of<Form, 8>(w);
-    }
+    return w.mask ? rows_of<Form, true>(w.kind, tokens) : rows_of<Form, false>(w.kind, tokens);
 }
 
 template <class Form, bool MASKED>
