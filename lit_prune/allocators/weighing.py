@@ -84,6 +84,10 @@ def weigh(blocks: Sequence[Choices], budget: float) -> list[Chosen]:
             high, above = price, chosen
     unit = min(_smallest(block) for block in blocks)
     tried = [_filled_up(blocks, start, budget, unit) for start in _between(below, above)]
+    if all(
+        saved(blocks, chosen) < budget - unit / 2 for chosen in tried
+    ):  # what is left is too coarse: exceed it first
+        tried += [_filled_up(blocks, start, budget, unit) for start in _one_more(blocks, tried[0])]
 
     def rank(chosen: list[Chosen]) -> tuple[float, float]:
         missed = abs(saved(blocks, chosen) - budget)
@@ -172,6 +176,17 @@ def _between(below: list[Chosen], above: list[Chosen]) -> Iterator[list[Chosen]]
         if levels is None and chosen[index] is not None:
             chosen[index] = None
             yield list(chosen)
+
+
+def _one_more(blocks: Sequence[Choices], chosen: list[Chosen]) -> Iterator[list[Chosen]]:
+    """Yield choices with one more level of a single curve, or without one more block."""
+    for index, levels in enumerate(chosen):
+        if levels is None:
+            continue
+        more = [[k + (place == kind) for place, k in enumerate(levels)] for kind in range(len(levels))]
+        fit = [m for m in more if all(k < len(c.cost) for k, c in zip(m, blocks[index].curves, strict=True))]
+        for instead in [*fit, *([None] if blocks[index].error < float("inf") else [])]:
+            yield [*chosen[:index], instead, *chosen[index + 1 :]]
 
 
 def _filled_up(blocks: Sequence[Choices], start: list[Chosen], budget: float, unit: float) -> list[Chosen]:

@@ -202,7 +202,7 @@ class PruningRun:
         return [report_of(target, True) for target in self._targets(block)]
 
     def _solve(self, block: Block) -> list[LayerReport]:
-        """Calibrate, score, solve and write the targets of a block."""
+        """Calibrate, score, solve and write the targets of a block; those without units stay as they are."""
         targets = self._targets(block)
         solved = self.dense.solved(targets)
         found: dict[str, LayerReport] = {}
@@ -215,7 +215,7 @@ class PruningRun:
                     read_again = self.sequential is not None and self.sequential.learning
                     done = self.solver.prune(part, complete, self._before(targets, part), read_again)
                     found |= {report.name: report for report in done}
-        return [found[target.name] for target in targets]
+        return [found.get(target.name) or report_of(target, False) for target in targets]
 
     def _calibrated(self, block: Block, targets: Sequence[Target]) -> Generator[dict[str, LayerStats]]:
         """Yield the statistics of a block's targets in parts, each of which is pruned before the next is asked for."""

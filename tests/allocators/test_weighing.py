@@ -35,6 +35,15 @@ def test_a_unit_that_saves_more_may_cost_more() -> None:
     assert weigh([Choices((channels, head))], 2) == [[2, 0]]  # the head would be one too many, and two are exact
 
 
+def test_a_coarse_unit_goes_where_fine_ones_do_not_suffice() -> None:
+    # Three channels at most, and a head of 4: 5 are the head and one channel, however dear the head is.
+    channels, head = curve([0, 1, 2, 3], [0, 1, 2, 3]), curve([0, 4], [0, 100])
+    assert weigh([Choices((channels, head))], 5) == [[1, 1]]
+    # The block saves 9: 8 are all units and one that is missing, or the block and one too many.
+    assert weigh([Choices((channels, head), cost=9, error=200.0)], 7) == [[3, 1]]
+    assert weigh([Choices((channels, head), cost=9, error=200.0), Choices((channels,))], 11) == [None, [2]]
+
+
 def test_a_block_goes_where_that_is_cheapest() -> None:
     units = curve([0, 1, 2, 3], [0, 1, 2, 4])
     blocks = [Choices((units,), cost=4, error=2.0), Choices((units,), cost=4, error=9.0)]
