@@ -41,13 +41,14 @@ class Measured(Allocator):
     another allocator, the prior: each sparsity is then ``trust * measured + (1 - trust) * prior``. The method is this
     project's own.
 
-    If a structured pattern has several kinds of units, they are weighed against each other: every kind of every block
-    is tried alone at three sparsities, up to ``target + 2 * spread``, and leaving out the block if ``blocks`` may go.
-    At one price per weight for all, the units are removed that cost the least error, in whole units, until the budget
-    is met to half of the smallest unit; a block whose removal is cheapest goes entirely. ``budget: time`` weighs
-    seconds in place of weights, and ``sparsity`` is a fraction of the seconds of the units, or of whole blocks if these
-    may go: how much faster a block gets without half of its units of a kind is timed on this machine, for a prompt as
-    long as a calibration sequence and 32 single tokens. Such an allocation differs from machine to machine.
+    If a structured pattern has several kinds of units, they are weighed against each other. Every kind of every block
+    is tried alone at three sparsities, up to ``2 * spread`` above the target, or up to ``spread`` above where the
+    largest kind would meet it alone; and if ``blocks`` may go, the block is left out. At one price per weight for all,
+    the units are removed that cost the least error, in whole units, until the budget is met to half of the smallest
+    one; a block whose removal is cheapest goes entirely. ``budget: time`` weighs seconds in place of weights, and
+    ``sparsity`` is a fraction of the seconds of the units, or of whole blocks if these may go: how much faster a block
+    gets without half of its units of a kind is timed on this machine, for a prompt as long as a calibration sequence
+    and 32 single tokens. Such an allocation differs from machine to machine.
 
     .. code-block:: yaml
 
@@ -151,18 +152,22 @@ class Measured(Allocator):
     ) -> dict[str, Any]:
         """Try every kind of a block's units alone, and the block without its layers if it may be removed."""
         whole, curves = {}, []
+        sizes = {unit: sum(layer.numel for layer in layers if layer.unit == unit) for unit in get_args(Unit)}
+        largest = max(sizes.values())
         for unit in get_args(Unit):
             mine = [layer for layer in layers if layer.unit == unit]
             if not mine:  # blocks, or a kind that this block does not have, or that is to be left alone
                 continue
             levels = permitted(max(mine, key=lambda layer: layer.units))
             levels = levels[levels <= self.max_sparsity]
-            numel, errors, cost = sum(layer.numel for layer in mine), {}, 0.0
-            for sparsity in self._unit_trials(levels, pattern.sparsity):
+            numel, errors, cost = sizes[unit], {}, 0.0
+            # The largest kind may have to meet the target alone.
+            alone = pattern.sparsity * sum(layer.numel for layer in layers) / numel if numel == largest else 0.0
+            for sparsity in self._unit_trials(levels, pattern.sparsity, alone):
                 trial = output_error(pattern.only(unit).at(sparsity))
                 errors[trial.removed / numel] = trial.error
                 cost = self._cost(trial) * numel / trial.removed
-            whole[unit] = cost
+            whole[unit] = max(cost, 0.0)  # a difference of two times
             if cost > 0:
                 levels = levels[levels <= max(errors) + 1e-9]
                 curves.append(Curve(unit, levels * cost, error_between(errors, levels)))
@@ -174,9 +179,9 @@ class Measured(Allocator):
     def _cost(self, trial: Trial) -> float:
         return trial.seconds if self.budget == "time" else trial.removed
 
-    def _unit_trials(self, levels: Tensor, target: float) -> list[float]:
+    def _unit_trials(self, levels: Tensor, target: float, alone: float) -> list[float]:
         """Return the sparsities at which to try one kind of units, up to three of the permitted ``levels`` ``[n]``."""
-        high = min(target + 2 * self.spread, (target + 1) / 2)
+        high = min(max(target + 2 * self.spread, alone + self.spread), (max(target, alone) + 1) / 2)
         tried: list[int] = []
         for part in (0.25, 0.5, 1):
             nearest = int((levels - part * high).abs().argmin())
@@ -217,6 +222,8 @@ def _allocate_units(layers: Sequence[Layer], target: float) -> dict[str, float]:
     seen = {layer.block: layer.evidence for layer in layers}
     choices = [evidence["choices"] for evidence in seen.values()]
     total = sum(evidence["choices"].cost or sum(evidence["whole"].values()) for evidence in seen.values())
+    if total <= 0:
+        raise InputError("the units take no time that can be measured here: set plan.allocator.budget to parameters")
     chosen = dict(zip(seen, weigh(choices, target * total), strict=True))
     sparsity = {}
     for layer in layers:

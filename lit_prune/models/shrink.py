@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from lit_prune.calibration.replay import evaluation_mode
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.coupling import Kept
 from lit_prune.models.experts import Experts, apart, put_together, take_apart
@@ -215,7 +215,14 @@ def _check_equal(model: nn.Module, small: nn.Module) -> None:
     device = next(model.parameters()).device
     vocabulary = cast(int, cast(Any, model).config.get_text_config().vocab_size)
     ids = torch.arange(_CHECKED, device=device).mul(37).remainder(vocabulary).reshape(2, -1)
-    before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, small))
+    before = model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        after = small(input_ids=ids, use_cache=False).logits.float()
+    except (RuntimeError, ValueError) as failure:
+        raise InputError(
+            f"the smaller model does not run ({first_line(failure)}): use other units (plan.pattern.units), or other "
+            "widths (plan.pattern.round_to, such as 8)"
+        ) from failure
     rounding = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
     error = ((after - before).square().mean() / before.var()).sqrt().item()
     if not error <= rounding:

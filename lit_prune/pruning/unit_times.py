@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 
 from lit_prune.calibration.batches import Batch
 from lit_prune.calibration.replay import BlockReplay
-from lit_prune.errors import InputError, first_line
 from lit_prune.models.blocks import Block
 from lit_prune.models.coupling import Coupling
-from lit_prune.models.widths import narrow
 from lit_prune.ops import collectives
+from lit_prune.pruning.units import narrower
 from lit_prune.sharding.parameters import PRUNABLE, read_weight
 
 GENERATED = 32
@@ -43,14 +41,13 @@ class UnitTimes:
         return self._once(("block", _kind(block)), lambda: self._seconds(block, [block.module])[0])
 
     def of_units(self, block: Block, couplings: Sequence[Coupling]) -> float:
-        """Return the seconds that all units of some couplings take, twice those that half of them take.
+        """Return the seconds that all units of some couplings take: twice those that the block gains without half.
 
         Args:
             block: a block that is resident in memory.
             couplings: its couplings of one kind.
         """
-        kind = couplings[0].kind if couplings else ""
-        return self._once((kind, _kind(block)), lambda: self._difference(block, couplings))
+        return self._once((couplings[0].kind, _kind(block)), lambda: self._difference(block, couplings))
 
     def _once(self, key: object, measure: Callable[[], float]) -> float:
         if key not in self._known:
@@ -58,21 +55,9 @@ class UnitTimes:
         return self._known[key]
 
     def _difference(self, block: Block, couplings: Sequence[Coupling]) -> float:
-        narrower, removed, total = copy.deepcopy(block.module), 0, 0
-        for coupling in couplings:
-            gone = coupling.units // 2
-            kept = coupling.keep(torch.arange(coupling.units) >= gone)
-            shapes = {target.name: kept[target.name].shape_of(target.shape) for target in coupling.targets}
-            narrow(narrower, {name.removeprefix(f"{block.name}."): shape for name, shape in shapes.items()})
-            removed, total = removed + gone * coupling.unit_size, total + coupling.units * coupling.unit_size
-        try:
-            before, after = self._seconds(block, [block.module, narrower])
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{block.name} does not run with fewer {couplings[0].kind} ({first_line(error)}), so that they cannot "
-                "be timed: set plan.allocator.budget to parameters"
-            ) from error
-        return (before - after) * total / removed
+        fewer, part = narrower(block, couplings)
+        before, after = self._seconds(block, [block.module, fewer])
+        return (before - after) / part
 
     def _seconds(self, block: Block, modules: Sequence[nn.Module]) -> list[float]:
         """Return the seconds of modules in place of a block, in turn."""

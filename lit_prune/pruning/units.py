@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,12 +12,14 @@ import torch
 from torch import nn
 
 from lit_prune.allocators import Uniform
+from lit_prune.calibration.block_inputs import Recorder
 from lit_prune.calibration.dependencies import find_couplings
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.models.blocks import Block
 from lit_prune.models.coupling import Coupling, Kept
 from lit_prune.models.shrink import smaller_config
 from lit_prune.models.targets import Target
+from lit_prune.models.widths import narrow
 from lit_prune.ops.structured import Structured
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.sharding.block_store import BlockStore
@@ -161,7 +164,40 @@ def find_units(
     ]
     units = Units(pattern, tuple(found), tuple(t for t in described if t.unit or plan.removes_blocks))
     units.check(model, dict.fromkeys(names, pattern.sparsity), uneven=is_uneven(plan))
+    if is_uneven(plan):
+        _check_uneven(model, blocks, found, store)
     return units
+
+
+@torch.no_grad()
+def narrower(block: Block, couplings: Sequence[Coupling]) -> tuple[nn.Module, float]:
+    """Return a copy of a block without half of the units of some of its couplings, and the fraction that is gone."""
+    copied, removed = copy.deepcopy(block.module), 0
+    for coupling in couplings:
+        kept = coupling.keep(torch.arange(coupling.units) >= coupling.units // 2)
+        shapes = {target.name: kept[target.name].shape_of(target.shape) for target in coupling.targets}
+        narrow(copied, {name.removeprefix(f"{block.name}."): shape for name, shape in shapes.items()})
+        removed += coupling.units // 2 * coupling.unit_size
+    return copied, removed / sum(coupling.units * coupling.unit_size for coupling in couplings)
+
+
+def _check_uneven(model: nn.Module, blocks: Sequence[Block], found: Sequence[Coupling], store: BlockStore) -> None:
+    """Raise ``InputError`` if a block does not run with fewer heads than the config says."""
+    heads = [coupling for coupling in found if coupling.kind == "heads"]
+    if not heads:
+        return
+    block = blocks[heads[0].consumer.block]
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    hidden, calls = Recorder(model, blocks, store).record({"input_ids": ids})
+    with store.resident(block):
+        copied, _ = narrower(block, [coupling for coupling in heads if coupling.consumer.block == block.index])
+        try:
+            copied(hidden, *calls[block.index].args, **calls[block.index].kwargs)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"plan.pattern.units has heads, and {type(model).__name__} needs as many in every block "
+                f"({first_line(error)}): leave them out, or use the allocator Uniform"
+            ) from error
 
 
 def is_uneven(plan: PruningPlan) -> bool:
