@@ -160,15 +160,16 @@ class Measured(Allocator):
                 continue
             levels = permitted(max(mine, key=lambda layer: layer.units))
             levels = levels[levels <= self.max_sparsity]
-            numel, errors, cost = sizes[unit], {}, 0.0
+            numel, errors = sizes[unit], {}
+            cost = 0.0 if self.budget == "time" else float(numel)
             # The largest kind may have to meet the target alone.
             alone = pattern.sparsity * sum(layer.numel for layer in layers) / numel if numel == largest else 0.0
             for sparsity in self._unit_trials(levels, pattern.sparsity, alone):
                 trial = output_error(pattern.only(unit).at(sparsity))
                 errors[trial.removed / numel] = trial.error
-                cost = self._cost(trial) * numel / trial.removed
-            whole[unit] = max(cost, 0.0)  # a difference of two times
-            if cost > 0:
+                cost = max(0.0, self._cost(trial) * numel / trial.removed)  # a time is a difference of two
+            whole[unit] = cost
+            if cost > 0 and errors:
                 levels = levels[levels <= max(errors) + 1e-9]
                 curves.append(Curve(unit, levels * cost, error_between(errors, levels)))
         if "blocks" not in pattern.units:
