@@ -20,7 +20,7 @@ Kind = Literal["bfloat16", "float16", "int8", "int4"]
 SLACK = 64
 """Number of unused bytes at the end of the values, so that a kernel may read whole vectors."""
 _STORED = {"bfloat16": torch.int16, "float16": torch.int16, "int8": torch.int8, "int4": torch.uint8}
-_FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ class PackedWeight:
 
     def _numbers(self) -> Tensor:
         """Return all kept values, without scales, as float32."""
-        if self.layout.kind in _FLOATS:
-            return self.values.view(_FLOATS[self.layout.kind]).float()
+        if self.layout.kind in FLOATS:
+            return self.values.view(FLOATS[self.layout.kind]).float()
         if self.layout.kind == "int8":
             return self.values.float()
         halves = torch.stack([self.values & 15, self.values >> 4], 1).flatten().to(torch.int8)
@@ -198,7 +198,7 @@ def pack(weight: Tensor, keep: Tensor | None, kind: Kind) -> PackedWeight:
     if kind == "int4":
         counts = torch.full((outputs,), weight.shape[1]) if bits is None else bits.sum(1)
         kept = _in_pairs(kept, counts)
-    stored = kept.to(_FLOATS[kind]).view(torch.int16) if kind in _FLOATS else kept.to(_STORED[kind])
+    stored = kept.to(FLOATS[kind]).view(torch.int16) if kind in FLOATS else kept.to(_STORED[kind])
     stored = pad(stored, (0, SLACK // stored.element_size()))
     empty = torch.zeros(0, 0, dtype=torch.uint8, device=weight.device)
     mask = empty if bits is None else PackedMask.pack(bits).bits.reshape(outputs, -1)

@@ -48,8 +48,8 @@ class BlockTrials:
         return Trial(self.replay.error_without(self.outputs), removed, seconds)
 
     def _pruned(self, dense: DenseModel, pattern: Pattern) -> Trial:
-        solver = dense.plan.solver.draft()
-        draft = replace(dense.plan, pattern=pattern, solver=solver, output_error=False, quantize=None)
+        faster = dense.plan.solver.draft()
+        draft = replace(dense.plan, pattern=pattern, solver=faster, output_error=False, quantize=None)
         solved = dense.solved(self.targets)
         with weights_restored([target.module for target in self.targets]):
             solver = dense.solver(draft, dict.fromkeys((target.name for target in dense.targets), pattern.sparsity))

@@ -42,6 +42,10 @@ class _Weight(ctypes.Structure):
 class CpuKernel:
     """Products and expansion of a packed weight whose parts are on the CPU and have been checked."""
 
+    most_tokens = MOST_TOKENS
+    most_expanded = 1 << 18
+    """Number of weights to expand at once: 1 MB, which stays in the cache."""
+
     def __init__(self, library: ctypes.CDLL, weight: PackedWeight, instructions: str | None = None) -> None:
         """Store the weight.
 
@@ -65,29 +69,30 @@ class CpuKernel:
         self._several = layout.shape[0] * layout.chunks * 64 >= _FEW_WEIGHTS
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, ``[..., o]``, of at most 8 tokens ``[..., i]``, both float32.
+        """Return ``x Wᵀ``, ``[..., o]``, of at most 8 tokens ``[..., i]``, in their dtype; sums are in float32.
 
         With 8- and 4-bit values, the inputs are rounded to 8 bits, with a scale for every 32 of a token.
         """
         outputs, inputs = self.shape
-        x, tokens = x.contiguous(), x.numel() // inputs
-        if x.shape[-1] != inputs or tokens > MOST_TOKENS:
+        dtype, x, tokens = x.dtype, x.float().contiguous(), x.numel() // inputs
+        if x.shape[-1] != inputs or tokens > MOST_TOKENS or x.device.type != "cpu":
             raise ValueError(
-                f"inputs have the shape {list(x.shape)}: at most {MOST_TOKENS} tokens of {inputs} are needed"
+                f"inputs have the shape {list(x.shape)} on {x.device}: at most {MOST_TOKENS} tokens of {inputs} on the "
+                "CPU are needed"
             )
         y = torch.empty(*x.shape[:-1], outputs)
         if not tokens:
-            return y
+            return y.to(dtype)
         threads = torch.get_num_threads() if self._several else 1
         self._library.lit_prune_multiply(self._pointer, x.data_ptr(), tokens, inputs, y.data_ptr(), threads, self._form)
-        return y
+        return y.to(dtype)
 
-    def expand(self, first: int, last: int) -> Tensor:
-        """Return the rows from ``first`` to ``last`` of the weight, ``[last - first, i]``, float32."""
+    def expand(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the rows from ``first`` to ``last`` of the weight, ``[last - first, i]``."""
         rows = torch.empty(last - first, self.shape[1])
         threads = torch.get_num_threads() if self._several else 1
         self._library.lit_prune_expand(self._pointer, first, last, self.shape[1], rows.data_ptr(), threads, self._form)
-        return rows
+        return rows.to(dtype)
 
 
 @cache

@@ -10,10 +10,7 @@ from torch.nn.functional import linear
 
 from lit_prune.ops.packing import Layout, PackedWeight
 from lit_prune.ops.quantization import CHUNK
-from lit_prune.runtime.cpu_kernel import MOST_TOKENS, CpuKernel, library
-
-_TILE = 1 << 18
-"""Number of weights that are unpacked at once for a product of many tokens: 1 MB, which stays in the cache."""
+from lit_prune.runtime.kernel import Kernel, kernel_on
 
 
 class _Packed(nn.Module):
@@ -28,7 +25,7 @@ class _Packed(nn.Module):
         self.layout = layout
         for name, (shape, dtype) in layout.parts().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
-        self._kernel: CpuKernel | None = None
+        self._kernel: Kernel | None = None
 
     @property
     def packed(self) -> PackedWeight:
@@ -61,36 +58,36 @@ class _Packed(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernel": None}
 
-    def kernel(self) -> CpuKernel | None:
-        """Return the kernel for the weight; None if it is on another device, or there is no compiler."""
-        if self._kernel is None and self.values.device.type == "cpu" and (loaded := library()):
+    def kernel(self) -> Kernel | None:
+        """Return the kernel for the weight; None, with a warning, if there is none on its device."""
+        if self._kernel is None and (make := kernel_on(self.values.device)):
             self.check("weight")
-            self._kernel = CpuKernel(loaded, self.packed)
+            self._kernel = make(self.packed)
         return self._kernel
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x Wᵀ + bias``, ``[..., o]``, of inputs ``[..., i]`` in any float dtype.
 
-        Up to 8 tokens are multiplied by the packed weight; for more, it is unpacked tile by tile. Gradients reach the
-        inputs, never the weight.
+        A few tokens are multiplied by the packed weight, 8 on CPUs and 16 on CUDA devices; for more, it is unpacked
+        tile by tile. Gradients reach the inputs, never the weight.
         """
         kernel = self._kernel or self.kernel()
         if kernel is None or (torch.is_grad_enabled() and x.requires_grad):
             return linear(x, self.packed.unpack(x.dtype), bias)
-        if x.numel() <= MOST_TOKENS * x.shape[-1]:
-            y = kernel.multiply(x.float()).to(x.dtype)
+        if x.numel() <= kernel.most_tokens * x.shape[-1]:
+            y = kernel.multiply(x)
         else:
             y = self._by_tiles(kernel, x.detach().reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
-    def _by_tiles(self, kernel: CpuKernel, tokens: Tensor) -> Tensor:
-        """Return the product with many tokens ``[t, i]``, ``[t, o]``; rows are unpacked as many as fit the cache."""
+    def _by_tiles(self, kernel: Kernel, tokens: Tensor) -> Tensor:
+        """Return the product with many tokens ``[t, i]``, ``[t, o]``, in tiles of a size for the kernel."""
         outputs, inputs = self.layout.shape
         y = tokens.new_empty(len(tokens), outputs)
-        rows = max(1, _TILE // inputs)
+        rows = max(1, kernel.most_expanded // inputs)
         for first in range(0, outputs, rows):
             last = min(first + rows, outputs)
-            torch.mm(tokens, kernel.expand(first, last).to(tokens.dtype).T, out=y[:, first:last])
+            torch.mm(tokens, kernel.expand(first, last, tokens.dtype).T, out=y[:, first:last])
         return y
 
     def extra_repr(self) -> str:
@@ -101,7 +98,7 @@ class _Packed(nn.Module):
 
 
 class PackedLinear(_Packed):
-    """A linear layer with a packed weight ``[o, i]``, for inference: up to 8 tokens multiply it as it is."""
+    """A linear layer with a packed weight ``[o, i]``, for inference: a few tokens multiply it as it is."""
 
     def __init__(
         self, layout: Layout, bias: nn.Parameter | None = None, transposed: bool = False, device: Any = None

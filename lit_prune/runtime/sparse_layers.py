@@ -16,7 +16,7 @@ from lit_prune.errors import InputError
 from lit_prune.models.experts import apart, has_fused_experts
 from lit_prune.ops import PackedMask
 from lit_prune.ops.packing import Kind, PackedWeight, float_kind, pack
-from lit_prune.runtime.cpu_kernel import library
+from lit_prune.runtime.kernel import kernel_on
 from lit_prune.runtime.packed_layers import PackedLinear
 
 SEMI_STRUCTURED = "2:4 semi-structured"
@@ -104,9 +104,9 @@ def measure_speed(
 ) -> list[Speed]:
     """Time one layer of each shape in dense and sparse form, on the model's device and in its dtype.
 
-    Layers with a 2:4 mask use the semi-structured form if the device supports it. On a CPU, other layers are
-    packed with 16, 8 and 4 bits per kept weight; elsewhere, and without a C++ compiler, they use compressed rows. As in
-    a model, every product reads another copy of the weights, for layers of usual sizes from memory and not a cache.
+    Layers with a 2:4 mask use the semi-structured form if the device supports it. Where there is a kernel, other layers
+    are packed with 16, 8 and 4 bits per kept weight; without one, they use compressed rows. As in a model, every
+    product reads another copy of the weights, for layers of usual sizes from memory and not a cache.
 
     Args:
         model: pruned model; not modified.
@@ -159,7 +159,7 @@ def _sparse_forms(weight: Tensor, mask: PackedMask) -> dict[str, tuple[Callable[
     """Return functions that make a layer in each of its sparse forms, with the number of bytes, by the form's name."""
     if is_two_of_four(mask) and _has_semi_structured(weight):
         return {SEMI_STRUCTURED: (lambda: _dense(to_sparse_semi_structured(weight)), weight.nbytes // 2)}
-    if weight.device.type == "cpu" and library():
+    if kernel_on(weight.device):
         kinds: dict[str, Kind] = {"16 bits": float_kind(weight), "8 bits": "int8", "4 bits": "int4"}
         packed = {form: pack(weight, mask.unpack(), kind) for form, kind in kinds.items()}
         return {form: (lambda w=w: _packed(w), w.nbytes) for form, w in packed.items()}  # type: ignore[misc]
