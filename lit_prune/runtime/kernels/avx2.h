@@ -124,8 +124,7 @@ struct Avx2Rows {
             for (int r = 0; r < ROWS; r++) readers[r].fetch_ahead();
         }
         for (int r = 0; r < ROWS; r++) {
-            const float scale = KIND == INT8 ? w.scale_of(first + r * apart, 0) : 1.0f;
-            for (int t = 0; t < TOKENS; t++) y[size_t(t) * w.outputs + first + r * apart] = scale * sum_of(sums[r][t]);
+            for (int t = 0; t < TOKENS; t++) y[size_t(t) * w.outputs + first + r * apart] = sum_of(sums[r][t]);
         }
     }
 
@@ -152,7 +151,7 @@ struct Avx2Rows {
             for (int r = 0; r < ROWS; r++) {
                 const __m128i low = readers[r].next_bytes(), high = readers[r].next_bytes();
                 const __m256i values = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-                const float scale = KIND == INT8 ? 1.0f : w.scale_of(first + r * apart, chunk);
+                const float scale = w.scale_of(first + r * apart, KIND == INT8 ? 0 : chunk);
                 for (int t = 0; t < TOKENS; t++) {
                     const size_t at = size_t(t) * in.width + chunk * CHUNK + PART * h;
                     const __m256i x = load_bytes(&in.rounded[at]), size = load_bytes(&in.sizes[at]);

@@ -146,9 +146,8 @@ struct Avx512 {
             }
         }
         for (int r = 0; r < ROWS; r++) {
-            const float scale = KIND == INT8 ? w.scale_of(first + r * apart, 0) : 1.0f;
             for (int t = 0; t < TOKENS; t++) {
-                y[size_t(t) * w.outputs + first + r * apart] = scale * _mm512_reduce_add_ps(sums[r][t]);
+                y[size_t(t) * w.outputs + first + r * apart] = _mm512_reduce_add_ps(sums[r][t]);
             }
         }
     }
@@ -177,7 +176,10 @@ struct Avx512 {
         // The instruction wants unsigned inputs: it gets x + 128, and 128 times the sum of the values is taken off.
         const __m512i zero = _mm512_setzero_si512(), shift = _mm512_set1_epi8(int8_t(128));
         __m512i values[ROWS], start[ROWS];
+        __m512 of_row[ROWS];
         for (int r = 0; r < ROWS; r++) {
+            const float scale = w.scale_of(first + r * apart, KIND == INT8 ? 0 : chunk);
+            of_row[r] = _mm512_set1_ps(KIND == INT4 ? scale / 16 : scale);
             values[r] = readers[r].next_bytes();
             start[r] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, shift, values[r]));
         }
@@ -189,8 +191,7 @@ struct Avx512 {
             const __m512 scales = _mm512_permutexvar_ps(places, _mm512_castpd_ps(_mm512_set1_pd(pair)));
             for (int r = 0; r < ROWS; r++) {
                 const __m512i total = _mm512_dpbusd_epi32(start[r], _mm512_xor_si512(x, shift), values[r]);
-                const __m512 factor =
-                    KIND == INT8 ? scales : _mm512_mul_ps(scales, _mm512_set1_ps(w.scale_of(first + r * apart, chunk) / 16));
+                const __m512 factor = _mm512_mul_ps(scales, of_row[r]);
                 sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, sums[r][t]);
             }
         }
@@ -208,9 +209,13 @@ struct Avx512 {
                     for (int h = 0; h < 2; h++) {
                         __m512 one, other;
                         reader.next_words(uint32_t(keep >> 32 * h), one, other);
-                        quarters[2 * h] = KIND == FLOAT16 ? one : _mm512_permutex2var_ps(one, load_indices(IN_TURN), other);
-                        quarters[2 * h + 1] =
-                            KIND == FLOAT16 ? other : _mm512_permutex2var_ps(one, load_indices(IN_TURN + 16), other);
+                        if (KIND == BFLOAT16) {
+                            const __m512 even = one, odd = other;
+                            one = _mm512_permutex2var_ps(even, load_indices(IN_TURN), odd);
+                            other = _mm512_permutex2var_ps(even, load_indices(IN_TURN + 16), odd);
+                        }
+                        quarters[2 * h] = one;
+                        quarters[2 * h + 1] = other;
                     }
                 } else {
                     alignas(64) int8_t bytes[CHUNK];

@@ -74,11 +74,10 @@ struct Neon {
                 if (is_16_bits(KIND)) {
                     multiply_words(reader, in, c, sums);
                 } else {
-                    multiply_bytes(reader, in, c, KIND == INT8 ? 1.0f : w.scale_of(r, c), sums);
+                    multiply_bytes(reader, in, c, w.scale_of(r, c), sums);
                 }
             }
-            const float scale = KIND == INT8 ? w.scale_of(r, 0) : 1.0f;
-            for (int t = 0; t < TOKENS; t++) y[size_t(t) * w.outputs + r] = scale * vaddvq_f32(sums[t]);
+            for (int t = 0; t < TOKENS; t++) y[size_t(t) * w.outputs + r] = vaddvq_f32(sums[t]);
         }
     }
 
