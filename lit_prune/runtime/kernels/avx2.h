@@ -111,15 +111,18 @@ struct Avx2Rows {
     AVX2_INLINE static void some_rows(const Weight& w, const Inputs& in, float* y, int first, int apart) {
         Reader<MASKED, KIND> readers[ROWS];
         __m256 sums[ROWS][TOKENS];
+        float scales[ROWS];
         for (int r = 0; r < ROWS; r++) {
             readers[r].start(w, first + r * apart);
+            scales[r] = w.scale_of(first + r * apart, 0);
             for (int t = 0; t < TOKENS; t++) sums[r][t] = _mm256_setzero_ps();
         }
         for (int c = 0; c < w.chunks; c++) {
             if (is_16_bits(KIND)) {
                 multiply_words(readers, in, c, sums);
             } else {
-                multiply_bytes(w, readers, in, first, apart, c, sums);
+                for (int r = 0; r < ROWS && KIND == INT4; r++) scales[r] = w.scale_of(first + r * apart, c);
+                multiply_bytes(readers, in, scales, c, sums);
             }
             for (int r = 0; r < ROWS; r++) readers[r].fetch_ahead();
         }
@@ -144,21 +147,20 @@ struct Avx2Rows {
 
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
     AVX2_INLINE static void multiply_bytes(
-        const Weight& w, Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int first, int apart, int chunk,
+        Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, const float (&scales)[ROWS], int chunk,
         __m256 (&sums)[ROWS][TOKENS]) {
         const __m256i ones = _mm256_set1_epi16(1);
         for (int h = 0; h < 2; h++) {
             for (int r = 0; r < ROWS; r++) {
                 const __m128i low = readers[r].next_bytes(), high = readers[r].next_bytes();
                 const __m256i values = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-                const float scale = w.scale_of(first + r * apart, KIND == INT8 ? 0 : chunk);
                 for (int t = 0; t < TOKENS; t++) {
                     const size_t at = size_t(t) * in.width + chunk * CHUNK + PART * h;
                     const __m256i x = load_bytes(&in.rounded[at]), size = load_bytes(&in.sizes[at]);
                     // |x| · (w with the sign of x): the instruction takes one unsigned factor.
                     const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(values, x));
                     const __m256 total = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
-                    const __m256 factor = _mm256_set1_ps(scale * in.scales_of(t, chunk)[h]);
+                    const __m256 factor = _mm256_set1_ps(scales[r] * in.scales_of(t, chunk)[h]);
                     sums[r][t] = _mm256_fmadd_ps(total, factor, sums[r][t]);
                 }
             }

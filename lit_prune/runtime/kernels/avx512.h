@@ -133,16 +133,20 @@ struct Avx512 {
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
     AVX512_INLINE static void some_rows(const Weight& w, const Inputs& in, float* y, int first, int apart) {
         Reader<MASKED, KIND> readers[ROWS];
-        __m512 sums[ROWS][TOKENS];
+        __m512 sums[ROWS][TOKENS], scales[ROWS];
         for (int r = 0; r < ROWS; r++) {
             readers[r].start(w, first + r * apart);
+            scales[r] = _mm512_set1_ps(w.scale_of(first + r * apart, 0));
             for (int t = 0; t < TOKENS; t++) sums[r][t] = _mm512_setzero_ps();
         }
         for (int c = 0; c < w.chunks; c++) {
             if (is_16_bits(KIND)) {
                 multiply_words(readers, in, c, sums);
             } else {
-                multiply_bytes(w, readers, in, first, apart, c, sums);
+                for (int r = 0; r < ROWS && KIND == INT4; r++) {
+                    scales[r] = _mm512_set1_ps(w.scale_of(first + r * apart, c) / 16);
+                }
+                multiply_bytes(readers, in, scales, c, sums);
             }
         }
         for (int r = 0; r < ROWS; r++) {
@@ -171,15 +175,12 @@ struct Avx512 {
 
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
     AVX512_INLINE static void multiply_bytes(
-        const Weight& w, Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int first, int apart, int chunk,
+        Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, const __m512 (&scales)[ROWS], int chunk,
         __m512 (&sums)[ROWS][TOKENS]) {
         // The instruction wants unsigned inputs: it gets x + 128, and 128 times the sum of the values is taken off.
         const __m512i zero = _mm512_setzero_si512(), shift = _mm512_set1_epi8(int8_t(128));
         __m512i values[ROWS], start[ROWS];
-        __m512 of_row[ROWS];
         for (int r = 0; r < ROWS; r++) {
-            const float scale = w.scale_of(first + r * apart, KIND == INT8 ? 0 : chunk);
-            of_row[r] = _mm512_set1_ps(KIND == INT4 ? scale / 16 : scale);
             values[r] = readers[r].next_bytes();
             start[r] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, shift, values[r]));
         }
@@ -188,10 +189,10 @@ struct Avx512 {
             double pair;  // the scales of the two halves
             std::memcpy(&pair, in.scales_of(t, chunk), 8);
             const __m512i places = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-            const __m512 scales = _mm512_permutexvar_ps(places, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+            const __m512 of_x = _mm512_permutexvar_ps(places, _mm512_castpd_ps(_mm512_set1_pd(pair)));
             for (int r = 0; r < ROWS; r++) {
                 const __m512i total = _mm512_dpbusd_epi32(start[r], _mm512_xor_si512(x, shift), values[r]);
-                const __m512 factor = _mm512_mul_ps(scales, of_row[r]);
+                const __m512 factor = _mm512_mul_ps(of_x, scales[r]);
                 sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, sums[r][t]);
             }
         }
