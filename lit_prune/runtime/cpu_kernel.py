@@ -23,8 +23,8 @@ from lit_prune.ops.packing import Kind, PackedWeight
 
 MOST_TOKENS = 8
 """Largest number of tokens that the kernel multiplies at once."""
-_SOURCE = Path(__file__).parent / "kernels" / "packed.cpp"
-_HEADERS = sorted(_SOURCE.parent.glob("*.h"))
+SOURCE = Path(__file__).parent / "kernels" / "packed.cpp"
+_HEADERS = sorted(SOURCE.parent.glob("*.h"))
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
 _FEW_WEIGHTS = 1 << 16
 """Number of weights below which one thread is faster than several."""
@@ -122,7 +122,7 @@ def _warn(reason: str) -> None:
 def _compiled(compiler: str) -> Path:
     """Return the path of the shared library, after compiling it if it is not in the cache."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = [file.read_text() for file in (_SOURCE, *_HEADERS)]
+    sources = [file.read_text() for file in (SOURCE, *_HEADERS)]
     key = "\0".join((*sources, compiler, version, *_FLAGS))
     name = f"packed-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     path = Path(constants.HF_HOME).expanduser() / "lit-prune" / name
@@ -132,7 +132,7 @@ def _compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built, shared = Path(folder) / "packed.o", Path(folder) / name
         # Linked without OpenMP: torch has loaded its own, and a second one would add as many threads again.
-        for command in ([*_FLAGS, "-c", str(_SOURCE), "-o", str(built)], ["-shared", str(built), "-o", str(shared)]):
+        for command in ([*_FLAGS, "-c", str(SOURCE), "-o", str(built)], ["-shared", str(built), "-o", str(shared)]):
             subprocess.run([compiler, *command], capture_output=True, text=True, check=True)
         shared.replace(path)  # at once, for other processes that compile it too
     return path

@@ -148,6 +148,16 @@ def test_the_memory_ends_where_the_part_does() -> None:
     assert libc.write(pipe, ctypes.c_void_p(behind), 1) == -1  # where the kernel would be killed
 
 
+@pytest.mark.parametrize("instructions", forms())
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_inputs_do_not_overflow_before_the_scale_of_the_weight(kind: Kind, instructions: str) -> None:
+    loaded = library()
+    assert loaded
+    kernel = CpuKernel(loaded, pack(torch.full((3, 64), 2.0**-7), None, kind), instructions)
+    y = kernel.multiply(torch.full((1, 64), 1e36))  # 5e35, and 127 times as much before the scale
+    assert torch.allclose(y, torch.full((1, 3), 64 * 2.0**-7 * 1e36), rtol=0.01)
+
+
 def test_tiny_and_zero_inputs() -> None:
     loaded = library()
     assert loaded

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "packed.h"
+#include "shuffles.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -11,32 +12,6 @@
 #define AVX2_INLINE AVX2 __attribute__((always_inline)) inline
 
 namespace packed {
-
-// Byte shuffles by mask byte; 0x80 gives zero.
-struct Shuffles {
-    alignas(64) uint8_t words[256][16];     // for 8 values of 16 bits
-    alignas(64) uint8_t upper[256][32];     // the same, to the upper halves of 32 bits: that makes floats of bfloat16
-    alignas(64) uint8_t bytes[3][256][8];   // for 8 values of 8 bits that follow 0, 4 or 8 others
-    alignas(64) uint64_t halves[256];       // bits to deposit 4-bit values in the low halves of 8 bytes
-
-    Shuffles() {
-        for (int m = 0; m < 256; m++) {
-            int kept = 0;
-            halves[m] = 0;
-            for (int j = 0; j < 8; j++) {
-                bool keep = m >> j & 1;
-                words[m][2 * j] = uint8_t(keep ? 2 * kept : 0x80);
-                words[m][2 * j + 1] = uint8_t(keep ? 2 * kept + 1 : 0x80);
-                std::memset(&upper[m][4 * j], 0x80, 2);
-                std::memcpy(&upper[m][4 * j + 2], &words[m][2 * j], 2);
-                for (int k = 0; k < 3; k++) bytes[k][m][j] = uint8_t(keep ? kept + 4 * k : 0x80);
-                halves[m] |= keep ? uint64_t(15) << 8 * j : 0;
-                kept += keep;
-            }
-        }
-    }
-};
-const Shuffles SHUFFLES;
 
 // FOUR: every mask byte keeps four weights, as in 2:4 and 4:8, and nothing has to be counted.
 template <bool FOUR>
@@ -136,21 +111,23 @@ struct Avx2Rows {
     AVX2_INLINE static void some_rows(const Weight& w, const Inputs& in, float* y, int first, int apart) {
         Reader<MASKED, KIND> readers[ROWS];
         __m256 sums[ROWS][TOKENS];
+        float scales[ROWS];
         for (int r = 0; r < ROWS; r++) {
             readers[r].start(w, first + r * apart);
+            scales[r] = w.scale_of(first + r * apart, 0);
             for (int t = 0; t < TOKENS; t++) sums[r][t] = _mm256_setzero_ps();
         }
         for (int c = 0; c < w.chunks; c++) {
             if (is_16_bits(KIND)) {
                 multiply_words(readers, in, c, sums);
             } else {
-                multiply_bytes(w, readers, in, first, apart, c, sums);
+                for (int r = 0; r < ROWS && KIND == INT4; r++) scales[r] = w.scale_of(first + r * apart, c);
+                multiply_bytes(readers, in, scales, c, sums);
             }
             for (int r = 0; r < ROWS; r++) readers[r].fetch_ahead();
         }
         for (int r = 0; r < ROWS; r++) {
-            const float scale = KIND == INT8 ? w.scale_of(first + r * apart, 0) : 1.0f;
-            for (int t = 0; t < TOKENS; t++) y[size_t(t) * w.outputs + first + r * apart] = scale * sum_of(sums[r][t]);
+            for (int t = 0; t < TOKENS; t++) y[size_t(t) * w.outputs + first + r * apart] = sum_of(sums[r][t]);
         }
     }
 
@@ -170,21 +147,20 @@ struct Avx2Rows {
 
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
     AVX2_INLINE static void multiply_bytes(
-        const Weight& w, Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int first, int apart, int chunk,
+        Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, const float (&scales)[ROWS], int chunk,
         __m256 (&sums)[ROWS][TOKENS]) {
         const __m256i ones = _mm256_set1_epi16(1);
         for (int h = 0; h < 2; h++) {
             for (int r = 0; r < ROWS; r++) {
                 const __m128i low = readers[r].next_bytes(), high = readers[r].next_bytes();
                 const __m256i values = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-                const float scale = KIND == INT8 ? 1.0f : w.scale_of(first + r * apart, chunk);
                 for (int t = 0; t < TOKENS; t++) {
                     const size_t at = size_t(t) * in.width + chunk * CHUNK + PART * h;
                     const __m256i x = load_bytes(&in.rounded[at]), size = load_bytes(&in.sizes[at]);
                     // |x| · (w with the sign of x): the instruction takes one unsigned factor.
                     const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(values, x));
                     const __m256 total = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
-                    const __m256 factor = _mm256_set1_ps(scale * in.scales_of(t, chunk)[h]);
+                    const __m256 factor = _mm256_set1_ps(scales[r] * in.scales_of(t, chunk)[h]);
                     sums[r][t] = _mm256_fmadd_ps(total, factor, sums[r][t]);
                 }
             }

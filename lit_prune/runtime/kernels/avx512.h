@@ -133,22 +133,25 @@ struct Avx512 {
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
     AVX512_INLINE static void some_rows(const Weight& w, const Inputs& in, float* y, int first, int apart) {
         Reader<MASKED, KIND> readers[ROWS];
-        __m512 sums[ROWS][TOKENS];
+        __m512 sums[ROWS][TOKENS], scales[ROWS];
         for (int r = 0; r < ROWS; r++) {
             readers[r].start(w, first + r * apart);
+            scales[r] = _mm512_set1_ps(w.scale_of(first + r * apart, 0));
             for (int t = 0; t < TOKENS; t++) sums[r][t] = _mm512_setzero_ps();
         }
         for (int c = 0; c < w.chunks; c++) {
             if (is_16_bits(KIND)) {
                 multiply_words(readers, in, c, sums);
             } else {
-                multiply_bytes(w, readers, in, first, apart, c, sums);
+                for (int r = 0; r < ROWS && KIND == INT4; r++) {
+                    scales[r] = _mm512_set1_ps(w.scale_of(first + r * apart, c) / 16);
+                }
+                multiply_bytes(readers, in, scales, c, sums);
             }
         }
         for (int r = 0; r < ROWS; r++) {
-            const float scale = KIND == INT8 ? w.scale_of(first + r * apart, 0) : 1.0f;
             for (int t = 0; t < TOKENS; t++) {
-                y[size_t(t) * w.outputs + first + r * apart] = scale * _mm512_reduce_add_ps(sums[r][t]);
+                y[size_t(t) * w.outputs + first + r * apart] = _mm512_reduce_add_ps(sums[r][t]);
             }
         }
     }
@@ -172,7 +175,7 @@ struct Avx512 {
 
     template <bool MASKED, int KIND, int TOKENS, int ROWS>
     AVX512_INLINE static void multiply_bytes(
-        const Weight& w, Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, int first, int apart, int chunk,
+        Reader<MASKED, KIND> (&readers)[ROWS], const Inputs& in, const __m512 (&scales)[ROWS], int chunk,
         __m512 (&sums)[ROWS][TOKENS]) {
         // The instruction wants unsigned inputs: it gets x + 128, and 128 times the sum of the values is taken off.
         const __m512i zero = _mm512_setzero_si512(), shift = _mm512_set1_epi8(int8_t(128));
@@ -186,11 +189,10 @@ struct Avx512 {
             double pair;  // the scales of the two halves
             std::memcpy(&pair, in.scales_of(t, chunk), 8);
             const __m512i places = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-            const __m512 scales = _mm512_permutexvar_ps(places, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+            const __m512 of_x = _mm512_permutexvar_ps(places, _mm512_castpd_ps(_mm512_set1_pd(pair)));
             for (int r = 0; r < ROWS; r++) {
                 const __m512i total = _mm512_dpbusd_epi32(start[r], _mm512_xor_si512(x, shift), values[r]);
-                const __m512 factor =
-                    KIND == INT8 ? scales : _mm512_mul_ps(scales, _mm512_set1_ps(w.scale_of(first + r * apart, chunk) / 16));
+                const __m512 factor = _mm512_mul_ps(of_x, scales[r]);
                 sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, sums[r][t]);
             }
         }
@@ -208,9 +210,13 @@ struct Avx512 {
                     for (int h = 0; h < 2; h++) {
                         __m512 one, other;
                         reader.next_words(uint32_t(keep >> 32 * h), one, other);
-                        quarters[2 * h] = KIND == FLOAT16 ? one : _mm512_permutex2var_ps(one, load_indices(IN_TURN), other);
-                        quarters[2 * h + 1] =
-                            KIND == FLOAT16 ? other : _mm512_permutex2var_ps(one, load_indices(IN_TURN + 16), other);
+                        if (KIND == BFLOAT16) {
+                            const __m512 even = one, odd = other;
+                            one = _mm512_permutex2var_ps(even, load_indices(IN_TURN), odd);
+                            other = _mm512_permutex2var_ps(even, load_indices(IN_TURN + 16), odd);
+                        }
+                        quarters[2 * h] = one;
+                        quarters[2 * h + 1] = other;
                     }
                 } else {
                     alignas(64) int8_t bytes[CHUNK];

@@ -6,6 +6,7 @@
 
 #include "avx2.h"
 #include "avx512.h"
+#include "neon.h"
 #include "packed.h"
 #include "portable.h"
 
@@ -34,6 +35,9 @@ constexpr Form form_of() {
 const Form FORMS[] = {
 #ifdef AVX512
     form_of<Avx512>(), form_of<Avx2>(),
+#endif
+#ifdef __aarch64__
+    form_of<Neon>(),
 #endif
     form_of<Portable>(),
 };
