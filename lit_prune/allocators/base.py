@@ -115,7 +115,7 @@ class Allocator(ABC):
         """Return the sparsity of every layer, by name.
 
         The mean, weighted by the number of weights, is exactly ``target``, and every value is within the allocator's
-        bounds.
+        bounds; ``Measured`` meets the target to within one unit where it weighs units of several kinds.
 
         Args:
             layers: layers to prune.

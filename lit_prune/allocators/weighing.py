@@ -84,9 +84,8 @@ def weigh(blocks: Sequence[Choices], budget: float) -> list[Chosen]:
             high, above = price, chosen
     unit = min(_smallest(block) for block in blocks)
     tried = [_filled_up(blocks, start, budget, unit) for start in _between(below, above)]
-    if all(
-        saved(blocks, chosen) < budget - unit / 2 for chosen in tried
-    ):  # what is left is too coarse: exceed it first
+    nearest = max(saved(blocks, chosen) for chosen in tried)
+    if nearest < budget - unit / 2:  # what is left is too coarse: exceed the budget first
         tried += [_filled_up(blocks, start, budget, unit) for start in _one_more(blocks, tried[0])]
 
     def rank(chosen: list[Chosen]) -> tuple[float, float]:

@@ -100,7 +100,7 @@ def smaller_config(
         else:
             layers = {name.rpartition(".")[0] for name in missing}
             experts = [name for name, module in twin.named_modules() if isinstance(module, Experts)]
-            fused = tuple(f"{renamed(name)}." for name in experts)
+            fused = tuple(f"{new}." for name in experts if (new := renamed(name)))
             narrowed = {new: _narrowed(twin, name, kept[name]) for name in sorted(kept) if (new := renamed(name))}
             possible = layers <= narrowed.keys() and not any(name.startswith(fused) for name in layers)
             if possible and (uneven or widths):

@@ -136,7 +136,7 @@ class DenseModel:
             allowed: keep masks by parameter name; only weights that they keep may be kept.
         """
         if self.units:
-            part = 1.0 if sparsity is None else sparsity / plan.pattern.sparsity
+            part = sparsity / plan.pattern.sparsity if sparsity else float(sparsity is None)
             return LayerSolver(plan, self.units.patterns(allocation, part), allowed or {}, self.units.by_consumer)
         patterns: Mapping[str, Pattern] = plan.patterns(self.targets, allocation, sparsity, allowed)
         return LayerSolver(plan, patterns, allowed or {})

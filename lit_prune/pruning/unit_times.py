@@ -25,7 +25,7 @@ _ROUNDS = 9
 
 @dataclass(frozen=True)
 class UnitTimes:
-    """Times blocks, and how much faster they are with half of their units; equal blocks are timed once.
+    """Times blocks, and how much faster they are with half of their units, once for each class and shape of blocks.
 
     A time is that of a prompt and ``GENERATED`` single tokens, without keys and values of earlier tokens.
     """

@@ -17,7 +17,7 @@ from support.shared import Shared
 pytestmark = pytest.mark.timeout(300)
 
 
-PLANS = ["wanda", "sparsegpt", "gblm", "admm", "reconstructed", "dense", "sequential"]
+PLANS = ["wanda", "sparsegpt", "gblm", "admm", "reconstructed", "dense", "sequential", "weighed"]
 
 
 def run(out: Path, plans: list[str], processes: int = 1, **options: Any) -> list[str]:
@@ -78,7 +78,7 @@ def test_two_processes_agree_with_one(shard: bool, shared: Shared, tmp_path: Pat
     ("plans", "options"),
     [
         (["wanda", "reconstructed", "sequential"], {"model_type": "mixtral"}),
-        (["admm", "gblm", "reconstructed", "sequential"], {"sequences": 1, "length": 128}),
+        (["admm", "gblm", "reconstructed", "sequential", "weighed"], {"sequences": 1, "length": 128}),
     ],
     ids=["experts", "a process without a sequence"],
 )

@@ -372,6 +372,7 @@ def test_units_on_the_way_are_a_part_of_those_at_the_end(
         layers = {layer.name.split("layers.0.")[-1]: layer.kept for layer in report.layers}
         kept.append(tuple(len(layers[n].columns) for n in ("self_attn.o_proj", "mlp.down_proj")))  # type: ignore[union-attr, arg-type]
     assert kept == [(32, 48), (32, 44), (16, 41), (16, 40)]
+    assert prune(tiny_model(), tokens, PruningPlan(Structured(0.0), Magnitude()), sparsity=0.0).sparsity == 0
     with pytest.raises(InputError, match=r"sparsity is 0\.4: .* from 0 to 0\.3"):
         prune(tiny_model(), tokens, plan, sparsity=0.4)
 

@@ -15,7 +15,7 @@ from lit_prune.checkpoint.masks import save_masks
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.experts import take_apart
 from lit_prune.models.load import load_model
-from lit_prune.ops import NM, Unstructured, collectives
+from lit_prune.ops import NM, Structured, Unstructured, collectives
 from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.pruning.progress import Position
 from lit_prune.scorers import GBLM, Wanda
@@ -31,6 +31,9 @@ PLANS = {
     "dense": PruningPlan(Unstructured(0.5), Wanda(), propagate="dense"),
     "sequential": PruningPlan(
         Unstructured(0.6), solver=SparseGPT(), correction=0.3, residual_correction=0.4, sequential=True
+    ),
+    "weighed": PruningPlan(
+        Structured(0.4, ["channels", "heads", "blocks"]), solver=SparseGPT(), allocator=Measured(sequences=3)
     ),
     "overflow": PruningPlan(Unstructured(0.5), Wanda()),
     "singular": PruningPlan(Unstructured(0.5), solver=SparseGPT(damping=0.0)),
