@@ -109,7 +109,7 @@ class Prune(Callback):
             )
         if self.plan.removes_blocks:
             raise InputError(
-                "plan.pattern.units is [blocks]: remove blocks with lit-prune prune first, and train the smaller model"
+                "plan.pattern.units has blocks: remove blocks with lit-prune prune first, and train the smaller model"
             )
         if isinstance(self.plan.pattern, Structured) and not getattr(
             getattr(pl_module, "trainable", None), "masked", True

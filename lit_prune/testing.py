@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lit_prune.allocators.base import Allocator, Layer
+from lit_prune.allocators.base import Allocator, Layer, Trial
 from lit_prune.errors import InputError
 from lit_prune.ops import NM, LayerStats, Pattern, Structured, Unstructured
 from lit_prune.ops.stats import COLLECTABLE
@@ -208,7 +208,7 @@ def _observed(allocator: Allocator, layers: Sequence[Layer], target: float) -> l
             layers[4 * block : 4 * block + 4],
             stats[4 * block : 4 * block + 4],
             Unstructured(target),
-            lambda pattern, block=block: (1 + block) * pattern.sparsity**2,  # type: ignore[misc]
+            lambda pattern, block=block: Trial((1 + block) * pattern.sparsity**2, 1),  # type: ignore[misc]
         )
         for block in range(3)
     }

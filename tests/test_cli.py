@@ -252,6 +252,24 @@ def test_a_pruned_folder_is_packed_and_made_dense_again(tmp_path: Path, capsys: 
     assert read_json(Path(dense) / "pruning.json") == read_json(Path(pruned) / "pruning.json")
 
 
+def test_a_quantised_folder_is_packed_with_its_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruned, packed, dense = (str(tmp_path / name) for name in ("pruned", "packed", "dense"))
+    plan = {"pattern": WANDA["pattern"], "solver": {"class_path": "SparseGPT"}}
+    wrong = {**plan, "quantize": {"class_path": "Quantize", "init_args": {"bits": 5}}}
+    fails_with("bits.* 5", capsys, "prune", "-c", write_config(tmp_path, plan=wrong), "--output", pruned)
+    config = write_config(tmp_path, plan={**plan, "quantize": {"class_path": "Quantize", "init_args": {"bits": 4}}})
+    assert main(["prune", "-c", config, "--output", pruned]) == 0
+    check_report(Path(pruned))
+    given = ["-c", config, "--model.config", "null", "--model.pretrained"]
+    assert main(["export", *given, pruned, "--to", "packed", "--output", packed]) == 0
+    layers = read_json(Path(packed) / "config.json")["quantization_config"]["layers"]
+    assert {entry["kind"] for name, entry in layers.items() if ".layers." in name} == {"int4"}
+    assert main(["export", *given, packed, "--output", dense]) == 0
+    before, after = (load_model(folder).state_dict() for folder in (pruned, dense))
+    rounded = [name for name in before if ".layers." in name and before[name].dim() == 2]
+    assert rounded and all(torch.equal(after[name], before[name]) for name in rounded)
+
+
 def check_report(folder: Path) -> None:
     """Raise where a folder's pruning.json is not what its schema says."""
     jsonschema.validate(read_json(folder / "pruning.json"), read_json(SCHEMA))

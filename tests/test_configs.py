@@ -37,7 +37,7 @@ def test_a_plan_is_complete(plan: str, tmp_path: Path) -> None:
     """It says all that makes a method, so that nothing of a plan that it is laid over stays."""
     assert set(yaml.safe_load((FOLDER / f"{plan}.yaml").read_text())) == {
         *("pattern", "scorer", "allocator", "solver"),
-        *("correction", "residual_correction", "reconstruction"),
+        *("correction", "residual_correction", "reconstruction", "quantize"),
     }
     cli = built(tmp_path, "--config", "models/smollm2", "--plan", plan)
     assert isinstance(cli.trainer.callbacks[0], Prune)  # type: ignore[attr-defined]

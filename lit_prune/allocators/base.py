@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.ops import LayerStats, Pattern
+from lit_prune.ops import LayerStats, Pattern, Structured
 from lit_prune.ops.masks import check_sparsity
+from lit_prune.ops.structured import Unit
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Layer:
     """Observation of the layer's block, as returned by the allocator's ``observe``."""
     metric: float | None = None
     """Metric of the layer, as returned by the allocator's ``measure``; None if it has not been measured yet."""
+    unit: Unit | None = None
+    """Kind of the units that the layer consists of, ``channels`` or ``heads``; None unless the pattern is structured,
+    or if the layer can only be removed with its block."""
+    units: int = 0
+    """Number of these units."""
+    step: int = 1
+    """Number that the number of units kept is a multiple of, if any go."""
 
     @property
     def numel(self) -> int:
@@ -38,12 +46,23 @@ class Layer:
         return self.shape[0] * self.shape[1]
 
 
+class Trial(NamedTuple):
+    """Result of pruning a dense block on trial."""
+
+    error: float
+    """Relative error of the block's output, ``mean_t ||B'(h)_t - B(h)_t||² / ||B(h)_t||²`` over calibration tokens."""
+    removed: int
+    """Number of weights that were removed from the block's layers."""
+    seconds: float = 0.0
+    """Seconds by which the block got faster; 0 unless the allocator's ``needs`` contains ``seconds``."""
+
+
 class Allocator(ABC):
     """Base class of allocators, which assign a sparsity to every layer."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics of the dense model to collect first: any of ``input_sq_norm``, ``gram`` and ``output_error``."""
+        """What to learn of the dense model first: any of ``input_sq_norm``, ``gram``, ``output_error``, ``seconds``."""
         return frozenset()
 
     @property
@@ -51,12 +70,20 @@ class Allocator(ABC):
         """Number of calibration sequences, counted from the first, on which ``observe`` is called; None = all."""
         return None
 
+    def check(self, pattern: Pattern) -> None:
+        """Raise ``InputError`` if the allocator has no use for a plan's pattern."""
+        if isinstance(pattern, Structured) and "blocks" in pattern.units and len(pattern.units) > 1:
+            raise InputError(
+                f"plan.pattern.units is {list(pattern.units)}, and plan.allocator is {type(self).__name__}: only "
+                "Measured weighs blocks against other units; use it, or prune a second time for the other units"
+            )
+
     def observe(
         self,
         layers: Sequence[Layer],
         stats: Sequence[LayerStats],
         pattern: Pattern,
-        output_error: Callable[[Pattern], float],
+        output_error: Callable[[Pattern], Trial],
     ) -> Any:
         """Return the observations of a dense block for ``allocate``; called block by block if ``needs`` is not empty.
 
@@ -64,8 +91,9 @@ class Allocator(ABC):
             layers: layers of the block.
             stats: statistics of the layers' inputs, in the same order.
             pattern: pattern of the plan; its sparsity is the overall target.
-            output_error: function that temporarily prunes the block's layers to a pattern and returns the relative
-                error of the block's output; available to allocators whose ``needs`` contains ``output_error``.
+            output_error: function that temporarily prunes the block's layers to a pattern; available to allocators
+                whose ``needs`` contains ``output_error``. A structured pattern of one kind of units (``only``) removes
+                these, and one of ``blocks`` all linear layers of the block.
         """
         return None
 

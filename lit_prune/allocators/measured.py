@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor
 
-from lit_prune.allocators.base import Allocator, Layer, check_bounds, check_budget, meet_budget
+from lit_prune.allocators.base import Allocator, Layer, Trial, check_bounds, check_budget, meet_budget
+from lit_prune.allocators.weighing import Choices, Curve, error_between, permitted, weigh
 from lit_prune.errors import InputError
-from lit_prune.ops import NM, LayerStats, Pattern
+from lit_prune.ops import NM, LayerStats, Pattern, Structured
+from lit_prune.ops.structured import Unit
 
+Budget = Literal["parameters", "time"]
+_TRIALS = 3
+"""Number of sparsities at which a block, or one kind of its units, is tried."""
 _GRID = 1001
 """Number of candidate sparsities per block, from the lowest trial to the highest."""
 _NO_ERROR = 1e-12
@@ -36,6 +41,15 @@ class Measured(Allocator):
     another allocator, the prior: each sparsity is then ``trust * measured + (1 - trust) * prior``. The method is this
     project's own.
 
+    If a structured pattern has several kinds of units, they are weighed against each other. Every kind of every block
+    is tried alone at three sparsities, up to ``2 * spread`` above the target, or up to ``spread`` above where the
+    largest kind would meet it alone; and if ``blocks`` may go, the block is left out. At one price per weight for all,
+    the units are removed that cost the least error, in whole units, until the budget is met to half of the smallest
+    one; a block whose removal is cheapest goes entirely. ``budget: time`` weighs seconds in place of weights, and
+    ``sparsity`` is a fraction of the seconds of the units, or of whole blocks if these may go: how much faster a block
+    gets without half of its units of a kind is timed on this machine, for a prompt as long as a calibration sequence
+    and 32 single tokens. Such an allocation differs from machine to machine.
+
     .. code-block:: yaml
 
         allocator: {class_path: Measured, init_args: {spread: 0.1, prior: {class_path: AlphaPruning}, trust: 0.5}}
@@ -52,7 +66,10 @@ class Measured(Allocator):
     min_sparsity: float = 0.0
     """Lowest sparsity of a layer."""
     max_sparsity: float = 0.99
-    """Highest sparsity of a layer."""
+    """Highest sparsity of a layer, except in blocks that are removed."""
+    budget: Budget = "parameters"
+    """What ``sparsity`` is a fraction of, and what units of a structured pattern are weighed by: ``parameters``, or the
+    ``time`` that they take on this machine."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -62,12 +79,39 @@ class Measured(Allocator):
             raise InputError(f"trust is {self.trust!r}: it must be in [0, 1], such as 0.5")
         if self.sequences is not None and self.sequences < 1:
             raise InputError(f"sequences is {self.sequences!r}: it must be 1 or more, or null for all")
+        if self.budget not in get_args(Budget):
+            raise InputError(f"budget is {self.budget!r}: it must be one of {', '.join(get_args(Budget))}")
         check_bounds(self.min_sparsity, self.max_sparsity)
+
+    def check(self, pattern: Pattern) -> None:
+        """Raise ``InputError`` if a plan's pattern does not go with the arguments."""
+        if self.budget == "time" and not isinstance(pattern, Structured):
+            raise InputError(
+                f"plan.allocator.budget is 'time', and plan.pattern is {type(pattern).__name__}: single zeros save no "
+                "time; use Structured"
+            )
+        if self._weighs(pattern) and (self.prior or self.min_sparsity):
+            name, value = ("prior", self.prior) if self.prior else ("min_sparsity", self.min_sparsity)
+            raise InputError(
+                f"plan.allocator.{name} is {value!r}: it says nothing about which kind of units to remove; leave it out"
+            )
+
+    def _weighs(self, pattern: Pattern) -> bool:
+        """Return whether kinds of units are weighed against each other."""
+        return isinstance(pattern, Structured) and (len(pattern.units) > 1 or self.budget == "time")
+
+    def trials(self, pattern: Pattern) -> int:
+        """Return the number of times that a block is tried."""
+        if not self._weighs(pattern):
+            return _TRIALS
+        assert isinstance(pattern, Structured)
+        return sum(1 if unit == "blocks" else _TRIALS for unit in pattern.units)
 
     @property
     def needs(self) -> frozenset[str]:
-        """Output errors of the dense blocks, and the prior's needs."""
-        return frozenset({"output_error"}) | (self.prior.needs if self.prior else frozenset())
+        """Output errors of the dense blocks, their times if they are the budget, and the prior's needs."""
+        mine = {"output_error", "seconds"} if self.budget == "time" else {"output_error"}
+        return frozenset(mine) | (self.prior.needs if self.prior else frozenset())
 
     @property
     def observed_sequences(self) -> int | None:
@@ -88,13 +132,62 @@ class Measured(Allocator):
         layers: Sequence[Layer],
         stats: Sequence[LayerStats],
         pattern: Pattern,
-        output_error: Callable[[Pattern], float],
+        output_error: Callable[[Pattern], Trial],
     ) -> dict[str, Any]:
-        """Return ``errors``, the block's output error by sparsity, and ``prior``, the prior's observations."""
+        """Return what ``allocate`` needs to know of a block.
+
+        Either ``errors``, the block's output error by sparsity, and ``prior``, the prior's observations; or, if units
+        are weighed, ``whole``, what all units of each kind cost, by kind, and ``choices``, what may be removed.
+        """
         check_budget(pattern.sparsity, self.min_sparsity, self.max_sparsity)
+        if self._weighs(pattern):
+            assert isinstance(pattern, Structured)
+            return self._weighed(layers, pattern, output_error)
         trials = {trial.sparsity: trial for trial in self._trials(pattern)}
         prior = self.prior.observe(layers, stats, pattern, output_error) if self.prior and self.prior.needs else None
-        return {"errors": {s: output_error(trial) for s, trial in sorted(trials.items())}, "prior": prior}
+        return {"errors": {s: output_error(trial).error for s, trial in sorted(trials.items())}, "prior": prior}
+
+    def _weighed(
+        self, layers: Sequence[Layer], pattern: Structured, output_error: Callable[[Pattern], Trial]
+    ) -> dict[str, Any]:
+        """Try every kind of a block's units alone, and the block without its layers if it may be removed."""
+        whole, curves = {}, []
+        sizes = {unit: sum(layer.numel for layer in layers if layer.unit == unit) for unit in get_args(Unit)}
+        largest = max(sizes.values())
+        for unit in get_args(Unit):
+            mine = [layer for layer in layers if layer.unit == unit]
+            if not mine:  # blocks, or a kind that this block does not have, or that is to be left alone
+                continue
+            levels = permitted(max(mine, key=lambda layer: layer.units))
+            levels = levels[levels <= self.max_sparsity]
+            numel, errors = sizes[unit], {}
+            cost = 0.0 if self.budget == "time" else float(numel)
+            # The largest kind may have to meet the target alone.
+            alone = pattern.sparsity * sum(layer.numel for layer in layers) / numel if numel == largest else 0.0
+            for sparsity in self._unit_trials(levels, pattern.sparsity, alone):
+                trial = output_error(pattern.only(unit).at(sparsity))
+                errors[trial.removed / numel] = trial.error
+                cost = max(0.0, self._cost(trial) * numel / trial.removed)  # a time is a difference of two
+            whole[unit] = cost
+            if cost > 0 and errors:
+                levels = levels[levels <= max(errors) + 1e-9]
+                curves.append(Curve(unit, levels * cost, error_between(errors, levels)))
+        if "blocks" not in pattern.units:
+            return {"whole": whole, "choices": Choices(tuple(curves))}
+        trial = output_error(pattern.only("blocks"))
+        return {"whole": whole, "choices": Choices(tuple(curves), self._cost(trial), trial.error)}
+
+    def _cost(self, trial: Trial) -> float:
+        return trial.seconds if self.budget == "time" else trial.removed
+
+    def _unit_trials(self, levels: Tensor, target: float, alone: float) -> list[float]:
+        """Return the sparsities at which to try one kind of units, up to three of the permitted ``levels`` ``[n]``."""
+        high = min(max(target + 2 * self.spread, alone + self.spread), (max(target, alone) + 1) / 2)
+        tried: list[int] = []
+        for part in (0.25, 0.5, 1):
+            nearest = int((levels - part * high).abs().argmin())
+            tried.append(max(nearest, tried[-1] + 1 if tried else 1))
+        return [float(levels[k]) for k in tried if k < len(levels)]
 
     def _trials(self, pattern: Pattern) -> list[Pattern]:
         target = pattern.sparsity
@@ -107,6 +200,8 @@ class Measured(Allocator):
         """Return the sparsity of every layer by name; see ``Allocator.allocate``."""
         if any(layer.evidence is None for layer in layers):
             raise InputError("Measured got no output errors: it must try every block of the dense model first")
+        if "choices" in layers[0].evidence:
+            return _allocate_units(layers, target)
         errors = {layer.block: layer.evidence["errors"] for layer in layers}
         low = max(self.min_sparsity, *(min(tried) for tried in errors.values()))
         high = min(self.max_sparsity, *(max(tried) for tried in errors.values()))
@@ -121,6 +216,25 @@ class Measured(Allocator):
             theirs = self.prior.allocate(known, target)
             proposed = {name: self.trust * mine + (1 - self.trust) * theirs[name] for name, mine in proposed.items()}
         return meet_budget(layers, proposed, target, self.min_sparsity, self.max_sparsity)
+
+
+def _allocate_units(layers: Sequence[Layer], target: float) -> dict[str, float]:
+    """Return the sparsity of every layer by name, from trials of each kind of units; 1 in blocks that are removed."""
+    seen = {layer.block: layer.evidence for layer in layers}
+    choices = [evidence["choices"] for evidence in seen.values()]
+    total = sum(evidence["choices"].cost or sum(evidence["whole"].values()) for evidence in seen.values())
+    if total <= 0:
+        raise InputError("the units take no time that can be measured here: set plan.allocator.budget to parameters")
+    chosen = dict(zip(seen, weigh(choices, target * total), strict=True))
+    sparsity = {}
+    for layer in layers:
+        levels, evidence = chosen[layer.block], seen[layer.block]
+        if levels is None:
+            sparsity[layer.name] = 1.0
+            continue
+        removed = {c.unit: float(c.cost[k]) for c, k in zip(evidence["choices"].curves, levels, strict=True)}
+        sparsity[layer.name] = removed[layer.unit] / evidence["whole"][layer.unit] if layer.unit in removed else 0.0
+    return sparsity
 
 
 def error_curve(errors: Mapping[float, float], grid: Tensor) -> Tensor:

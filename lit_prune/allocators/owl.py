@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 import torch
 
-from lit_prune.allocators.base import Allocator, Layer, check_bounds, meet_budget
+from lit_prune.allocators.base import Allocator, Layer, Trial, check_bounds, meet_budget
 from lit_prune.errors import InputError
 from lit_prune.ops import LayerStats, Pattern
 from lit_prune.ops.precision import working
@@ -52,7 +52,7 @@ class OWL(Allocator):
         layers: Sequence[Layer],
         stats: Sequence[LayerStats],
         pattern: Pattern,
-        output_error: Callable[[Pattern], float],
+        output_error: Callable[[Pattern], Trial],
     ) -> float:
         """Return the block's fraction of outliers; ``stats`` must contain ``input_sq_norm`` ``[i]``."""
         scores = torch.cat(

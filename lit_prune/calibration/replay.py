@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -186,6 +186,12 @@ class BlockReplay:
         twin._hidden, twin._calls = list(self._hidden), list(self._calls)
         return twin
 
+    def replaced(self, index: int, module: nn.Module) -> BlockReplay:
+        """Return an independent replay in which another module takes the place of block ``index``."""
+        twin = self.fork()
+        twin._blocks = [Block(b.index, b.name, module) if b.index == index else b for b in self._blocks]
+        return twin
+
     @torch.no_grad()
     def outputs(self, index: int) -> list[Tensor]:
         """Return the outputs ``[sequences, t, hidden]`` of block ``index`` on every batch."""
@@ -202,12 +208,14 @@ class BlockReplay:
             outputs: reference outputs ``[sequences, t, hidden]`` for every batch, such as those of the dense block.
             parameters: as for ``run``.
         """
-        total = torch.zeros(2, dtype=torch.float64)  # the sum and the number of the errors
-        for batch, dense in enumerate(outputs):
-            errors = relative_token_errors(self.run(index, batch, parameters), dense.to(self._device))
-            total += torch.tensor([errors.sum(dtype=torch.float64).item(), errors.numel()])
-        error, tokens = collectives.all_reduce(total).tolist()
-        return error / tokens
+        return _mean_error(
+            (self.run(index, batch, parameters), dense.to(self._device)) for batch, dense in enumerate(outputs)
+        )
+
+    @torch.no_grad()
+    def error_without(self, outputs: Sequence[Tensor]) -> float:
+        """Return the error of the current hidden states relative to a block's ``outputs``, as if it were left out."""
+        return _mean_error(zip(self._hidden, outputs, strict=True))
 
     @torch.no_grad()
     def advance(self, index: int, outputs: Sequence[Tensor] | None = None) -> None:
@@ -271,6 +279,16 @@ class BlockReplay:
 
         context = self._forward_context
         return SuspendedPasses(run, len(self._hidden), layers, experts, context, writers, behind_writers)
+
+
+def _mean_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the mean of the relative errors of all tokens of all processes, of outputs and references by batch."""
+    total = torch.zeros(2, dtype=torch.float64)  # the sum and the number of the errors
+    for output, reference in pairs:
+        errors = relative_token_errors(output, reference)
+        total += torch.tensor([errors.sum(dtype=torch.float64).item(), errors.numel()])
+    error, tokens = collectives.all_reduce(total).tolist()
+    return error / tokens
 
 
 def _is_finite(hidden: Tensor) -> bool:

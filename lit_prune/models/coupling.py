@@ -31,6 +31,11 @@ class Kept:
         matrix = matrix if self.rows is None else matrix[self.rows.to(matrix.device)]
         return matrix if self.columns is None else matrix[:, self.columns.to(matrix.device)]
 
+    def shape_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the shape of the kept part of a matrix of a shape ``[o, i]``."""
+        rows = shape[0] if self.rows is None else len(self.rows)
+        return rows, shape[1] if self.columns is None else len(self.columns)
+
     def mask(self, shape: tuple[int, int]) -> Tensor:
         """Return the keep mask of a weight of a shape ``[o, i]``."""
         keep = torch.zeros(shape, dtype=torch.bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from lit_prune.calibration.replay import evaluation_mode
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.coupling import Kept
 from lit_prune.models.experts import Experts, apart, put_together, take_apart
@@ -77,8 +77,12 @@ def smaller_config(
     values = _kept_values(twin, kept, removed_blocks)
     shapes = {name: tuple(value.shape) for name, value in values if name in parameters}
     base: Any = copy.deepcopy(model.config)
+    renamed = _renumbering(model, removed_blocks)
+    widths = {new: shape for name, shape in widths_of(base).items() if (new := renamed(name)) is not None}
     if removed_blocks:
         base = _with_fewer_blocks(base, len(find_blocks(model)), removed_blocks)
+    if widths:
+        set_widths(base, widths)
     best, missing = base, _mismatches(model, base, shapes)
     if missing is None:
         raise InputError(
@@ -95,11 +99,12 @@ def smaller_config(
                 break
         else:
             layers = {name.rpartition(".")[0] for name in missing}
-            fused = {f"{name}." for name, module in twin.named_modules() if isinstance(module, Experts)}
-            widths = widths_of(base)
-            possible = layers <= kept.keys() and not any(name.startswith(tuple(fused)) for name in layers)
+            experts = [name for name, module in twin.named_modules() if isinstance(module, Experts)]
+            fused = tuple(f"{renamed(name)}." for name in experts)
+            narrowed = {new: _narrowed(twin, name, kept[name]) for name in sorted(kept) if (new := renamed(name))}
+            possible = layers <= narrowed.keys() and not any(name.startswith(fused) for name in layers)
             if possible and (uneven or widths):
-                set_widths(base, widths | {n: _narrowed(model.get_submodule(n), kept[n]) for n in sorted(kept)})
+                set_widths(base, widths | narrowed)
                 return base
             name, (found, needed) = next(iter(missing.items()))
             raise InputError(
@@ -128,10 +133,9 @@ def _changes(config: Any, missing: Mapping[str, Mismatch]) -> Iterator[dict[str,
             yield {**fewer, "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads}
 
 
-def _narrowed(layer: nn.Module, kept: Kept) -> tuple[int, int]:
-    outputs, inputs = read_weight(layer).shape
-    rows, columns = kept.rows, kept.columns
-    return outputs if rows is None else len(rows), inputs if columns is None else len(columns)
+def _narrowed(model: nn.Module, name: str, kept: Kept) -> tuple[int, int]:
+    outputs, inputs = read_weight(model.get_submodule(name)).shape
+    return kept.shape_of((outputs, inputs))
 
 
 def _with_fewer_blocks(config: Any, blocks: int, removed: Collection[int]) -> Any:
@@ -170,23 +174,32 @@ def _empty(like: nn.Module, config: Any) -> Any:
     return model.eval()
 
 
+def _renumbering(model: nn.Module, removed_blocks: Collection[int]) -> Callable[[str], str | None]:
+    """Return a function from names in the model to those in the smaller one; None = in a block that is removed."""
+    blocks = find_blocks(model)
+    left = [block for block in blocks if block.index not in removed_blocks]
+    parent = f"{blocks[0].name.rpartition('.')[0]}."
+    names = {f"{block.name}.": f"{parent}{index}." for index, block in enumerate(left)}
+
+    def renamed(name: str) -> str | None:
+        if not name.startswith(parent):
+            return name
+        before = name[: name.index(".", len(parent)) + 1]
+        return names[before] + name.removeprefix(before) if before in names else None
+
+    return renamed
+
+
 def _kept_values(
     model: nn.Module, kept: Mapping[str, Kept], removed_blocks: Collection[int]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and values of the parameters and persistent buffers of the smaller model."""
-    blocks = find_blocks(model)
-    left = [block for block in blocks if block.index not in removed_blocks]
-    parent = blocks[0].name.rpartition(".")[0]
-    names = {f"{block.name}.": f"{parent}.{index}." for index, block in enumerate(left)}
+    renamed = _renumbering(model, removed_blocks)
     for name, value in model.state_dict().items():
         layer, _, own = name.rpartition(".")
-        if name.startswith(f"{parent}."):
-            before = name[: name.index(".", len(parent) + 1) + 1]
-            if before not in names:
-                continue
-            place = names[before] + name.removeprefix(before)
-        else:
-            place = name
+        place = renamed(name)
+        if place is None:
+            continue
         if layer not in kept:
             yield place, value
         elif own == "weight":
@@ -202,7 +215,14 @@ def _check_equal(model: nn.Module, small: nn.Module) -> None:
     device = next(model.parameters()).device
     vocabulary = cast(int, cast(Any, model).config.get_text_config().vocab_size)
     ids = torch.arange(_CHECKED, device=device).mul(37).remainder(vocabulary).reshape(2, -1)
-    before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, small))
+    before = model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        after = small(input_ids=ids, use_cache=False).logits.float()
+    except (RuntimeError, ValueError) as failure:
+        raise InputError(
+            f"the smaller model does not run ({first_line(failure)}): use other units (plan.pattern.units), or other "
+            "widths (plan.pattern.round_to, such as 8)"
+        ) from failure
     rounding = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
     error = ((after - before).square().mean() / before.var()).sqrt().item()
     if not error <= rounding:

@@ -14,6 +14,7 @@ from torch import nn
 from lit_prune.allocators.base import Layer
 from lit_prune.errors import InputError
 from lit_prune.models.blocks import Block
+from lit_prune.ops.structured import Unit
 from lit_prune.options import as_list
 from lit_prune.sharding.parameters import PRUNABLE, read_weight
 
@@ -35,6 +36,12 @@ class Target:
     module: nn.Module
     block: int
     """Index of the decoder block that contains the layer."""
+    unit: Unit | None = None
+    """Kind of the units that the layer consists of; see ``Layer.unit``."""
+    units: int = 0
+    """Number of these units."""
+    step: int = 1
+    """Number that the number of units kept is a multiple of, if any go."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,4 +122,14 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def as_layer(target: Target, evidence: Any = None, metric: float | None = None) -> Layer:
     """Return the description of a target for an allocator."""
-    return Layer(target.name, target.block, target.shape, partial(read_weight, target.module), evidence, metric)
+    return Layer(
+        target.name,
+        target.block,
+        target.shape,
+        partial(read_weight, target.module),
+        evidence,
+        metric,
+        target.unit,
+        target.units,
+        target.step,
+    )

@@ -115,6 +115,14 @@ class PackedWeight:
             return torch.full((outputs,), width, device=self.values.device)
         return _bit_counts(self.mask).sum(1)
 
+    def kept_of_8(self) -> int:
+        """Return how many of 8 inputs, from a multiple of 8 on, every row keeps, as in N:M; 0 if they differ."""
+        if not self.layout.masked:
+            return 8
+        first = int(_bit_counts(self.mask[:1, :1]))
+        uniform = all((_bit_counts(rows) == first).all() for rows in (self.mask[:1], self.mask))
+        return first if uniform else 0
+
     def offsets(self) -> Tensor:
         """Return the index of the first element of ``values`` of each row, int64 ``[o]``."""
         elements = self._elements(self.counts())

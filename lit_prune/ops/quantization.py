@@ -16,7 +16,7 @@ Integers = Literal["int8", "int4"]
 CHUNK = 64
 """Number of inputs that share a scale of 4-bit values."""
 _LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}
-_TRIED = {"int8": (1.0,), "int4": tuple(torch.linspace(8 / 7, 0.65, 12).tolist())}
+_TRIED = {"int8": (1.0,), "int4": (8 / 7, 15 / 14, *torch.linspace(1.0, 0.65, 8).tolist())}
 """Tried scales, as multiples of the one that puts the largest value of a group on the lowest level: with 4 bits, from
 the one that puts it on the next level to one that clips a third of it."""
 _LARGEST = 64
@@ -72,13 +72,16 @@ class Grid:
         return self.scales.float().repeat_interleave(inputs if self.kind == "int8" else CHUNK, 1)[:, :inputs]
 
 
-def round_by_descent(weight: Tensor, keep: Tensor, target: Tensor, gram: Tensor, kind: Integers, passes: int) -> Tensor:
+def round_by_descent(
+    weight: Tensor, keep: Tensor, target: Tensor, gram: Tensor, kind: Integers, passes: int, damping: float = 0.0
+) -> Tensor:
     """Round a sparse weight to a grid so that its outputs stay close to those of the dense weight.
 
     Minimises ``(W' - W) G (W' - W)ᵀ`` over the weights W' on the grid with the given mask, by coordinate descent from
     the nearest ones: column by column, each kept weight becomes the level nearest to its best value with all others as
     they are, ``w'_j - ((W' - W) G)_j / G_jj``. No step increases the error, which is that of the mask as well, so a
-    weight that no solver has repaired gets a lower error than it had.
+    weight that no solver has repaired gets a lower error than it had. Damping keeps the weights closer to the dense
+    ones, because a small calibration set does not tell all inputs apart.
 
     Example: the weight (2.4, 2.4) and inputs that are always equal, ``G = ((1, 1), (1, 1))``, on whole numbers:
     rounded to nearest, the outputs are 4 in place of 4.8. Descent sets the first weight to the level nearest to
@@ -91,13 +94,15 @@ def round_by_descent(weight: Tensor, keep: Tensor, target: Tensor, gram: Tensor,
         gram: Gram matrix ``G`` ``[i, i]``.
         kind: number of bits.
         passes: number of passes over all columns; each costs one and a half products ``[o, i] @ [i, i]``.
+        damping: by how much the diagonal of G is increased, as a fraction of itself.
 
     Returns:
         ``[o, i]`` float32 or float64, on the grid.
     """
     start, target = working(weight), working(target)
-    gram = gram.to(start)
     inputs = start.shape[1]
+    gram = gram.to(start, copy=True)
+    gram.diagonal().mul_(1 + damping)
     grid = Grid.of(start, kind, gram.diagonal())
     scales = grid.steps(inputs).to(start).T.contiguous()  # [i, o], like all below: columns are contiguous
     levels = grid.levels(start).T.contiguous()

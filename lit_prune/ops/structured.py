@@ -36,7 +36,7 @@ class Structured(Pattern):
     sparsity: float
     """Fraction to remove of the weights of all layers with such units, in [0, 1)."""
     units: Sequence[Unit] | Unit = ("channels",)
-    """Kinds of units to remove: channels, heads, blocks. Blocks are not combined with other units."""
+    """Kinds of units to remove: channels, heads, blocks. Blocks with other units need the allocator Measured."""
     round_to: int = 1
     """Number that the number of channels kept in a layer is a multiple of, such as 8 or 64."""
     block_score: BlockScore = "output_error"
@@ -54,10 +54,6 @@ class Structured(Pattern):
                 raise InputError(f"units has {unit!r}: they are of {', '.join(get_args(Unit))}")
         if not self.units or len(set(self.units)) < len(self.units):
             raise InputError(f"units is {list(self.units)}: name one or more of {', '.join(get_args(Unit))}, each once")
-        if "blocks" in self.units and len(self.units) > 1:
-            raise InputError(
-                f"units is {list(self.units)}: blocks are removed alone; prune a second time for the other units"
-            )
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise InputError(f"round_to is {self.round_to!r}: it must be a whole number of at least 1, such as 64")
         if self.block_score not in get_args(BlockScore):
@@ -68,6 +64,10 @@ class Structured(Pattern):
     def at(self, sparsity: float) -> Structured:
         """Return a copy at another sparsity, with the same units."""
         return self._copy(sparsity, self.columns)
+
+    def only(self, unit: Unit) -> Structured:
+        """Return a copy that removes units of a single kind."""
+        return replace(self, units=(unit,))
 
     def of_layer(self, columns: Tensor, removed: int) -> Structured:
         """Return the pattern of one layer.

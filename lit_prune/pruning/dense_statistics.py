@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from lit_prune.checkpoint.plain_data import typed
 from lit_prune.errors import InputError, NumericalError
 from lit_prune.models.blocks import Block
 from lit_prune.models.targets import Target, as_layer
-from lit_prune.ops import LayerStats, PackedMask, Pattern, collectives
+from lit_prune.ops import PackedMask, Pattern, Structured, collectives
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.progress import Stages
 from lit_prune.pruning.solving import LayerSolver
+from lit_prune.pruning.trials import BlockTrials
+from lit_prune.pruning.unit_times import UnitTimes, first_token
 from lit_prune.pruning.units import Units
 from lit_prune.sharding.block_store import BlockStore
-from lit_prune.sharding.parameters import weights_restored
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,28 @@ class DenseModel:
 
     def replay(self, sequences: int | None = None) -> BlockReplay:
         """Return a replay of the first ``sequences`` calibration sequences (None = all), before the first block."""
+        return self._replay(first_sequences(self._batches(), sequences))
+
+    def _replay(self, batches: Sequence[Batch], share: bool = True) -> BlockReplay:
         plan = self.plan
         with self.stages.stage("record"):
             return BlockReplay(
                 self.model,
                 self.blocks,
-                first_sequences(self._batches(), sequences),
+                batches,
                 plan.device,
                 plan.hidden_device,
                 getattr(torch, plan.hidden_dtype) if plan.hidden_dtype else None,
                 self.forward_context,
                 self.store,
+                share,
             )
+
+    def _times(self) -> UnitTimes:
+        """Return the times of the blocks' units, for a prompt of one calibration sequence and for single tokens."""
+        sequence = first_sequences(self.calibration, 1)[0]
+        prompt, token = (self._replay([batch], share=False) for batch in (sequence, first_token(sequence)))
+        return UnitTimes(prompt, token)
 
     def _batches(self) -> Sequence[Batch]:
         """Return the calibration batches, split to the batch size of the reconstruction if the plan has one."""
@@ -82,8 +92,9 @@ class DenseModel:
         if not allocator.needs:
             return {}
         tried = "output_error" in allocator.needs
-        needs = allocator.needs - {"output_error"} | (self.plan.method_needs if tried else frozenset())
+        needs = allocator.needs - {"output_error", "seconds"} | (self.plan.method_needs if tried else frozenset())
         replay, evidence = self.replay(allocator.observed_sequences), {}
+        times = self._times() if "seconds" in allocator.needs else None
         for block in self.blocks:
             mine = [target for target in self.targets if target.block == block.index]
             with self.stages.stage("observe", block.index), self.resident(block):
@@ -96,26 +107,14 @@ class DenseModel:
                         [as_layer(target) for target in mine],
                         [stats[target.name] for target in mine],
                         self.plan.grouped_pattern,
-                        partial(self._output_error, replay, outputs or [], mine, stats),
+                        BlockTrials(self, block, mine, replay, stats, outputs or [], times),
                     )
                 replay.advance(block.index, outputs)
         return evidence
 
-    def _output_error(
-        self,
-        replay: BlockReplay,
-        outputs: Sequence[Tensor],
-        targets: Sequence[Target],
-        stats: Mapping[str, LayerStats],
-        pattern: Pattern,
-    ) -> float:
-        """Prune a block's targets with the draft solver and return its output error; then restore the dense weights."""
-        draft = replace(self.plan, pattern=pattern, solver=self.plan.solver.draft(), output_error=False, quantize=None)
-        with weights_restored([target.module for target in targets]):
-            solver = self.solver(draft, dict.fromkeys((target.name for target in self.targets), pattern.sparsity))
-            mine = self.solved(targets)
-            solver.prune(mine, {target.name: stats[target.name] for target in mine}, read_again=True)
-            return replay.output_error(targets[0].block, outputs)
+    def only(self, pattern: Structured) -> DenseModel:
+        """Return a copy with the units of a pattern alone."""
+        return replace(self, units=self.units.only(pattern) if self.units else None)
 
     def solved(self, targets: Sequence[Target]) -> list[Target]:
         """Return the targets whose weights are solved: with a structured pattern, the layers that read its units."""
@@ -136,11 +135,11 @@ class DenseModel:
             sparsity: overall sparsity to scale ``allocation`` to; None = the plan's own.
             allowed: keep masks by parameter name; only weights that they keep may be kept.
         """
+        if self.units:
+            part = 1.0 if sparsity is None else sparsity / plan.pattern.sparsity
+            return LayerSolver(plan, self.units.patterns(allocation, part), allowed or {}, self.units.by_consumer)
         patterns: Mapping[str, Pattern] = plan.patterns(self.targets, allocation, sparsity, allowed)
-        if self.units is None:
-            return LayerSolver(plan, patterns, allowed or {})
-        scaled = {name: pattern.sparsity for name, pattern in patterns.items()}
-        return LayerSolver(plan, self.units.patterns(scaled), allowed or {}, self.units.by_consumer)
+        return LayerSolver(plan, patterns, allowed or {})
 
     def metrics(self) -> dict[str, float]:
         """Return the allocator's metric of every target's weight, by layer name; cached values are not recomputed."""

@@ -58,22 +58,22 @@ def remove_blocks(dense: DenseModel) -> list[LayerReport]:
     for block in dense.blocks:
         if block.index in removed:
             with dense.resident(block) as changed:
-                changed.update(_zero(block))
-    return [_report(target, target.block in removed) for target in dense.targets]
+                changed.update(zero(block))
+    return [report_of(target, target.block in removed) for target in dense.targets]
 
 
 def check_blocks(dense: DenseModel) -> None:
     """Raise ``InputError`` if a plan that removes blocks cannot be carried out."""
     pattern, plan = dense.plan.pattern, dense.plan
     assert isinstance(pattern, Structured)
-    if not isinstance(plan.allocator, Uniform):
+    if plan.removes_only_blocks and not isinstance(plan.allocator, Uniform):
         raise InputError(f"plan.allocator is {type(plan.allocator).__name__}: blocks go as a whole; leave it out")
     names = {target.name for target in dense.targets}
     for block in dense.blocks:
         for name, module in block.module.named_modules():
             if isinstance(module, PRUNABLE) and (full := f"{block.name}.{name}") not in names:
                 raise InputError(f"plan.include and plan.exclude leave out {full}: blocks are removed as a whole")
-    smaller_config(dense.model, {}, range(_count(dense, pattern)))
+    smaller_config(dense.model, {}, range(_count(dense, pattern) if plan.removes_only_blocks else 1))
 
 
 def _count(dense: DenseModel, pattern: Structured) -> int:
@@ -136,7 +136,7 @@ def _mean(total: float, tokens: int) -> float:
     return float(sums[0] / sums[1])
 
 
-def _zero(block: Block) -> list[str]:
+def zero(block: Block) -> list[str]:
     """Zero the weights and biases of a block's linear layers; return their names."""
     names = []
     for name, module in block.module.named_modules():
@@ -147,7 +147,8 @@ def _zero(block: Block) -> list[str]:
     return names
 
 
-def _report(target: Target, gone: bool) -> LayerReport:
+def report_of(target: Target, gone: bool) -> LayerReport:
+    """Return the report of a layer whose block is removed, or left as it is."""
     keep = torch.full(target.shape, not gone)
     return LayerReport(
         name=target.name,

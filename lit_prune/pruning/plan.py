@@ -97,6 +97,7 @@ class PruningPlan:
         object.__setattr__(self, "include", as_patterns(self.include))
         object.__setattr__(self, "exclude", as_patterns(self.exclude))
         self._check_parts()
+        self.allocator.check(self.pattern)
         if self.scorer is None and self.solver.needs_score:
             raise InputError(f"plan.solver {type(self.solver).__name__} needs a plan.scorer, such as Wanda")
         for name in ("correction", "residual_correction"):
@@ -170,6 +171,11 @@ class PruningPlan:
     def removes_blocks(self) -> bool:
         """Whether whole decoder blocks are removed."""
         return isinstance(self.pattern, Structured) and "blocks" in self.pattern.units
+
+    @property
+    def removes_only_blocks(self) -> bool:
+        """Whether whole decoder blocks are removed, and nothing else."""
+        return self.removes_blocks and len(self.pattern.units) == 1  # type: ignore[attr-defined]
 
     @property
     def needs_replay(self) -> bool:

@@ -23,9 +23,6 @@ from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.units import find_units
 from lit_prune.sharding.block_store import InMemory, unsharded
 
-_TRIALS = 3
-"""Number of sparsities at which Measured tries a block."""
-
 
 @dataclass(frozen=True)
 class Work:
@@ -95,7 +92,7 @@ def preflight(
         plan: pruning plan.
         forward_context: as for ``prune``.
     """
-    if not plan.needs_replay or not batches or plan.removes_blocks:
+    if not plan.needs_replay or not batches or plan.removes_only_blocks:
         return None
     with unsharded(model) as (whole, store), apart(whole), evaluation_mode(whole):
         blocks, targets = plan.find_targets(whole)
@@ -147,10 +144,10 @@ def count_work(
     length = count_tokens(batches[0]) // count_sequences(batches[0])
     width = getattr(model.config, "hidden_size", 0)
     attention = len(blocks) * 4 * length * width  # q kᵀ and p v over all positions, as torch's flop counter counts
-    tried = isinstance(plan.allocator, Measured)
+    trials = plan.allocator.trials(plan.pattern) if isinstance(plan.allocator, Measured) else 0
     at_once = plan.propagate == "dense" or (plan.sequential and not plan.reconstruction)
     passes = (1.0 if at_once else 2.0) + plan.needs_reference
-    passes += (2 + _TRIALS) * observed / tokens if tried else 2 * observed / tokens if plan.allocator.needs else 0
+    passes += (2 + trials) * observed / tokens if plan.allocator.needs else 0
     passes += 4 if plan.scorer and "gradient" in plan.scorer.needs else 0  # two forward passes and one backward pass
     if plan.reconstruction:
         sequences = sum(map(count_sequences, batches))
@@ -166,9 +163,9 @@ def count_work(
         of_gram = inputs * (inputs + 1) + of_drift
         of_solve = plan.solver.shared_flops(inputs) + sum(plan.flops(*sizes[name]) for name in group)
         draft = plan.solver.draft()
-        trial = draft.shared_flops(inputs) + _TRIALS * sum(draft.flops(*sizes[name]) for name in group)
-        gram += (of_gram * tokens + inputs**2 * observed * tried) if "gram" in plan.needs else 0
-        solve += of_solve + trial * tried
+        trial = draft.shared_flops(inputs) * bool(trials) + trials * sum(draft.flops(*sizes[name]) for name in group)
+        gram += (of_gram * tokens + inputs**2 * observed * bool(trials)) if "gram" in plan.needs else 0
+        solve += of_solve + trial
     alike = len({target.block for target in targets})
     return Work(tokens * (2.0 * linear + attention), passes, gram * alike, solve * alike)
 

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from lit_prune.errors import InputError
+from lit_prune.ops.linalg import check_damping
 from lit_prune.ops.quantization import Integers, round_by_descent
 
 _KINDS: dict[int, Integers] = {8: "int8", 4: "int4"}
@@ -36,6 +37,8 @@ class Quantize:
     passes: int = 4
     """Number of passes of coordinate descent; 0 = round to nearest. A pass costs one and a half products
     ``[o, i] @ [i, i]`` per layer."""
+    damping: float = 0.3
+    """Increase of the diagonal of the Gram matrix, as a fraction of itself: higher for less calibration data."""
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -43,6 +46,7 @@ class Quantize:
             raise InputError(f"quantize bits is {self.bits!r}: it must be 8 or 4")
         if isinstance(self.passes, bool) or not isinstance(self.passes, int) or self.passes < 0:
             raise InputError(f"quantize passes is {self.passes!r}: it must be a whole number, 0 or more, such as 4")
+        check_damping(self.damping)
 
     def flops(self, outputs: int, inputs: int) -> float:
         """Return the floating-point operations of one layer."""
@@ -57,4 +61,6 @@ class Quantize:
             dense: dense weight ``[o, i]``.
             gram: Gram matrix of the inputs ``[i, i]``.
         """
-        return round_by_descent(weight, keep, dense, gram, _KINDS[self.bits], self.passes).to(weight.dtype)
+        return round_by_descent(weight, keep, dense, gram, _KINDS[self.bits], self.passes, self.damping).to(
+            weight.dtype
+        )

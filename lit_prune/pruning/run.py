@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from lit_prune.calibration.batches import Batch
 from lit_prune.calibration.replay import BlockReplay, ForwardContext, evaluation_mode
 from lit_prune.calibration.sequential import SequentialCalibration
 from lit_prune.checkpoint.fingerprints import data_fingerprint, model_fingerprint
+from lit_prune.errors import InputError
 from lit_prune.models.blocks import Block
 from lit_prune.models.experts import apart
 from lit_prune.models.limits import check_tokens
 from lit_prune.models.targets import Target
-from lit_prune.ops import LayerStats, PackedMask, collectives
+from lit_prune.ops import LayerStats, PackedMask, Structured, collectives
 from lit_prune.pruning.dense_statistics import DenseModel, precision_of
-from lit_prune.pruning.depth import check_blocks, remove_blocks
+from lit_prune.pruning.depth import check_blocks, remove_blocks, report_of, zero
 from lit_prune.pruning.journal import Journal, identity_of
 from lit_prune.pruning.memory import choose_passes
 from lit_prune.pruning.plan import PruningPlan
@@ -86,17 +88,18 @@ def prune(
         InputError: if plan, model and data are incompatible; raised before any weight is changed.
         NumericalError: if a Gram matrix is singular or an activation is not finite; finished blocks stay pruned.
     """
+    _check_steps(plan, sparsity, allocation, allowed)
     with unsharded(model) as (whole, store), apart(whole), evaluation_mode(whole), ExitStack() as stack:
         blocks, targets = plan.find_targets(whole)
         calibration = list(batches) if plan.needs_data else []
         for batch in calibration:
             check_tokens(whole, batch["input_ids"] if isinstance(batch, Mapping) else batch)
-        units = None if plan.removes_blocks else find_units(whole, blocks, targets, plan, store)
-        targets = units.targets(targets) if units else targets
+        units = None if plan.removes_only_blocks else find_units(whole, blocks, targets, plan, store)
+        targets = list(units.targets) if units else targets
         plan = choose_passes(whole, targets, calibration, plan)
         identity = identity_of(plan.describe(), model_fingerprint(whole, store), calibration)
         journal = None
-        if journal_folder is not None and not plan.removes_blocks:
+        if journal_folder is not None and not plan.removes_only_blocks:
             how = _circumstances(whole, plan, forward_context, sparsity, allocation, allowed)
             journal = stack.enter_context(Journal(Path(journal_folder), {**identity, **how}, resume))
         listeners = [on_progress, stack.enter_context(show_progress()) if progress else None]
@@ -105,6 +108,7 @@ def prune(
         dense = DenseModel(whole, store, blocks, targets, calibration, plan, stages, forward_context, identity, units)
         if plan.removes_blocks:
             check_blocks(dense)
+        if plan.removes_only_blocks:
             report.layers = remove_blocks(dense)
             return _finished(report, whole, stages)
         gradients = dense.gradients()
@@ -148,6 +152,11 @@ class PruningRun:
     latest: Sequence[LayerReport] = ()
     """Reports of the previous block's layers."""
 
+    @cached_property
+    def removed(self) -> list[int]:
+        """Indices of the blocks that are removed entirely."""
+        return self.dense.units.removed_blocks(self.report.allocation) if self.dense.units else []
+
     @property
     def last(self) -> int:
         """Index of the last block with a layer to prune; nothing behind it needs calibration inputs."""
@@ -165,8 +174,11 @@ class PruningRun:
     def prune(self, block: Block) -> None:
         """Calibrate, score, solve, write, reconstruct and propagate one block, or restore it from the journal."""
         report = self.report
+        reconstructions: list[ReconstructionReport] = []
         with self.dense.resident(block) as changed:
-            if self.journal and (finished := self.journal.finished(block.index)):
+            if block.index in self.removed:
+                layers = self._remove(block, changed)
+            elif self.journal and (finished := self.journal.finished(block.index)):
                 self._advance_dense(block)
                 layers, reconstructions = finished.restore(self.dense.model)
             else:
@@ -183,8 +195,14 @@ class PruningRun:
                 with self.dense.stages.stage("propagate", block.index):
                     self.replay.advance(block.index)
 
+    def _remove(self, block: Block, changed: set[str]) -> list[LayerReport]:
+        """Zero all layers of a block that is removed; return their reports. It is quick, so no journal has it."""
+        self._advance_dense(block)
+        changed.update(zero(block))
+        return [report_of(target, True) for target in self._targets(block)]
+
     def _solve(self, block: Block) -> list[LayerReport]:
-        """Calibrate, score, solve and write the targets of a block."""
+        """Calibrate, score, solve and write the targets of a block; those without units stay as they are."""
         targets = self._targets(block)
         solved = self.dense.solved(targets)
         found: dict[str, LayerReport] = {}
@@ -197,7 +215,7 @@ class PruningRun:
                     read_again = self.sequential is not None and self.sequential.learning
                     done = self.solver.prune(part, complete, self._before(targets, part), read_again)
                     found |= {report.name: report for report in done}
-        return [found[target.name] for target in targets]
+        return [found.get(target.name) or report_of(target, False) for target in targets]
 
     def _calibrated(self, block: Block, targets: Sequence[Target]) -> Generator[dict[str, LayerStats]]:
         """Yield the statistics of a block's targets in parts, each of which is pruned before the next is asked for."""
@@ -243,6 +261,25 @@ class PruningRun:
 
     def _targets(self, block: Block) -> list[Target]:
         return [target for target in self.dense.targets if target.block == block.index]
+
+
+def _check_steps(
+    plan: PruningPlan,
+    sparsity: float | None,
+    allocation: Mapping[str, float] | None,
+    allowed: Mapping[str, PackedMask] | None,
+) -> None:
+    """Raise ``InputError`` if a structured plan cannot be carried out in steps with these arguments of ``prune``."""
+    given = {"sparsity": sparsity, "allocation": allocation, "allowed": allowed}
+    if plan.removes_blocks and (names := [name for name, value in given.items() if value is not None]):
+        raise InputError(
+            f"{names[0]} is given, and plan.pattern.units has blocks, which are removed in one run: leave it out"
+        )
+    if sparsity is not None and isinstance(plan.pattern, Structured) and not 0 <= sparsity <= plan.pattern.sparsity:
+        raise InputError(
+            f"sparsity is {sparsity:g}: units are removed on the way to plan.pattern.sparsity, so it must be from 0 to "
+            f"{plan.pattern.sparsity:g}"
+        )
 
 
 def _circumstances(

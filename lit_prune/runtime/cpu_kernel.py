@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import warnings
 from functools import cache
+from itertools import count, takewhile
 from pathlib import Path
 from typing import get_args
 
@@ -23,6 +24,7 @@ from lit_prune.ops.packing import Kind, PackedWeight
 MOST_TOKENS = 8
 """Largest number of tokens that the kernel multiplies at once."""
 _SOURCE = Path(__file__).parent / "kernels" / "packed.cpp"
+_HEADERS = sorted(_SOURCE.parent.glob("*.h"))
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
 _FEW_WEIGHTS = 1 << 16
 """Number of weights below which one thread is faster than several."""
@@ -33,7 +35,7 @@ class _Weight(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("mask", "values", "offsets", "scales")),
-        *((name, ctypes.c_int32) for name in ("outputs", "chunks", "groups", "kind")),
+        *((name, ctypes.c_int32) for name in ("outputs", "chunks", "groups", "kind", "kept_of_8")),
     ]
 
 
@@ -44,23 +46,26 @@ class CpuKernel:
     most_expanded = 1 << 18
     """Number of weights to expand at once: 1 MB, which stays in the cache."""
 
-    def __init__(self, library: ctypes.CDLL, weight: PackedWeight, portable: bool = False) -> None:
+    def __init__(self, library: ctypes.CDLL, weight: PackedWeight, instructions: str | None = None) -> None:
         """Store the weight.
 
         Args:
             library: the loaded kernel, from ``library``.
             weight: a packed weight for which ``check`` raises nothing; the kernel does not look for errors.
-            portable: use no instructions beyond the processor's family.
+            instructions: one of ``forms()``; None = the first.
         """
+        available = _available(library)
         layout = weight.layout
         parts = (weight.mask, weight.values, weight.scales)
         mask, values, scales = (part.contiguous() for part in parts)
         self._parts = (mask, values, weight.offsets().contiguous(), scales)  # kept alive for the pointers
         pointers = [part.data_ptr() if part.numel() else None for part in self._parts]
         kind = get_args(Kind).index(layout.kind)
-        self._weight = _Weight(*pointers, layout.shape[0], layout.chunks, layout.groups or layout.chunks, kind)
+        sizes = (layout.shape[0], layout.chunks, layout.groups or layout.chunks)
+        self._weight = _Weight(*pointers, *sizes, kind, weight.kept_of_8())
         self._library, self._pointer = library, ctypes.byref(self._weight)
-        self.shape, self._portable = layout.shape, portable
+        self.shape = layout.shape
+        self._form = available[instructions or next(iter(available))]
         self._several = layout.shape[0] * layout.chunks * 64 >= _FEW_WEIGHTS
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -79,18 +84,14 @@ class CpuKernel:
         if not tokens:
             return y.to(dtype)
         threads = torch.get_num_threads() if self._several else 1
-        self._library.lit_prune_multiply(
-            self._pointer, x.data_ptr(), tokens, inputs, y.data_ptr(), threads, self._portable
-        )
+        self._library.lit_prune_multiply(self._pointer, x.data_ptr(), tokens, inputs, y.data_ptr(), threads, self._form)
         return y.to(dtype)
 
     def expand(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the rows from ``first`` to ``last`` of the weight, ``[last - first, i]``."""
         rows = torch.empty(last - first, self.shape[1])
         threads = torch.get_num_threads() if self._several else 1
-        self._library.lit_prune_expand(
-            self._pointer, first, last, self.shape[1], rows.data_ptr(), threads, self._portable
-        )
+        self._library.lit_prune_expand(self._pointer, first, last, self.shape[1], rows.data_ptr(), threads, self._form)
         return rows.to(dtype)
 
 
@@ -121,7 +122,8 @@ def _warn(reason: str) -> None:
 def _compiled(compiler: str) -> Path:
     """Return the path of the shared library, after compiling it if it is not in the cache."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\0".join((_SOURCE.read_text(), compiler, version, *_FLAGS))
+    sources = [file.read_text() for file in (_SOURCE, *_HEADERS)]
+    key = "\0".join((*sources, compiler, version, *_FLAGS))
     name = f"packed-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     path = Path(constants.HF_HOME).expanduser() / "lit-prune" / name
     if path.is_file():
@@ -148,7 +150,18 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     return loaded
 
 
-def instructions(portable: bool = False) -> str:
-    """Return the name of the instructions that the kernel uses on this processor, such as ``AVX2``."""
+def _available(loaded: ctypes.CDLL) -> dict[str, int]:
+    """Return the numbers of the kernel's forms that this processor can run by their instructions, the fastest first."""
+    names = takewhile(lambda name: name is not None, map(loaded.lit_prune_instructions, count()))
+    return {name.decode(): number for number, name in enumerate(names) if name}
+
+
+def forms() -> tuple[str, ...]:
+    """Return the instructions for which the kernel has a form and that this processor has, the fastest first."""
     loaded = library()
-    return loaded.lit_prune_instructions(portable).decode() if loaded else "none"
+    return tuple(_available(loaded)) if loaded else ()
+
+
+def instructions() -> str:
+    """Return the instructions that the kernel uses on this processor, such as ``AVX2``; ``none`` without a kernel."""
+    return next(iter(forms()), "none")

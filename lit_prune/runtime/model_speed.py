@@ -45,12 +45,28 @@ def compare_speed(model: nn.Module, dense: nn.Module, rounds: int = 5) -> list[M
     found = []
     for task, sequences in _TASKS:
         works = {name: _work(each, sequences) for name, each in (("dense", dense), ("model", model))}
-        tokens = sequences * GENERATED or PROMPT
+        tokens = _tokens(sequences)
         seconds = _in_turn(works, rounds)
         rates = {name: tokens / median(times) for name, times in seconds.items()}
         ratios = [before / now for before, now in zip(seconds["dense"], seconds["model"], strict=True)]
         found.append(ModelSpeed(task, rates["dense"], rates["model"], median(ratios)))
     return found
+
+
+@torch.no_grad()
+def tokens_per_second(model: nn.Module, sequences: int, rounds: int = 5) -> float:
+    """Return the median speed of a model, in tokens per second.
+
+    Args:
+        model: model in evaluation mode.
+        sequences: number of sequences to generate; 0 = a long prompt is read.
+        rounds: number of rounds, after one that is not counted.
+    """
+    return _tokens(sequences) / median(_in_turn({"model": _work(model, sequences)}, rounds)["model"])
+
+
+def _tokens(sequences: int) -> int:
+    return sequences * GENERATED or PROMPT
 
 
 def _work(model: Any, sequences: int) -> Callable[[], object]:

@@ -42,10 +42,13 @@ ALLOCATORS: dict[str, Allocator] = {
     "alpha 0.1": AlphaPruning(epsilon=0.1),
     "alpha 0.2": AlphaPruning(epsilon=0.2),
     "measured": Measured(),
+    "measured time": Measured(budget="time"),
 }
+ALL = "channels, heads and blocks"
 UNITS: dict[str, Sequence[Unit]] = {
     "channels": ["channels"],
     "channels and heads": ["channels", "heads"],
+    ALL: ["channels", "heads", "blocks"],
     "heads": ["heads"],
     "blocks": ["blocks"],
 }
@@ -84,9 +87,12 @@ def compared() -> dict[str, Row]:
     for fraction in FRACTIONS:
         found += [Row(method, fraction) for method in reversed(METHODS)]
         found += [Row("ADMM", fraction, units) for units in ("channels and heads", "blocks")]
-        found += [Row("ADMM", fraction, "channels", name) for name in ALLOCATORS if name]
+        found += [Row("ADMM", fraction, "channels", name) for name in ("alpha 0.1", "alpha 0.2", "measured")]
     found += [Row("ADMM", 0.1, "heads"), Row("ADMM corrected", 0.2, "channels and heads")]
     found += [Row("ADMM corrected", 0.2, "channels", "measured")]
+    for fraction in (0.2, 0.4):
+        found += [Row("ADMM", fraction, units, "measured") for units in ("channels and heads", ALL)]
+        found += [Row("ADMM", fraction, ALL, "measured time")]
     return {str(row): row for row in found}
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_prune.allocators import OWL, AlphaPruning, FromFile, Measured
-from lit_prune.allocators.base import Layer
+from lit_prune.allocators.base import Layer, Trial
 from lit_prune.allocators.measured import error_curve, minimise
 from lit_prune.errors import InputError
 from lit_prune.ops import NM, LayerStats, Pattern, Unstructured
@@ -37,10 +37,10 @@ def tried(allocator: Measured, pattern: Pattern) -> tuple[list[float], object]:
     """Return the sparsities that the allocator tries, and what it observes."""
     asked: list[float] = []
 
-    def output_error(trial: Pattern) -> float:
+    def output_error(trial: Pattern) -> Trial:
         assert type(trial) is type(pattern)
         asked.append(trial.sparsity)
-        return trial.sparsity**2
+        return Trial(trial.sparsity**2, round(trial.sparsity * WEIGHT.numel()))
 
     return asked, allocator.observe([layer(0)], [STATS], pattern, output_error)
 

@@ -85,6 +85,19 @@ def test_bits_per_weight() -> None:
         assert pack(weight, keep, kind).bits_per_weight == pytest.approx(bits, abs=0.06)  # the mask is drawn
 
 
+def test_weights_that_every_8_inputs_keep() -> None:
+    def kept(keep: Tensor | None) -> int:
+        return pack(torch.ones(2, 64), keep, "int8").kept_of_8()
+
+    two_of_four = torch.tensor([True, False, False, True]).repeat(2, 16)
+    assert (kept(None), kept(two_of_four), kept(torch.ones(2, 64).bool())) == (8, 4, 8)
+    other = two_of_four.clone()
+    other[1, 60:] = torch.tensor([True, True, True, False])
+    assert kept(other) == 0
+    # Inputs up to a multiple of 64 are pruned.
+    assert pack(torch.ones(2, 60), two_of_four[:, :60], "int8").kept_of_8() == 0
+
+
 def test_4_bits_lose_less_with_clipped_scales() -> None:
     weight, _ = sparse((64, 256), 0.0)
     back = pack(weight, None, "int4").unpack()

@@ -121,5 +121,6 @@ def test_rows_are_independent_and_bfloat16_keeps_the_grid() -> None:
     order = torch.randperm(6)
     again = round_by_descent(weight[order], keep[order], dense[order], gram, "int4", 3)
     assert torch.equal(again, rounded[order])
-    # bfloat16 has 8 bits, so a product of a scale and a level is rounded; the grid is found from all of them.
-    assert torch.equal(nearest(rounded.bfloat16().float(), "int4").double(), rounded)
+    # bfloat16 has 8 bits, so a product of a scale and a level is rounded, by up to 2^-9; so may the found scale be.
+    found = nearest(rounded.bfloat16().double(), "int4")
+    assert (found - rounded).norm() <= 2**-8 * rounded.norm()

@@ -47,7 +47,6 @@ def test_exactly_the_units_go_in_any_order_of_the_columns(units: int, width: int
         ({"sparsity": 0.5, "units": ["rows"]}, r"units has 'rows': they are of channels, heads, blocks"),
         ({"sparsity": 0.5, "units": []}, r"units is \[\]"),
         ({"sparsity": 0.5, "units": ["heads", "heads"]}, "each once"),
-        ({"sparsity": 0.5, "units": ["heads", "blocks"]}, "blocks are removed alone"),
         ({"sparsity": 0.5, "round_to": 0}, "round_to is 0"),
         ({"sparsity": 0.5, "round_to": 1.5}, r"round_to is 1\.5"),
         ({"sparsity": 0.5, "block_score": "size"}, "block_score is 'size'"),

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from models.test_families import FAMILIES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lit_prune.allocators import OWL, Allocator, AlphaPruning, Measured
 from lit_prune.errors import InputError
 from lit_prune.models.load import load_model
-from lit_prune.ops import Structured
+from lit_prune.ops import Structured, Unstructured
 from lit_prune.ops.structured import BlockScore, Unit
 from lit_prune.pruning import PruningPlan, prune
 from lit_prune.reporting.documents import read_report
@@ -25,6 +26,7 @@ from lit_prune.solvers import ADMM, SparseGPT
 from support.killed import KilledError, kill_at
 from support.rounding import distance, network
 
+ALL: list[Unit] = ["channels", "heads", "blocks"]
 PLANS = {
     "magnitude": PruningPlan(Structured(0.25), Magnitude(), output_error=False),
     "wanda": PruningPlan(Structured(0.25), Wanda()),
@@ -229,6 +231,196 @@ def test_the_blocks_that_change_least_go(
     assert distance(small(input_ids=tokens[0]).logits, model(input_ids=tokens[0]).logits) <= network(model)
     found = read_report(folder, {})
     assert found is not None and found.removed_blocks == [1, 3]
+
+
+def idle_block(model: nn.Module, index: int) -> None:
+    """Let a block of a llama hardly change its inputs."""
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.get_parameter(f"model.layers.{index}.{name}.weight").mul_(1e-3)
+
+
+WEIGHED = {
+    "two passes": PruningPlan(Structured(0.35, ALL), None, Measured(), SparseGPT(), sequential=False),
+    "wanda": PruningPlan(Structured(0.35, ALL), Wanda(), Measured()),
+    "corrected": PruningPlan(Structured(0.35, ALL), None, Measured(), ADMM(), correction=0.5, residual_correction=0.5),
+    "dense inputs": PruningPlan(Structured(0.35, ALL), None, Measured(), SparseGPT(), propagate="dense"),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", WEIGHED)
+@torch.no_grad()
+def test_an_idle_block_goes_and_units_of_the_others_fill_up_the_budget(
+    name: str, tied: bool, tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = tiny_model(num_hidden_layers=4, tie_word_embeddings=tied)
+    idle_block(model, 1)
+    dense = blocks_weights(model)
+    report = prune(model, tokens, WEIGHED[name])
+    # A block is 25 % of all, and a channel of 96 weights the smallest unit.
+    assert report.removed_blocks == [1]
+    assert abs(report.sparsity - 0.35) * dense <= 96 / 2
+    assert all(report.allocation[layer.name] == 1 for layer in report.layers if layer.block == 1)
+    assert all(layer.reached < 1 for layer in report.layers if layer.block != 1)
+    folder = report.save(tmp_path / "out", model)
+    small = load_model(str(folder))
+    assert small.config.num_hidden_layers == 3  # type: ignore[union-attr]
+    assert dense - blocks_weights(small) == round(report.sparsity * dense)
+    batch = tokens[0]
+    assert distance(small(input_ids=batch).logits, model(input_ids=batch).logits) <= network(model)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(input_ids=batch).logits, small(batch).logits)
+    found = read_report(folder, {})
+    assert found is not None and found.removed_blocks == [1] and found.allocation == report.allocation
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+@torch.no_grad()
+def test_layers_without_units_of_the_pattern_go_with_their_block_or_stay(
+    model_type: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    layers = {"gpt2": "n_layer"}.get(model_type, "num_hidden_layers")
+    model = tiny_model(model_type, **{layers: 4})
+    dense = sum(p.numel() for p in model.parameters())
+    report = prune(model, tokens, PruningPlan(Structured(0.3, ["channels", "blocks"]), None, Measured(), SparseGPT()))
+    assert len({layer.block for layer in report.layers}) == 4
+    kept = [layer for layer in report.layers if layer.block not in report.removed_blocks and "attn" in layer.name]
+    assert kept and all(layer.reached == 0 and layer.kept is None for layer in kept)
+    smallest = min(
+        layer.shape[0] + layer.shape[1] for layer in report.layers
+    )  # a unit has two rows or columns at least
+    assert abs(report.sparsity - 0.3) * sum(layer.numel for layer in report.layers) <= 2 * smallest
+    small = report.smaller(model)
+    assert sum(p.numel() for p in small.parameters()) < dense
+    assert distance(small(input_ids=tokens[0]).logits, model(input_ids=tokens[0]).logits) <= network(model)
+
+
+def test_heads_and_channels_are_weighed_within_a_block(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    # The first head of the first block writes almost nothing, and neither does half of the last block's MLP.
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.o_proj.weight")[:, :16] *= 1e-4
+        model.get_parameter("model.layers.2.mlp.down_proj.weight")[:, ::2] *= 1e-4
+    plan = PruningPlan(Structured(0.15, ["channels", "heads"]), None, Measured(), SparseGPT())
+    report = prune(model, tokens, plan)
+    kept = {layer.name: len(layer.kept_columns) for layer in report.layers if layer.kept_columns is not None}
+    assert kept["model.layers.0.self_attn.o_proj"] == 16  # one head of two, with two queries of 8
+    assert kept["model.layers.2.mlp.down_proj"] == min(kept[f"model.layers.{b}.mlp.down_proj"] for b in range(3))
+    assert abs(report.sparsity - 0.15) * blocks_weights(model) <= 96 / 2
+
+
+def test_a_resumed_run_without_a_block_has_the_same_bits(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    def build() -> nn.Module:
+        model = tiny_model(num_hidden_layers=4)
+        idle_block(model, 1)
+        return model
+
+    plan, straight, resumed = WEIGHED["corrected"], build(), build()
+    expected = prune(straight, tokens, plan)
+    assert expected.removed_blocks == [1]
+    with pytest.raises(KilledError):
+        prune(build(), tokens, plan, journal_folder=tmp_path, on_progress=kill_at(2))
+    report = prune(resumed, tokens, plan, journal_folder=tmp_path, resume=True)
+    assert report.removed_blocks == [1] and report.allocation == expected.allocation
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_blocks_of_a_model_with_uneven_widths_are_removed(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    model = tiny_model(num_hidden_layers=4)
+    idle_block(model, 1)
+    plan = PruningPlan(Structured(0.5), None, AlphaPruning(epsilon=0.5), SparseGPT())
+    first = load_model(str(prune(model, tokens, plan).save(tmp_path / "first", model)))
+    widths = [block.mlp.down_proj.in_features for block in first.model.layers]  # type: ignore[union-attr]
+    assert len(set(widths)) > 1
+    report = prune(first, tokens, PruningPlan(Structured(0.25, "blocks"), Magnitude()))
+    second = load_model(str(report.save(tmp_path / "second", first)))
+    assert report.removed_blocks == [1]
+    assert [b.mlp.down_proj.in_features for b in second.model.layers] == [widths[k] for k in (0, 2, 3)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("given", [{"sparsity": 0.2}, {"allocation": {}}, {"allowed": {}}])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        PruningPlan(Structured(0.4, "blocks"), Magnitude()),
+        PruningPlan(Structured(0.4, ["blocks", "channels"]), Magnitude(), Measured()),
+    ],
+)
+def test_blocks_are_not_removed_in_steps(
+    plan: PruningPlan, given: dict[str, Any], tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(given))} is given, and plan.pattern.units has blocks"):
+        prune(tiny_model(), tokens, plan, **given)
+
+
+def test_units_on_the_way_are_a_part_of_those_at_the_end(
+    tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    # At the end, 30 % are one head of two and 8 channels of 48 (see above); at half of the way, half of each: half a
+    # head is rounded to none, as two of four would be even.
+    plan = PruningPlan(Structured(0.3, ["channels", "heads"]), solver=SparseGPT())
+    kept = []
+    for sparsity in (0.0, 0.15, 0.25, None):
+        report = prune(tiny_model(), tokens, plan, sparsity=sparsity)
+        layers = {layer.name.split("layers.0.")[-1]: layer.kept for layer in report.layers}
+        kept.append(tuple(len(layers[n].columns) for n in ("self_attn.o_proj", "mlp.down_proj")))  # type: ignore[union-attr, arg-type]
+    assert kept == [(32, 48), (32, 44), (16, 41), (16, 40)]
+    with pytest.raises(InputError, match=r"sparsity is 0\.4: .* from 0 to 0\.3"):
+        prune(tiny_model(), tokens, plan, sparsity=0.4)
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "gpt2", "opt"])
+def test_uneven_heads_of_a_family_that_counts_them_in_its_config_are_refused_before_pruning(
+    model_type: str, tokens: list[Tensor]
+) -> None:
+    model = load_model("random", config={"model_type": model_type, **FAMILIES[model_type]})
+    dense = copy.deepcopy(model.state_dict())
+    plan = PruningPlan(Structured(0.3, "heads"), Magnitude(), AlphaPruning(epsilon=0.3), output_error=False)
+    with pytest.raises(InputError, match=r"has heads, and .* needs as many in every block"):
+        prune(model, tokens, plan)
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pattern": Structured(0.3, ["channels", "blocks"])}, "allocator is Uniform: only Measured weighs blocks"),
+        ({"pattern": Structured(0.3, ALL), "allocator": OWL()}, "allocator is OWL: only Measured weighs blocks"),
+        ({"pattern": Structured(0.3, ALL), "allocator": Measured(prior=OWL())}, r"allocator\.prior is OWL"),
+        ({"pattern": Structured(0.3, ALL), "allocator": Measured(min_sparsity=0.1)}, r"min_sparsity is 0\.1"),
+        ({"pattern": Unstructured(0.3), "allocator": Measured(budget="time")}, "budget is 'time', .* is Unstructured"),
+    ],
+)
+def test_plans_that_weigh_nothing_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PruningPlan(scorer=Magnitude(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exclude": "*.q_proj"}, r"take .*o_proj and not .*q_proj"),
+        ({"pattern": Structured(0.3, ["channels", "blocks"]), "exclude": "*.q_proj"}, r"leave out .*q_proj: blocks"),
+        ({"pattern": Structured(0.97, ALL)}, "would leave no channels"),
+        ({"allocator": Measured(max_sparsity=0.2), "pattern": Structured(0.2, ["channels", "heads"])}, "at most 56%"),
+    ],
+)
+def test_weighed_plans_that_cannot_be_carried_out(
+    arguments: dict[str, Any], message: str, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model()
+    dense = copy.deepcopy(model.state_dict())
+    plan = {"pattern": Structured(0.3, ALL), "scorer": Magnitude(), "allocator": Measured(), **arguments}
+    with pytest.raises(InputError, match=message):
+        prune(model, tokens, PruningPlan(**plan))
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
