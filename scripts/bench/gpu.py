@@ -71,7 +71,7 @@ def run(name: str, options: argparse.Namespace) -> Record:
     if kind == "prune":
         return pruning(detail, options)
     if kind == "packed":
-        return packed_layer(*detail.split(", "), options)
+        return packed_layer(detail, options)
     return layers(options) if kind == "2:4 layers" else training(detail, options)
 
 
@@ -92,8 +92,9 @@ def pruning(method: str, options: argparse.Namespace) -> Record:
     return {**figures, "foreseen": [expected.seconds, expected.memory]}
 
 
-def packed_layer(layer: str, dtype: str, options: argparse.Namespace) -> Record:
+def packed_layer(detail: str, options: argparse.Namespace) -> Record:
     """Time a layer of the 7 B model with one token, packed and dense: 4,096 x 4,096, or 4,096 x 11,008 of the MLP."""
+    layer, dtype = detail.split(", ")
     config = llama(options, 4096, 32)
     shape = (config["hidden_size"], config["hidden_size" if layer == "attention" else "intermediate_size"])
     return {"shape": shape, **time_layer(shape, getattr(torch, dtype), torch.device(options.device))}
