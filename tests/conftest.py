@@ -9,6 +9,7 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, on small models
+os.environ.setdefault("TRITON_INTERPRET", "1")  # runs Triton's kernels on CPUs, if it is set before any import
 
 # Nothing here is timed; CI tries the same examples each time, a person's runs look for new ones.
 settings.register_profile("project", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))

@@ -81,6 +81,8 @@ def imported(nodes: Iterator[ast.AST]) -> set[str]:
 @pytest.mark.parametrize("everywhere", [False, True], ids=["at the top", "everywhere"])
 def test_what_is_imported_is_declared(everywhere: bool) -> None:
     files = [*(ROOT / "lit_prune").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")]
+    # A kernel is decorated when its module is imported, which another module does within a function.
+    files = [file for file in files if everywhere or file.name != "triton_kernel.py"]
     trees = [ast.parse(file.read_text()) for file in files]
     modules = imported(node for tree in trees for node in (ast.walk(tree) if everywhere else iter(tree.body)))
     assert {"torch", "yaml"} < modules

@@ -1,9 +1,9 @@
-"""GPU benchmarks: seconds per stage and peak memory of pruning a LLaMA-7B, 2:4 layers, masked fine-tuning.
+"""GPU benchmarks: pruning a LLaMA-7B (seconds per stage, peak memory), packed and 2:4 layers, masked fine-tuning.
 
 The models have random weights in bfloat16 and their real shapes. Pruning keeps the 7 B model in CPU memory and
 processes one block at a time on the GPU; the ratio is relative to the counted floating-point operations at the GPU's
 rate of bfloat16 products. Fine-tuning compares tokens per second and peak memory of a pruned model of 1.1 B parameters
-with those of the same model dense. To try out the script, use
+with those of the same model dense. Packed layers multiply one token; see ``gpu_layers.py``. To try out the script, use
 ``--layers 2 --hidden 256 --device cpu --sequences 2 --seqlen 64 --steps 4``.
 
     python scripts/bench/gpu.py
@@ -12,6 +12,7 @@ with those of the same model dense. To try out the script, use
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import rows
 import torch
 from engine import PLANS, product_rate
+from gpu_layers import gain_lines, time_layer
 from lightning.pytorch import Callback, Trainer
 from rows import Record
 
@@ -32,7 +34,8 @@ from lit_prune.scorers import Magnitude
 from lit_prune.training import LitCausalLM, TextDataModule
 
 METHODS = ("Wanda", "SparseGPT", "ADMM")
-NAMES = [*(f"prune, {method}" for method in METHODS), "2:4 layers", "train, masked", "train, dense"]
+PACKED = [f"packed, {layer}, {dtype}" for layer in ("attention", "MLP") for dtype in ("float16", "bfloat16")]
+NAMES = [*(f"prune, {method}" for method in METHODS), *PACKED, "2:4 layers", "train, masked", "train, dense"]
 
 
 class Clock(Callback):
@@ -67,6 +70,8 @@ def run(name: str, options: argparse.Namespace) -> Record:
     kind, _, detail = name.partition(", ")
     if kind == "prune":
         return pruning(detail, options)
+    if kind == "packed":
+        return packed_layer(detail, options)
     return layers(options) if kind == "2:4 layers" else training(detail, options)
 
 
@@ -85,6 +90,14 @@ def pruning(method: str, options: argparse.Namespace) -> Record:
     ratio = seconds / (expected.work.total / rate)
     figures = {"seconds": seconds, "stages": report.seconds, "rate": rate, "ratio": ratio, "memory": report.peak_memory}
     return {**figures, "foreseen": [expected.seconds, expected.memory]}
+
+
+def packed_layer(detail: str, options: argparse.Namespace) -> Record:
+    """Time a layer of the 7 B model with one token, packed and dense: 4,096 x 4,096, or 4,096 x 11,008 of the MLP."""
+    layer, dtype = detail.split(", ")
+    config = llama(options, 4096, 32)
+    shape = (config["hidden_size"], config["hidden_size" if layer == "attention" else "intermediate_size"])
+    return {"shape": shape, **time_layer(shape, getattr(torch, dtype), torch.device(options.device))}
 
 
 def layers(options: argparse.Namespace) -> Record:
@@ -126,8 +139,8 @@ def table(records: list[Record]) -> str:
     for record in records:
         lines.append(f"- **{record['name']}**")
         for key, value in record.items():
-            if key == "layers":
-                lines += [f"    - {layer}" for layer in value]
+            if key in ("layers", "gains"):
+                lines += [f"    - {line}" for line in (value if key == "layers" else gain_lines(value))]
             elif key not in ("name", "seed"):
                 lines.append(f"    - {key}: {value}")
     return "\n".join(lines)
@@ -144,6 +157,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, help="a smaller model, to try the script")
     parser.add_argument("--layers", type=int, help="fewer blocks, to try the script")
     options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # in the processes that measure
     rows.show(table(rows.measure(NAMES, lambda name: run(name, options), options)), options.write)
 
 

@@ -27,7 +27,7 @@ def test_two_of_four_is_recognised() -> None:
 @pytest.mark.parametrize("compiler", [True, False])
 def test_the_sparse_forms_compute_the_same(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiler:
-        monkeypatch.setattr(sparse_layers, "library", lambda: None)
+        monkeypatch.setattr(sparse_layers, "kernel_on", lambda _: None)
     weight = torch.randint(-7, 8, (6, 8)) * (torch.rand(6, 8) < 0.5).float()
     weight[:, 0] = 7  # so that the integers of every form have the scale 1 / 1, 7 / 127 or 1
     inputs = torch.randint(-127, 128, (3, 8)).float()
@@ -61,7 +61,7 @@ def test_sparse_rows_in_half_precision_are_refused_on_cpus(
     report = prune(model, [], PruningPlan(Unstructured(0.5), Magnitude(), output_error=False))
     figures = measure_speed(model, report.masks, tokens=(1,), seconds=0.001)
     assert {figure.form for figure in figures} == {"16 bits", "8 bits", "4 bits"}
-    monkeypatch.setattr(sparse_layers, "library", lambda: None)
+    monkeypatch.setattr(sparse_layers, "kernel_on", lambda _: None)
     with pytest.raises(InputError, match=r"the model is in torch\.bfloat16 on cpu: torch multiplies .* float32"):
         measure_speed(model, report.masks, tokens=(1,), seconds=0.001)
     with pytest.raises(InputError, match="nothing to time"):
