@@ -146,6 +146,8 @@ class PackedWeight:
             raise InputError(f"the packed {name} stores {len(self.values)} values, and its mask keeps {needed} of them")
         if self.layout.masked and mask_bits(self.mask[:, inputs // 8 :])[:, inputs % 8 :].any():
             raise InputError(f"the packed {name} keeps weights behind its {inputs} inputs")
+        if self.layout.kind == "int8" and (self.values == -128).any():  # a kernel could not change its sign
+            raise InputError(f"the packed {name} has the value -128: the lowest is -127")
         if not self.scales.view(torch.bfloat16).isfinite().all():
             raise InputError(f"the packed {name} has scales that are not finite")
 

@@ -130,6 +130,7 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         (replace(packed, mask=packed.mask[:, :-1]), "has mask"),
         (damaged(packed, "mask", (0, absent // 8), more), r"stores \d+ values, and its mask keeps \d+"),
         (damaged(packed, "scales", (1, 0), 0x7F80), "not finite"),
+        (damaged(packed, "values", (0,), -128), "has the value -128"),
     ):
         with pytest.raises(InputError, match=said):
             broken.check("layer")
