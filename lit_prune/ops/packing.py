@@ -191,7 +191,7 @@ def pack(weight: Tensor, keep: Tensor | None, kind: Kind) -> PackedWeight:
     numbers, scales = _rounded(weight, kind)
     kept = numbers.flatten() if bits is None else numbers[bits]
     if kind == "int4":
-        counts = torch.full((outputs,), weight.shape[1]) if bits is None else bits.sum(1)
+        counts = torch.full((outputs,), weight.shape[1], device=weight.device) if bits is None else bits.sum(1)
         kept = _in_pairs(kept, counts)
     stored = kept.to(_FLOATS[kind]).view(torch.int16) if kind in _FLOATS else kept.to(_STORED[kind])
     stored = pad(stored, (0, SLACK // stored.element_size()))
