@@ -175,5 +175,6 @@ class SuspendedPasses:
 
 def _modes() -> tuple[bool, ...]:
     """Return the state of the thread that a context manager within a block may change."""
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
     return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in devices))

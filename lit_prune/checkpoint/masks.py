@@ -15,6 +15,7 @@ from lit_prune.checkpoint.packed import is_packed, packed_masks
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.blocks import find_blocks
 from lit_prune.ops import PackedMask
+from lit_prune.ops.masks import keep_only
 from lit_prune.sharding.block_store import store_of
 
 MASKS_FILE, REPORT_FILE = "masks.safetensors", "pruning.json"
@@ -67,7 +68,7 @@ def check_masks_hold(model: nn.Module, masks: Mapping[str, PackedMask]) -> None:
 
 
 def _check_mask_holds(name: str, parameter: Tensor, mask: PackedMask) -> None:
-    revived = int(parameter[~mask.unpack().to(parameter.device)].count_nonzero())
+    revived = int(keep_only(parameter, ~mask.unpack().to(parameter.device)).count_nonzero())
     if revived:
         raise RuntimeError(
             f"{name}: {revived} pruned weights are not zero, so this model is not as sparse as its masks"

@@ -34,46 +34,45 @@ def eliminate(
     """
     work, kept = weight.clone(), torch.ones(len(columns), dtype=torch.bool, device=weight.device)
     steps = max(1, min(steps, removed))
+    failed = torch.zeros((), dtype=torch.bool, device=weight.device)  # asked once: a GPU's host would wait every time
     for step in range(steps):
         count = removed * (step + 1) // steps - removed * step // steps
-        saliency = _saliency(work, inverse, columns)
+        saliency = _saliency(work, inverse, columns, kept, failed)
         if allowed is not None:
             saliency = saliency.masked_fill(~allowed, -1.0)
         saliency = saliency.masked_fill(~kept, float("inf"))
         chosen = saliency.topk(count, largest=False).indices
         kept[chosen] = False
         gone = columns[chosen].flatten()
-        factor = _cholesky(inverse[gone][:, gone])
+        factor = _cholesky(inverse[gone][:, gone], failed)
         rows = inverse[gone]
         work -= torch.cholesky_solve(work[:, gone].T, factor).T @ rows
         inverse -= rows.T @ torch.cholesky_solve(rows, factor)
         work[:, gone] = 0.0
         inverse[gone] = 0.0
         inverse[:, gone] = 0.0
+    if failed:
+        raise NumericalError(
+            f"a part of the inverse Gram matrix [{len(inverse)}, {len(inverse)}] is not positive definite: use a "
+            "larger damping or more calibration tokens"
+        )
     return work, kept
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if info.item():
-        raise NumericalError(
-            f"a part [{len(matrix)}, {len(matrix)}] of the inverse Gram matrix is not positive definite: use a larger "
-            "damping or more calibration tokens"
-        )
+def _cholesky(matrices: Tensor, failed: Tensor) -> Tensor:
+    """Return the Cholesky factors of matrices ``[..., c, c]``, and set ``failed`` if one is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    failed |= (info != 0).any()
     return factor
 
 
-def _saliency(work: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
+def _saliency(work: Tensor, inverse: Tensor, columns: Tensor, kept: Tensor, failed: Tensor) -> Tensor:
     """Return the saliency of every group ``[groups]``; of removed groups, whose columns are zero, any number."""
     if columns.shape[1] == 1:
         first = columns[:, 0]
         return work[:, first].square().sum(0) / inverse.diagonal()[first]
-    found = []
-    for group in columns:
-        local = inverse[group][:, group]
-        if not local.any():
-            found.append(local.new_zeros(()))
-            continue
-        mine = work[:, group]
-        found.append((torch.cholesky_solve(mine.T, _cholesky(local)).T * mine).sum())
-    return torch.stack(found)
+    local = inverse[columns[:, :, None], columns[:, None]]  # [groups, c, c]
+    identity = torch.eye(columns.shape[1], dtype=local.dtype, device=local.device)
+    factor = _cholesky(torch.where(kept[:, None, None], local, identity), failed)
+    mine = work[:, columns].permute(1, 2, 0)  # [groups, c, o]
+    return (torch.cholesky_solve(mine, factor) * mine).sum((1, 2))

@@ -145,7 +145,9 @@ def drop_smallest(groups: Tensor, count: int) -> Tensor:
     largest_dropped = _kth_smallest(groups, count)
     keep = (groups <= largest_dropped).logical_not_()  # NaN is kept, so that the solver detects it
     missing = groups.shape[1] - count - keep.sum(1, keepdim=True)
-    if missing.any():  # among ties with it, keep the last ones
+    # Among ties with it, keep the last ones. On a GPU the host would wait to learn whether there are any, and it would
+    # do so in SparseGPT's sweep for every few columns.
+    if groups.device.type != "cpu" or missing.any():
         ties = groups == largest_dropped
         keep |= ties & (ties.sum(1, keepdim=True) - ties.cumsum(1) < missing)
     return keep

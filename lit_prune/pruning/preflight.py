@@ -182,8 +182,8 @@ def _fastest(work: Callable[[], object], times: int = 2) -> float:
     for _ in range(times):
         start = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         found.append(time.perf_counter() - start)
     return min(found)
 

@@ -94,8 +94,8 @@ def _in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
         for name, work in works.items():
             start = time.perf_counter()
             work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return seconds

@@ -146,8 +146,9 @@ def unpack_model(model: Any, dtype: torch.dtype | None = None) -> None:
 
 def _packed_linear(module: nn.Module, keep: Tensor | None, bits: int) -> PackedLinear:
     weight = read_weight(module)
+    keep = None if keep is None else keep.to(weight.device)
     packed = pack(weight, keep, _INTEGERS.get(bits) or float_kind(weight))
-    made = PackedLinear(packed.layout, cast(Any, module).bias, isinstance(module, Conv1D))
+    made = PackedLinear(packed.layout, cast(Any, module).bias, isinstance(module, Conv1D), weight.device)
     made.set(packed)
     return made
 
@@ -155,7 +156,7 @@ def _packed_linear(module: nn.Module, keep: Tensor | None, bits: int) -> PackedL
 def _packed_embedding(module: nn.Embedding, bits: int) -> PackedEmbedding:
     weight = module.weight.detach()
     packed = pack(weight, None, _INTEGERS.get(bits) or float_kind(weight))
-    made = PackedEmbedding(packed.layout, weight.dtype)
+    made = PackedEmbedding(packed.layout, weight.dtype, weight.device)
     made.set(packed)
     return made
 

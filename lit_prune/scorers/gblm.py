@@ -115,4 +115,5 @@ def _median_ratio(stats: LayerStats, norm: GradientNorm) -> float:
     alive = activation > 0
     if not alive.any():
         return 0.0
-    return (stats.gradient(norm)[:, alive].to(activation) / activation[alive]).median().item()
+    gradient = stats.gradient(norm).to(activation)  # gradients wait in CPU memory
+    return (gradient[:, alive] / activation[alive]).median().item()

@@ -113,7 +113,7 @@ def count_revived(parameter: nn.Parameter, keep: Tensor, optimizer: Optimizer | 
         values = share.read()
         if share.place not in _VALUES and bool((values >= 0).all()):
             continue
-        revived[share.place] = int(values[~share.cut(keep).to(values.device)].count_nonzero())
+        revived[share.place] = int(keep_only(values, ~share.cut(keep).to(values.device)).count_nonzero())
     return revived
 
 
