@@ -21,7 +21,7 @@ from lit_prune.allocators import AlphaPruning, Measured, Uniform
 from lit_prune.allocators.base import Allocator
 from lit_prune.ops import Structured
 from lit_prune.ops.structured import Unit
-from lit_prune.pruning import PruningPlan, prune
+from lit_prune.pruning import PruningPlan, Reconstruction, prune
 from lit_prune.pruning.progress import peak_memory
 from lit_prune.scorers import Magnitude, Wanda
 from lit_prune.solvers import ADMM, SparseGPT
@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ADMM": {"solver": ADMM()},
     "SparseGPT corrected": {"solver": SparseGPT(), **CORRECTED},
     "ADMM corrected": {"solver": ADMM(), **CORRECTED},
+    "ADMM reconstructed": {"solver": ADMM(), **CORRECTED, "reconstruction": Reconstruction()},
 }
 ALLOCATORS: dict[str, Allocator] = {
     "": Uniform(),
