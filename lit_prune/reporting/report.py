@@ -12,7 +12,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, NotRequired, TypedDict, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 import psutil
 import torch
@@ -244,7 +244,7 @@ class _Method(TypedDict):
     init_args: dict[str, Any]
 
 
-class _Plan(TypedDict):
+class _Parts(TypedDict):
     """Parts of a plan that a report refers to."""
 
     pattern: _Method
@@ -252,8 +252,13 @@ class _Plan(TypedDict):
     allocator: _Method
     solver: _Method
     reconstruction: _Method | None
-    quantize: NotRequired[_Method | None]
     correction: float
+
+
+class _Plan(_Parts, total=False):
+    """The same, with those that reports of older versions do not have."""
+
+    quantize: _Method | None
 
 
 @dataclass(frozen=True)

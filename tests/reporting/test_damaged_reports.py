@@ -111,6 +111,12 @@ DAMAGES = [
     ("plan.solver", None, r"plan\.solver is None: an object is needed"),
     ("plan.scorer", "Wanda", r"plan\.scorer is 'Wanda': an object is needed"),
     ("plan.allocator.class_path", 3, r"plan\.allocator\.class_path is 3: a string is needed"),
+    ("plan.quantize", 4, r"plan\.quantize is 4: an object is needed"),
+    (
+        "plan.quantize",
+        {"class_path": "Quantize", "init_args": {}},
+        r"plan\.quantize has None bits: 8 or 4 are possible",
+    ),
     ("plan.correction", "much", r"plan\.correction is 'much': a number is needed"),
     ("evaluation", [], r"evaluation is \[\]: an object is needed"),
     ("evaluation.text", ..., "evaluation lacks 'text'"),
