@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,21 @@ from support.training import LLAMA
 IDS = torch.arange(24).remainder(250)[None]
 
 
-def pruned(plan: PruningPlan | None = None) -> tuple[nn.Module, dict[str, PackedMask]]:
-    """Return a model on the device, and its masks."""
+WANDA = PruningPlan(Unstructured(0.5), Wanda())
+
+
+@cache
+def pruned_once(plan: PruningPlan) -> tuple[nn.Module, dict[str, PackedMask]]:
     torch.manual_seed(0)
     model = load_model("random", config=LLAMA).eval().to(MOCK)
     tokens = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(1))
-    return model, prune(model, [tokens], plan or PruningPlan(Unstructured(0.5), Wanda())).masks
+    return model, prune(model, [tokens], plan).masks
+
+
+def pruned(plan: PruningPlan = WANDA) -> tuple[nn.Module, dict[str, PackedMask]]:
+    """Return a model on the device, and its masks."""
+    model, masks = pruned_once(plan)
+    return copy.deepcopy(model), masks
 
 
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:

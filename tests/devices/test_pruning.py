@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -72,10 +73,15 @@ PLANS |= {
 }
 
 
-def model(width: int = 1) -> nn.Module:
+@cache
+def dense(width: int) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 384, "hidden_size": 32 * width, "intermediate_size": 48 * width}
     return load_model("random", config={**LLAMA, **sizes}).double()
+
+
+def model(width: int = 1) -> nn.Module:
+    return copy.deepcopy(dense(width))
 
 
 def tokens() -> list[Tensor]:
@@ -112,7 +118,10 @@ def test_a_model_on_the_device(name: str) -> None:
     check_pruned(name, pruned)
 
 
-@pytest.mark.parametrize("name", PLANS)
+VISITING = [name for name in PLANS if " and " not in name or name.endswith("matrix")]
+
+
+@pytest.mark.parametrize("name", VISITING)
 def test_a_model_on_the_cpu_whose_blocks_visit_the_device(name: str) -> None:
     pruned = model()
     with host_reads() as found:
