@@ -61,7 +61,9 @@ def running() -> Iterator[None]:
         os.environ[ADDRESS] = str(Path(folder) / "socket")
         # Modules are as on a machine without a GPU, and forked processes have none of the server's threads.
         own = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-        own["PYTHONPATH"] = str(Path(__file__).parents[1])
+        own["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))
+        )
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(os.environ[ADDRESS])
             listener.listen()
