@@ -52,13 +52,18 @@ def run(name: str, options: argparse.Namespace) -> Record:
     return {**json.loads((folder / "out" / "figures.json").read_text()), **evaluate(folder / "out", options)}
 
 
+def perplexity_of(module: LitCausalLM, options: argparse.Namespace) -> float:
+    """Return the perplexity on the test text."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    data = TextDataModule(options.model, test=options.test, seqlen=options.seqlen, max_windows=options.max_windows)
+    return trainer.test(module, data, verbose=False)[0]["test/perplexity"]
+
+
 def evaluate(folder: Path, options: argparse.Namespace) -> Record:
     """Return the perplexity on the test text, and the sparsity of the linear layers."""
     module = LitCausalLM(str(folder), dtype="float32")
     module.configure_model()
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    data = TextDataModule(options.model, test=options.test, seqlen=options.seqlen, max_windows=options.max_windows)
-    perplexity = trainer.test(module, data, verbose=False)[0]["test/perplexity"]
+    perplexity = perplexity_of(module, options)
     layers = [p for name, p in module.model.named_parameters() if "proj" in name and p.dim() == 2]
     zeros = sum(int((p == 0).sum()) for p in layers) / sum(p.numel() for p in layers)
     return {"perplexity": perplexity, "sparsity": zeros}

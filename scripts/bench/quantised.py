@@ -16,14 +16,12 @@ import subprocess
 from pathlib import Path
 
 import rows
-import torch
-from peers import evaluate
+from peers import perplexity_of
 from rows import Record
 
-from lit_prune.models.load import load_model
 from lit_prune.pruning.progress import peak_memory
-from lit_prune.runtime.model_speed import GENERATED, PROMPT, START, tokens_per_second
-from lit_prune.training import TextDataModule
+from lit_prune.runtime.model_speed import GENERATED, PROMPT, START, tokens_per_second, weight_bytes
+from lit_prune.training import LitCausalLM, TextDataModule
 
 WORKER = Path(__file__).with_name("quantised_worker.py")
 
@@ -32,15 +30,15 @@ def run(name: str, options: argparse.Namespace) -> Record:
     """Measure one model: in this process, or llama.cpp's in one of its own environment."""
     models, files = named(options.models), named(options.gguf)
     if name in models:
-        folder = models[name]
-        model = load_model(str(folder), torch.bfloat16 if name.endswith("bfloat16") else torch.float32).eval()
+        module = LitCausalLM(str(models[name]), dtype="bfloat16" if name.endswith("bfloat16") else "float32")
+        module.configure_model()
+        model = module.model.eval()
         found: Record = {
             task: tokens_per_second(model, sequences, options.rounds)
             for task, sequences in (("generation", 1), ("prompt", 0))
         }
         memory = peak_memory()  # without that of the evaluation
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != "masks.safetensors")
-        return {**found, "bytes": size, "memory": memory, **evaluate(folder, options)}
+        return {**found, "bytes": weight_bytes(model), "memory": memory, "perplexity": perplexity_of(module, options)}
     work = options.results.with_suffix(".tokens.json")
     data = TextDataModule(options.model, test=options.test, seqlen=options.seqlen, max_windows=options.max_windows)
     data.setup("test")
