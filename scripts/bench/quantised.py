@@ -60,7 +60,7 @@ def table(records: list[Record]) -> str:
         "| model | MB | peak memory MB | perplexity | generation tokens/s | prompt tokens/s |",
         "|---|---|---|---|---|---|",
     ]
-    for record in records:
+    for record in sorted(records, key=lambda record: -record["bytes"]):
         sizes = f"{record['bytes'] / 1e6:.0f} | {record['memory'] / 1e6:.0f}"
         rates = f"{record['generation']:.1f} | {record['prompt']:.0f}"
         lines.append(f"| {record['name']} | {sizes} | {record['perplexity']:.2f} | {rates} |")
