@@ -177,6 +177,7 @@ def _masks_and_report(trainer: Trainer) -> tuple[Mapping[str, PackedMask], Pruni
     report = read_report(keep_masks.source or "", keep_masks.masks)
     if report is not None:
         report.evaluation, report.samples = {}, []  # these describe the weights before this training
+        report.identity["plan"]["quantize"] = None  # which it moved off their grids
     return keep_masks.masks, report
 
 

@@ -104,7 +104,7 @@ def measure_speed(
 ) -> list[Speed]:
     """Time one layer of each shape in dense and sparse form, on the model's device and in its dtype.
 
-    Layers with a 2:4 mask use the semi-structured form if the device supports it. Where there is a kernel, other layers
+    Layers with a 2:4 mask use the semi-structured form if the device supports it. If there is a kernel, other layers
     are packed with 16, 8 and 4 bits per kept weight; without one, they use compressed rows. As in a model, every
     product reads another copy of the weights, for layers of usual sizes from memory and not a cache.
 

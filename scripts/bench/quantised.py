@@ -39,13 +39,12 @@ def run(name: str, options: argparse.Namespace) -> Record:
         }
         memory = peak_memory()  # without that of the evaluation
         return {**found, "bytes": weight_bytes(model), "memory": memory, "perplexity": perplexity_of(module, options)}
-    work = options.results.with_suffix(".tokens.json")
     data = TextDataModule(options.model, test=options.test, seqlen=options.seqlen, max_windows=options.max_windows)
     data.setup("test")
-    work.write_text(json.dumps([row for batch in data.test_dataloader() for row in batch["input_ids"].tolist()]))
+    windows = [row for batch in data.test_dataloader() for row in batch["input_ids"].tolist()]
     numbers = [str(number) for number in (START, GENERATED, PROMPT, options.rounds)]
-    command = [str(options.llama), str(WORKER), "measure", str(files[name]), str(work), *numbers]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [str(options.llama), str(WORKER), "measure", str(files[name]), *numbers]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, input=json.dumps(windows)).stdout
     return {**json.loads(output.splitlines()[-1]), "bytes": files[name].stat().st_size}
 
 

@@ -27,9 +27,9 @@ def convert(source: str, target: str, kind: str) -> None:
         sys.exit(f"{source} cannot be converted to {kind}")
 
 
-def measure(file: str, tokens: str, start: str, generated: str, prompt: str, rounds: str) -> None:
-    """Print perplexity, tokens per second of generation and of a prompt, and peak memory as JSON."""
-    windows = np.array(json.loads(Path(tokens).read_text()))
+def measure(file: str, start: str, generated: str, prompt: str, rounds: str) -> None:
+    """Print perplexity on the windows of tokens in standard input, speeds, and peak memory as JSON."""
+    windows = np.array(json.load(sys.stdin))
     count, length = int(generated), windows.shape[1]
     options = {"model_path": file, "n_threads": os.cpu_count(), "n_threads_batch": os.cpu_count(), "verbose": False}
     model = llama_cpp.Llama(**options, n_ctx=int(prompt), n_batch=int(prompt))

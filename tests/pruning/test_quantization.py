@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.allocators import Measured
-from lit_prune.callbacks import Prune
-from lit_prune.checkpoint.masks import check_masks_hold
+from lit_prune.callbacks import KeepMasks, Prune
+from lit_prune.callbacks.export import _masks_and_report
+from lit_prune.checkpoint.masks import check_masks_hold, load_masks
 from lit_prune.errors import InputError
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.targets import find_targets
@@ -112,3 +114,15 @@ def test_wrong_values_are_refused(make: Callable[[], object], message: str) -> N
 def test_training_of_a_quantised_model_is_refused() -> None:
     with pytest.raises(InputError, match=r"plan\.quantize rounds weights to a grid, and training moves them off it"):
         Prune(plan_of()).on_train_start(None, None)  # type: ignore[arg-type]
+
+
+def test_weights_that_were_trained_are_not_quantised_any_more(
+    tmp_path: Path, tiny_model: Callable[..., nn.Module], tokens: list[Tensor]
+) -> None:
+    model = tiny_model()
+    report = prune(model, tokens, plan_of())
+    folder = report.save(tmp_path / "quantised", model)
+    keep_masks = KeepMasks(masks=str(folder))
+    keep_masks.source, keep_masks.masks = str(folder), load_masks(folder)
+    trained = _masks_and_report(SimpleNamespace(callbacks=[keep_masks]))[1]  # type: ignore[arg-type]
+    assert report.bits == 4 and trained is not None and trained.bits is None
