@@ -24,8 +24,10 @@ MetricName = Literal[
     "alpha_hat",
     "stable_rank",
     "entropy",
+    "norm",
+    "log_norm",
     "spectral_norm",
-    "frobenius_norm",
+    "log_alpha_norm",
 ]
 
 
@@ -36,9 +38,8 @@ class AlphaPruning(Allocator):
 
     Lu et al., "AlphaPruning", 2024. The metric α of every matrix is computed from its eigenvalues; by default the
     mean over a block's matrices is mapped, and all of them get the block's sparsity. η is chosen to meet the budget;
-    values outside the bounds are clipped and the rest redistributed until the parameter-weighted mean is exact. Metrics
-    that decrease as the tail gets lighter (``spectral_norm``, ``frobenius_norm``) are mapped in reverse. Equal metrics
-    result in uniform sparsity.
+    values outside the bounds are clipped and the rest redistributed until the parameter-weighted mean is exact. Equal
+    metrics result in uniform sparsity.
 
     .. code-block:: yaml
 
@@ -46,7 +47,7 @@ class AlphaPruning(Allocator):
     """
 
     metric: MetricName = "alpha_peak"
-    """Shape metric of the spectrum, α in the formula."""
+    """Metric of the spectrum, α in the formula: of its shape, or, for comparison, of its scale (the norms)."""
     epsilon: float = 0.2
     """Spread of the sparsities around the target, as a fraction of the target, in [0, 1)."""
     mapping: Literal["block", "matrix", "mixed"] = "block"
@@ -96,7 +97,6 @@ class AlphaPruning(Allocator):
 
     def spread(self, layers: Sequence[Layer], metrics: Tensor, target: float) -> dict[str, float]:
         """Return the sparsity of every layer by name, from precomputed metrics ``[layers]``."""
-        metrics = metrics * METRICS[self.metric].direction
         blocks = torch.tensor([layer.block for layer in layers])
         _, block_of = blocks.unique(return_inverse=True)
         ratios = linear_mapping(metrics if self.mapping == "matrix" else _block_means(metrics, block_of), self.epsilon)
@@ -125,7 +125,7 @@ class AlphaPruning(Allocator):
 
     def _value(self, layer: Layer) -> float:
         try:
-            return METRICS[self.metric].value(self.spectrum(layer.read()))
+            return METRICS[self.metric](self.spectrum(layer.read()))
         except NumericalError as error:
             raise NumericalError(f"{layer.name}: {error}; leave it out with plan.exclude") from error
 

@@ -156,9 +156,19 @@ def alpha_full(values: Tensor) -> PowerLaw:
     return fit_power_law(values, torch.arange(len(values) - 1))
 
 
+def norm(values: Tensor) -> float:
+    """Return ``Σ λ``, the squared Frobenius norm of the weight; "norm" of WeightWatcher."""
+    return values.sum().item()
+
+
 def spectral_norm(values: Tensor) -> float:
-    """Return the largest singular value."""
-    return values[-1].sqrt().item()
+    """Return ``λ_max``, the square of the largest singular value; "spectral norm" of WeightWatcher."""
+    return values[-1].item()
+
+
+def log_alpha_norm(values: Tensor) -> float:
+    """Return ``log10 Σ λ^α`` with the exponent of ``alpha_peak``, the logarithm of the α-Schatten norm."""
+    return (torch.logsumexp(alpha_peak(values).alpha * values.log(), 0) / math.log(10)).item()
 
 
 def stable_rank(values: Tensor) -> float:
@@ -174,24 +184,21 @@ def entropy(values: Tensor) -> float:
     return (-(shares * shares.log()).sum() / torch.tensor(float(len(values))).log()).item()
 
 
-class Metric(NamedTuple):
-    """A shape metric of a spectrum."""
-
-    value: Callable[[Tensor], float]
-    """Function that returns the metric of ascending eigenvalues."""
-    direction: int
-    """Sign of the mapping: 1 if a larger metric means higher sparsity, -1 if lower."""
-
-
-METRICS = {
-    "alpha_peak": Metric(lambda values: alpha_peak(values).alpha, 1),
-    "alpha_peak_as_released": Metric(lambda values: alpha_peak(values, as_released=True).alpha, 1),
-    "alpha_mid": Metric(lambda values: alpha_mid(values).alpha, 1),
-    "alpha_full": Metric(lambda values: alpha_full(values).alpha, 1),
-    "alpha_hat": Metric(lambda values: alpha_peak(values).alpha * values[-1].log10().item(), 1),
-    "stable_rank": Metric(stable_rank, 1),
-    "entropy": Metric(entropy, 1),
-    "spectral_norm": Metric(spectral_norm, -1),
-    "frobenius_norm": Metric(lambda values: values.sum().sqrt().item(), -1),
+METRICS: dict[str, Callable[[Tensor], float]] = {
+    "alpha_peak": lambda values: alpha_peak(values).alpha,
+    "alpha_peak_as_released": lambda values: alpha_peak(values, as_released=True).alpha,
+    "alpha_mid": lambda values: alpha_mid(values).alpha,
+    "alpha_full": lambda values: alpha_full(values).alpha,
+    "alpha_hat": lambda values: alpha_peak(values).alpha * values[-1].log10().item(),
+    "stable_rank": stable_rank,
+    "entropy": entropy,
+    "norm": norm,
+    "log_norm": lambda values: math.log10(norm(values)),
+    "spectral_norm": spectral_norm,
+    "log_alpha_norm": log_alpha_norm,
 }
-"""Shape metrics that the AlphaPruning paper compares, by name."""
+"""Metrics of ascending eigenvalues that the AlphaPruning paper compares, by name; a larger one means higher sparsity.
+
+The norms measure the scale of a spectrum, and the others its shape. As in the paper's code, norms are not mapped in
+reverse.
+"""

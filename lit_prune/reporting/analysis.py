@@ -141,7 +141,7 @@ def analyze(
     def examine(target: Target) -> tuple[LayerAnalysis, Tensor]:
         try:
             values = allocator.spectrum(read_weight(target.module))
-            metrics = {name: metric.value(values) for name, metric in METRICS.items()}
+            metrics = {name: metric(values) for name, metric in METRICS.items()}
             return LayerAnalysis(target.name, target.block, target.shape, metrics, alpha_peak(values)), values
         except NumericalError as error:
             raise NumericalError(f"{target.name}: {error}; leave it out with plan.exclude") from error

@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from output_errors import output_errors
 from rows import Record
 
-from lit_prune.allocators import OWL, AlphaPruning, ErdosRenyi, Measured, Uniform
+from lit_prune.allocators import LAMP, OWL, AlphaPruning, ErdosRenyi, GlobalMagnitude, Measured, Uniform
 from lit_prune.allocators.base import Allocator
 from lit_prune.models.load import load_model
 from lit_prune.ops import NM, Pattern, Unstructured
@@ -77,6 +77,8 @@ ALLOCATORS: dict[str, Allocator] = {
     "OWL": OWL(),
     "ER": ErdosRenyi(),
     "ER-plus": ErdosRenyi(dense_last=True),
+    "LAMP": LAMP(),
+    "global magnitude": GlobalMagnitude(),
     "measured": Measured(),
     "measured+alpha": Measured(prior=AlphaPruning()),
 }

@@ -33,7 +33,9 @@ def test_worked_example() -> None:
     assert fit.distance == pytest.approx(1 - math.exp(-2) - 0.5)
     assert (fit.lambda_min, fit.tail) == (pytest.approx(1), 2)
     assert spectrum.stable_rank(values) == pytest.approx(5 / 4)
-    assert spectrum.spectral_norm(values) == pytest.approx(2)
+    assert (spectrum.norm(values), spectrum.spectral_norm(values)) == (pytest.approx(5), pytest.approx(4))
+    # The fit of alpha_peak starts at the first eigenvalue, so its exponent is that of alpha_full.
+    assert spectrum.log_alpha_norm(values) == pytest.approx(math.log10(1 + 4**fit.alpha))
     assert spectrum.entropy(values) == pytest.approx(-(0.2 * math.log2(0.2) + 0.8 * math.log2(0.8)))
 
 
@@ -154,7 +156,9 @@ def test_metrics_are_finite_and_point_the_stated_way(name: str) -> None:
     light = torch.randn(64, 64, generator=generator)
     heavy = light + 60 * torch.randn(64, 1, generator=generator) @ torch.randn(1, 64, generator=generator) / 64
     metric = spectrum.METRICS[name]
-    values = [metric.value(spectrum.eigenvalues(w)) for w in (heavy, light)]
+    values = [metric(spectrum.eigenvalues(w)) for w in (heavy, light)]
     assert all(map(math.isfinite, values))
-    if name in ("stable_rank", "entropy", "spectral_norm", "frobenius_norm", "alpha_mid"):
-        assert metric.direction * values[1] > metric.direction * values[0]  # the light tail calls for more
+    if name in ("stable_rank", "entropy", "alpha_mid"):
+        assert values[1] > values[0]  # the light tail calls for more
+    if "norm" in name:
+        assert values[1] < values[0]  # norms measure the scale, and call for less

@@ -29,7 +29,7 @@ def test_every_layer_is_described_and_nothing_is_changed(tiny_model: Callable[..
     first = analysis.layers[0]
     values = eigenvalues(model.get_submodule(first.name).weight)
     assert first.tail == alpha_peak(values)
-    assert first.metrics == {name: metric.value(values) for name, metric in METRICS.items()}
+    assert first.metrics == {name: metric(values) for name, metric in METRICS.items()}
     assert list(analysis.spectra) == [f"model.layers.{block}.mlp.down_proj" for block in range(3)]
     content = json.loads(json.dumps(analysis.as_dict()))
     assert len(content["layers"]) == 21 and set(content["allocations"]) == {"0.4", "0.6"}
