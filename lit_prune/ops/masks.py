@@ -286,6 +286,32 @@ def sparsity_of(masks: Iterable[PackedMask]) -> float:
     return 1 - sum(mask.kept for mask in masks) / sum(mask.numel for mask in masks)
 
 
+def density_variances(keep: Tensor) -> tuple[float, float]:
+    """Return the variances of the densities of rows and of columns of a keep mask, each over that of chance.
+
+    Chance for the columns is the mask with every row's kept weights at random places: of ``i`` columns, a row that
+    keeps ``k`` then adds ``k (i - k) / (i (i - 1))`` to the expected variance of the columns' counts. It is the same if
+    ``k`` is fixed, as by N:M, or drawn with the whole matrix. Chance for the rows has every column's kept weights at
+    random places. 1 = no structure; 0 = equal densities, as a pattern by row prescribes for the rows.
+
+    >>> density_variances(torch.tensor([[True, True, False, False], [True, True, False, False]]))
+    (0.0, 2.0)
+
+    Args:
+        keep: bool ``[..., o, i]``; several matrices are stacked.
+    """
+    keep = keep.reshape(-1, keep.shape[-1])
+    return _variance_over_chance(keep.T), _variance_over_chance(keep)
+
+
+def _variance_over_chance(keep: Tensor) -> float:
+    """Return the variance of the column counts of a mask over that of chance; 0 if nothing varies by chance."""
+    size = keep.shape[1]
+    rows, columns = keep.sum(1).double(), keep.sum(0).double()
+    chance = (rows * (size - rows)).sum() / size  # times (size - 1), as is the variance
+    return ((columns - columns.mean()).square().sum() / chance).item() if chance else 0.0
+
+
 def keep_only(values: Tensor, keep: Tensor) -> Tensor:
     """Return ``values`` (any float dtype) with exact zeros where ``keep`` (bool, same shape) is False.
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lit_prune.errors import InputError
 from lit_prune.ops import NM, PackedMask, Pattern, Unstructured, select
-from lit_prune.ops.masks import keep_only
+from lit_prune.ops.masks import density_variances, keep_only
 
 # A worked 2x3 example. Scores:
 #     3 1 2
@@ -182,3 +182,14 @@ def test_bits_that_do_not_fit_the_shape_are_refused(bits: Any, shape: Any, said:
 def test_a_mask_of_floats_is_refused() -> None:
     with pytest.raises(InputError, match=r"a mask is torch\.float32: bool is needed"):
         PackedMask.pack(torch.ones(2, 4))
+
+
+def test_the_structure_of_a_mask_is_measured_over_chance() -> None:
+    # Two rows that keep the same two of four inputs: the columns' counts 2 2 0 0 deviate from 1 by 4 in squares. At
+    # random places, each row adds 2 · 2 / 4 = 1. The counts of the rows are equal.
+    assert density_variances(torch.tensor([[True, True, False, False]] * 2)) == (0.0, 2.0)
+    scores = torch.rand(200, 300, generator=torch.Generator().manual_seed(0))
+    rows, columns = density_variances(select(scores, Unstructured(0.5)))
+    # Ratios of chi-squared variables to their 199 and 299 degrees of freedom: five standard deviations.
+    assert abs(rows - 1) < 5 * (2 / 199) ** 0.5 and abs(columns - 1) < 5 * (2 / 299) ** 0.5
+    assert density_variances(torch.ones(3, 4, dtype=torch.bool)) == (0.0, 0.0)
