@@ -176,5 +176,5 @@ def _resumable(trainer: PruningTrainer, journal: Path) -> Iterator[None]:
 def _read_by(model: LitCausalLM, datamodule: TextDataModule, plan: PruningPlan) -> list[str]:
     """Return the names of the files, folders and hub repositories that a pruning run reads."""
     files = [getattr(plan.allocator, name, None) for name in ("path", "values")]
-    texts = [*datamodule.sources.values(), *datamodule.calibration, datamodule.tokenizer]
+    texts = [*datamodule.sources.values(), *datamodule.train, *datamodule.calibration, datamodule.tokenizer]
     return [name for name in (model.pretrained, model.lazy, *texts, *files) if name]

@@ -21,6 +21,7 @@ from lit_prune.models.locate import asked_as
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.options import as_list
 from lit_prune.training.generated_text import generated_sequences
+from lit_prune.training.losses import Distillation
 from lit_prune.training.parts import NAMES, Split
 from lit_prune.training.resumable import ResumableLoader
 from lit_prune.training.text_sources import GENERATED, hub_name, local_path, name_of, read_documents
@@ -61,8 +62,8 @@ class TextDataModule(LightningDataModule):
     A source is ``embedded`` (English prose that comes with Python), ``wikitext2``, ``c4``, any hub data set as ``name``
     or ``name:config``, or a local .txt, .jsonl or .parquet file. A file used for one purpose is read whole; a file used
     for several is split: the first eight tenths are for training and calibration, the ninth for validation and the last
-    for the test, all cut between documents, paragraphs, lines or words. For calibration, a source may also be
-    ``generated``: text that the dense model samples itself, cached on disk.
+    for the test, all cut between documents, paragraphs, lines or words. For training and calibration, a source may also
+    be ``generated``: text that a model samples, cached on disk; the teacher in distillation, else the model itself.
 
     .. code-block:: yaml
 
@@ -73,7 +74,7 @@ class TextDataModule(LightningDataModule):
         self,
         tokenizer: str | None = None,
         dataset: str = "wikitext2",
-        train: str | None = None,
+        train: dict[str, float] | Sequence[str] | str | None = None,
         val: str | None = None,
         test: str | None = None,
         calibration: dict[str, float] | Sequence[str] | str | None = None,
@@ -95,7 +96,10 @@ class TextDataModule(LightningDataModule):
         Args:
             tokenizer: Hub name, folder or GGUF file of the tokenizer; null = the model's own.
             dataset: Default source of the training, validation, test and calibration sets.
-            train: Source of the training set; null = ``dataset``.
+            train: Source of the training set, or several, as a list, or with weights, such as ``{dataset: 3, generated:
+                1}``, which share the windows of an epoch in proportion. No window repeats within an epoch, so the text
+                that runs out first sets its length. The word ``dataset`` refers to the option ``dataset``; null =
+                ``dataset``.
             val: Source of the validation set; null = ``dataset``.
             test: Source of the test set; null = ``dataset``.
             calibration: Source of the calibration set, of which the training split is used, or ``generated``; or
@@ -138,22 +142,28 @@ class TextDataModule(LightningDataModule):
                 "are more than any calibration needs; the papers take 128 x 2,048"
             )
         other_val = as_list(other_val)
-        calibration = _DATASET if calibration is None else calibration
-        weights = calibration if isinstance(calibration, Mapping) else as_list(calibration)
-        self.calibration = _shares(weights, sequences, dataset)
+        self.calibration = _shares(_weights("calibration", calibration, dataset), sequences)
         """Number of calibration sequences from each source."""
+        self.train = _weights("train", train, dataset)
+        """Weights of the training texts, by source."""
         several = [("calibration", source) for source in self.calibration]
+        several += [("train", source) for source in self.train]
         several += [("other_val", source) for source in other_val]
-        named = {"train": train, "val": val, "test": test, "dataset": dataset}
+        named = {"val": val, "test": test, "dataset": dataset}
         self._options = [*named.items(), *several]
         for name, source in self._options:
             if source is not None and not source.partition(":")[0].strip():
                 raise InputError(f"data.{name} is {source!r}: name a text source, such as wikitext2 or a .txt file")
         for name, source in self._options:
-            if source == GENERATED and name != "calibration":
+            if source == GENERATED and name not in ("calibration", "train"):
                 raise InputError(
-                    f"data.{name} is {source!r}: text that the model writes itself is for data.calibration"
+                    f"data.{name} is {source!r}: text that a model samples is for data.train and data.calibration"
                 )
+        if set(self.train) == {GENERATED}:
+            raise InputError(
+                f"data.train is {GENERATED!r}, which has no end: name another text too, such as "
+                "{dataset: 1, generated: 1}"
+            )
         names = validation_names(other_val)
         if len(set(names)) < len(names):
             raise InputError(f"data.other_val is {other_val}: two texts have one name, under which they are logged")
@@ -162,7 +172,7 @@ class TextDataModule(LightningDataModule):
                 f"data.seqlen is {seqlen}: it must be at least 2, so that there is a next token to predict"
             )
         self.tokenizer = tokenizer
-        self.sources = {"train": train or dataset, "val": val or dataset, "test": test or dataset}
+        self.sources = {"val": val or dataset, "test": test or dataset}
         self._tokenized: dict[tuple[str, Split], Tensor] = {}
         self.sequences = sequences
         self.seqlen = seqlen
@@ -218,7 +228,7 @@ class TextDataModule(LightningDataModule):
         """Return whether a source is a file used for several purposes, even under different paths."""
         validation = [self.sources["val"], *self.other_val]
         uses: dict[Split, list[str]] = {
-            "train": [self.sources["train"], *self.calibration],
+            "train": [*self.train, *self.calibration],
             "validation": validation,
             "test": [self.sources["test"]],
         }
@@ -228,7 +238,8 @@ class TextDataModule(LightningDataModule):
         """Read the texts of a stage, so that an unreadable text raises an error before a model is loaded."""
         trainer: Any = self.trainer
         if stage == "fit" and trainer is not None and trainer.limit_train_batches:
-            self._windows(self.sources["train"], "train")
+            for source in self.train.keys() - {GENERATED}:
+                self._tokens(source, "train")
         if stage in ("fit", "validate") and trainer is not None and trainer.limit_val_batches:
             for source in (self.sources["val"], *self.other_val):
                 self._windows(source, "validation")
@@ -237,10 +248,34 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return a loader of shuffled training windows, sharded over processes and resumable within an epoch."""
-        windows = Windows(self._windows(self.sources["train"], "train"))
+        windows = Windows(self._training_windows)
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         order = self._order(windows)
         return ResumableLoader(windows, self.batch_size, sampler=order, num_workers=self.num_workers, limit=limit)
+
+    @cached_property
+    def _training_windows(self) -> Tensor:
+        """Windows of an epoch, ``[windows, seqlen]``: of each text a number in proportion to its weight."""
+        texts = {source: self._windows(source, "train") for source in self.train if source != GENERATED}
+        if len(self.train) == 1:
+            return next(iter(texts.values()))
+        each = min(len(windows) / self.train[source] for source, windows in texts.items())  # for a weight of 1
+        if self.max_windows is not None:
+            each = min(each, self.max_windows / sum(self.train.values()))
+        counts = {source: round(each * weight) for source, weight in self.train.items()}
+        short = next((source for source, count in counts.items() if not count), None)
+        if short is not None:
+            raise InputError(
+                f"data.train gives {short!r} the weight {self.train[short]:g}: not one window of an epoch is left to it"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        parts = []
+        for source, count in counts.items():
+            if source == GENERATED:
+                parts.append(self._generated(count))
+            else:  # a sample of the whole text, not its beginning
+                parts.append(texts[source][torch.randperm(len(texts[source]), generator=generator)[:count]])
+        return torch.cat(parts)
 
     def _order(self, windows: Windows) -> DistributedSampler[Any] | None:
         """Return the sampler of training windows; None = sequential, if ``overfit_batches`` is set."""
@@ -269,7 +304,7 @@ class TextDataModule(LightningDataModule):
 
     def hub_names(self, training: bool) -> list[str]:
         """Return the hub names of the calibration set and, if ``training``, of the training set."""
-        sources = {*self.calibration, self.sources["train"]} if training else self.calibration
+        sources = {*self.calibration, *self.train} if training else set(self.calibration)
         return sorted(name for name in map(hub_name, sources) if name)
 
     def calibration_batches(self) -> list[Tensor]:
@@ -298,12 +333,17 @@ class TextDataModule(LightningDataModule):
         return _random_windows(self._tokens(source, "train"), self.seqlen, generator, count)
 
     def _generated(self, count: int) -> Tensor:
+        """Return ``count`` windows that the teacher samples in distillation, else the model as it is on disk."""
         writer = self._writer
+        if writer and isinstance(writer.loss, Distillation):
+            teacher = writer.loss.teacher
+            settings = teacher.pretrained, teacher.dtype, teacher.trust_remote_code
+            return generated_sequences(*settings, count, self.seqlen, self.seed)
         pretrained = writer.pretrained if writer else self.tokenizer
         if pretrained is None:
-            raise InputError("data.calibration is 'generated' and data.tokenizer null: name the model")
+            raise InputError("the text is 'generated' and data.tokenizer null: name the model")
         if writer and writer.lazy:
-            raise InputError("data.calibration is 'generated': a model that stays on disk (model.lazy) cannot write it")
+            raise InputError("the text is 'generated': a model that stays on disk (model.lazy) cannot write it")
         dtype = getattr(torch, writer.dtype_name) if writer and writer.dtype_name != "auto" else None
         trusted = bool(self.trust_remote_code)
         return generated_sequences(pretrained, dtype, trusted, count, self.seqlen, self.seed)
@@ -371,22 +411,29 @@ def validation_names(other_val: Sequence[str]) -> list[str]:
     return [re.sub(r"[^\w.-]+", "_", Path(source).stem) for source in other_val]
 
 
-def _shares(weights: Mapping[str, float] | Sequence[str], total: int, dataset: str) -> dict[str, int]:
-    """Return how many of ``total`` calibration sequences come from each source, by largest remainder.
+def _weights(option: str, given: Mapping[str, float] | Sequence[str] | str | None, dataset: str) -> dict[str, float]:
+    """Return the weights of an option's sources; those of a list are equal.
 
     Args:
-        weights: weights of the sources; a list of sources has equal ones.
-        total: number of sequences.
+        option: name of the option.
+        given: source, list of sources, or weights by source; None = ``dataset``.
         dataset: source that the word ``dataset`` refers to; if it is named as well, the weights add up.
     """
+    given = _DATASET if given is None else given
+    weights = given if isinstance(given, Mapping) else as_list(given)
     named = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, 1.0)
     if len(named) < len(weights) or not named:
-        raise InputError(f"data.calibration is {weights!r}: name each text once, such as [wikitext2, c4]")
+        raise InputError(f"data.{option} is {weights!r}: name each text once, such as [wikitext2, c4]")
     for source, weight in named.items():
         if not 0 < weight < math.inf:
-            raise InputError(f"data.calibration gives {source!r} the weight {weight!r}: it must be positive")
+            raise InputError(f"data.{option} gives {source!r} the weight {weight!r}: it must be positive")
     if _DATASET in named:
         named = {dataset: named.pop(_DATASET) + named.pop(dataset, 0.0)} | named
+    return named
+
+
+def _shares(named: Mapping[str, float], total: int) -> dict[str, int]:
+    """Return how many of ``total`` calibration sequences come from each source, by largest remainder."""
     exact = {source: total * weight / sum(named.values()) for source, weight in named.items()}
     counts = {source: int(share) for source, share in exact.items()}
     by_remainder = sorted(exact, key=lambda source: counts[source] - exact[source])

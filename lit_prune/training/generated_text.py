@@ -1,4 +1,4 @@
-"""Calibration text that the dense model writes itself, sampled once and cached."""
+"""Text for calibration or training that the dense model samples itself, once, and that is cached."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _locked(path: Path) -> Iterator[None]:
         lock.acquire()
     except OSError as error:
         raise DiskError(
-            f"data.calibration is 'generated': the text cannot be stored in {str(path.parent)!r} "
+            f"the text is 'generated': the text cannot be stored in {str(path.parent)!r} "
             f"({first_line(error)}); set HF_HOME to a folder that can be written"
         ) from error
     try:
@@ -76,10 +76,10 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor:
     try:
         tokens = load_tensors(path)["tokens"]
     except (InputError, KeyError) as error:
-        raise InputError(f"data.calibration is 'generated': {damage(error)}; delete {str(path)!r}") from error
+        raise InputError(f"the text is 'generated': {damage(error)}; delete {str(path)!r}") from error
     if tokens.shape != shape or tokens.dtype != torch.int64:
         raise InputError(
-            f"data.calibration is 'generated': {str(path)!r} holds {tokens.dtype} of the shape {list(tokens.shape)} in "
+            f"the text is 'generated': {str(path)!r} holds {tokens.dtype} of the shape {list(tokens.shape)} in "
             "place of the tokens: delete it"
         )
     return tokens

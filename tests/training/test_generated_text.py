@@ -1,7 +1,8 @@
-"""Calibration text that the model writes itself."""
+"""Text that the model, or a teacher, samples for calibration and training."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lit_prune.errors import DiskError, InputError
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.training import LitCausalLM, TextDataModule
 from lit_prune.training import generated_text as subject
+from lit_prune.training.losses import Distillation, Loss
 
 
 @pytest.fixture
@@ -109,9 +111,63 @@ def test_the_models_own_dtype_and_trust_are_used(folder: Path, monkeypatch: pyte
     assert seen == [(str(folder), torch.bfloat16, {"trust_remote_code": False})]
 
 
-@pytest.mark.parametrize("use", ["train", "val", "test", "dataset"])
-def test_it_is_for_calibration_only(use: str) -> None:
-    with pytest.raises(InputError, match=rf"data\.{use} is 'generated': text that the model writes"):
+def test_it_is_a_part_of_the_training_text_by_the_teacher(folder: Path, tiny_model: Callable[..., nn.Module]) -> None:
+    # Of the weights 3 and 1, the text of 12 windows takes all of them, and 4 are generated.
+    text = folder.parent / "text.txt"
+    text.write_text(" ".join(f"word{k}" for k in range(40)))
+    whole = TextDataModule(str(folder), dataset=str(text), train=str(text), val="embedded", test="embedded", seqlen=8)
+    count = len(whole.train_dataloader().dataset)  # type: ignore[arg-type]
+    student, teacher = folder.parent / "student", str(folder)
+    tiny_model(seed=1).save_pretrained(student)
+    load_tokenizer("random").save_pretrained(student)
+
+    def windows(loss: Loss | None) -> Tensor:
+        data = TextDataModule(
+            train={str(text): 3, "generated": 1}, dataset="embedded", calibration="embedded", sequences=1, seqlen=8
+        )
+        data.use_tokenizer_of(LitCausalLM(str(student), loss=loss))
+        return data.train_dataloader().dataset.tokens  # type: ignore[attr-defined]
+
+    found = windows(Distillation(teacher, dtype="float32"))
+    assert len(found) == count + round(count / 3)
+    own = {tuple(window) for window in whole.train_dataloader().dataset.tokens.tolist()}  # type: ignore[attr-defined]
+    assert {tuple(window) for window in found[:count].tolist()} == own  # each once
+    expected = subject.generated_sequences(teacher, torch.float32, False, round(count / 3), 8, 0)
+    assert torch.equal(found[count:], expected)
+    by_student = subject.generated_sequences(str(student), None, False, round(count / 3), 8, 0)
+    assert torch.equal(windows(None)[count:], by_student) and not torch.equal(by_student, expected)
+
+
+def test_training_texts_share_an_epoch_in_proportion(folder: Path) -> None:
+    short, long = folder.parent / "short.txt", folder.parent / "long.txt"
+    short.write_text("one two three " * 20)
+    long.write_text("four five six seven " * 200)
+
+    def counts(**options: Any) -> tuple[int, int]:
+        data = TextDataModule(str(folder), dataset="embedded", calibration="embedded", sequences=1, seqlen=8, **options)
+        windows = data.train_dataloader().dataset.tokens  # type: ignore[attr-defined]
+        known = {tuple(w) for w in data._windows(str(short), "train").tolist()}
+        of_short = sum(tuple(window) in known for window in windows.tolist())
+        return of_short, len(windows) - of_short
+
+    of_short, _ = counts(train=str(short))
+    assert counts(train=[str(short), str(long)]) == (of_short, of_short)
+    assert counts(train={str(short): 1, str(long): 2}) == (of_short, 2 * of_short)
+    assert counts(train={str(short): 1, str(long): 2}, max_windows=6) == (2, 4)
+    with pytest.raises(InputError, match=r"gives '\S+short.txt' the weight 0\.001: not one window"):
+        counts(train={str(short): 1e-3, str(long): 1})
+    with pytest.raises(InputError, match=r"data\.train gives '\S+long.txt' the weight 0: it must be positive"):
+        counts(train={str(short): 1, str(long): 0})
+
+
+def test_generated_text_alone_has_no_end() -> None:
+    with pytest.raises(InputError, match=r"data\.train is 'generated', which has no end: name another text too"):
+        TextDataModule("random", dataset="embedded", train="generated")
+
+
+@pytest.mark.parametrize("use", ["val", "test", "dataset"])
+def test_it_is_for_calibration_and_training_only(use: str) -> None:
+    with pytest.raises(InputError, match=rf"data\.{use} is 'generated': text that a model samples"):
         TextDataModule("random", **{"dataset": "embedded", use: "generated"})  # type: ignore[arg-type]
 
 
