@@ -46,7 +46,7 @@ class GBLM(Scorer):
     alpha: float | Literal["auto"] = 100.0
     """Factor of the gradient term, which balances it against the activation term; ``auto`` = in each layer, the factor
     at which the median ratio of the terms is ``share``."""
-    share: float = 0.1
+    share: float = 0.2
     """Median ratio of the gradient term to the activation term in each layer; applies with ``alpha: auto``."""
     gradient_only: bool = False
     """Omit the activation term: ``|W| * G``."""
@@ -58,7 +58,7 @@ class GBLM(Scorer):
         if self.alpha != "auto" and not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")):
             raise InputError(f"alpha is {self.alpha!r}: it must be a positive number, such as 100, or auto")
         if not 0 < self.share < float("inf"):
-            raise InputError(f"share is {self.share!r}: it must be a positive number, such as 0.1")
+            raise InputError(f"share is {self.share!r}: it must be a positive number, such as 0.2")
         if self.alpha == "auto" and self.gradient_only:
             raise InputError("alpha is 'auto', which balances two terms, and gradient_only omits one: give a number")
 
