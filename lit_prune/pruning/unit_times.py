@@ -85,6 +85,6 @@ def _kind(block: Block) -> object:
 def _timed(replay: BlockReplay, index: int) -> float:
     start = time.perf_counter()
     replay.run(index, 0)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - start

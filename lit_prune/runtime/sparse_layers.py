@@ -174,6 +174,11 @@ def _packed(weight: PackedWeight) -> Product:
 
 
 def _compressed_rows(weight: Tensor) -> Product:
+    if weight.device.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"the model is on {weight.device}: torch has no compressed rows there; time the model as a whole with "
+            "--against, or its layers on a CPU with --trainer.accelerator cpu"
+        )
     if not weight.is_cuda and weight.dtype != torch.float32:
         raise InputError(
             f"the model is in {weight.dtype} on {weight.device}: torch multiplies sparse rows in float32 there"

@@ -48,8 +48,8 @@ def generated_sequences(
     path = Path(constants.HF_HOME) / "lit-prune" / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
     with _locked(path):  # one of several processes samples, the others wait and read
         if not path.is_file():
-            if torch.cuda.is_available():
-                model = model.cuda()
+            if device := torch.accelerator.current_accelerator(check_available=True):
+                model = model.to(device)
             save_tensors(path, {"tokens": sample_sequences(model, special, sequences, seqlen, seed)})
         return _read(path, (sequences, seqlen))
 

@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM
 from lit_prune.checkpoint.bitmask import read_bitmask
 from lit_prune.checkpoint.masks import check_masks_hold, load_masks
 from lit_prune.checkpoint.save import save_pruned
+from lit_prune.errors import InputError
 from lit_prune.models.load import load_model
 from lit_prune.models.tokenizer import load_tokenizer
 from lit_prune.ops import PackedMask, Structured, Unstructured
 from lit_prune.pruning import PruningPlan, Quantize, prune
 from lit_prune.runtime.packed_layers import PackedLinear
 from lit_prune.runtime.packed_model import pack_model, unpack_model
+from lit_prune.runtime.sparse_layers import measure_speed
 from lit_prune.scorers import Wanda
 from support.mock_device import MOCK
 from support.rounding import distance, network
@@ -48,6 +50,12 @@ def pruned(plan: PruningPlan = WANDA) -> tuple[nn.Module, dict[str, PackedMask]]
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
         return model(ids.to(next(model.parameters()).device)).logits.cpu()
+
+
+def test_layers_are_not_timed_without_compressed_rows() -> None:
+    model, masks = pruned()
+    with pytest.raises(InputError, match=rf"the model is on {MOCK}\S*: torch has no compressed rows there; time the"):
+        measure_speed(model, masks, tokens=[1], seconds=0.0)
 
 
 @pytest.mark.parametrize("to", ["hf", "bitmask", "packed"])
