@@ -143,6 +143,8 @@ def fit(hosts: Hosts, folder: Path, options: argparse.Namespace, strategy: str, 
         if kill:
             last = folder / "checkpoints" / "last.ckpt"
             _wait(lambda: last.exists() or any(agent.poll() is not None for agent in agents), options.patience)
+            if not last.exists():
+                raise RuntimeError(f"torchrun ended before the first checkpoint: see {folder}/*.log")
             killed = _step(last)
             _kill_worker(agents[1].pid)
         _wait(lambda: all(agent.poll() is not None for agent in agents), options.patience)
@@ -155,14 +157,16 @@ def fit(hosts: Hosts, folder: Path, options: argparse.Namespace, strategy: str, 
 
 
 def _kill_worker(agent: int) -> None:
-    workers = [child for child in psutil.Process(agent).children(recursive=True) if "lit_prune" in child.cmdline()]
+    children = psutil.Process(agent).children(recursive=True)
+    alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    workers = [child for child in alive if "lit_prune" in child.cmdline()]
     if not workers:
         raise RuntimeError("there is no worker to kill: the run ended before its first checkpoint")
     workers[0].kill()
 
 
-def _step(checkpoint: Path) -> int | None:
-    return int(checkpoint.resolve().stem.partition("=")[2]) if checkpoint.exists() else None
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.resolve().stem.partition("=")[2])
 
 
 def compare(straight: Path, resumed: Path) -> tuple[bool, float, int, int]:

@@ -9,8 +9,7 @@ from typing import final
 from torch import Tensor
 
 from lit_prune.allocators.base import Allocator, Layer, check_bounds
-from lit_prune.allocators.thresholds import quantiles, sparsities_at_one_threshold
-from lit_prune.ops.parallel import in_parallel
+from lit_prune.allocators.thresholds import sparsities_at_one_threshold
 
 
 @final
@@ -38,9 +37,8 @@ class GlobalMagnitude(Allocator):
 
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
         """Return the sparsity of every layer by name; see ``Allocator.allocate``."""
-        scores = list(in_parallel(_magnitudes, layers))
-        return sparsities_at_one_threshold(layers, scores, target, self.min_sparsity, self.max_sparsity)
+        return sparsities_at_one_threshold(layers, _magnitude, target, self.min_sparsity, self.max_sparsity)
 
 
-def _magnitudes(layer: Layer) -> Tensor:
-    return quantiles(layer.read().cpu().float().abs())
+def _magnitude(magnitudes: Tensor) -> Tensor:
+    return magnitudes

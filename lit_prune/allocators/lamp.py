@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lit_prune.allocators.base import Allocator, Layer, check_bounds
-from lit_prune.allocators.thresholds import quantiles, sparsities_at_one_threshold
-from lit_prune.ops.parallel import in_parallel
+from lit_prune.allocators.thresholds import sparsities_at_one_threshold
 
 
 @final
@@ -39,16 +39,11 @@ class LAMP(Allocator):
 
     def allocate(self, layers: Sequence[Layer], target: float) -> dict[str, float]:
         """Return the sparsity of every layer by name; see ``Allocator.allocate``."""
-        scores = list(in_parallel(_layer_scores, layers))
-        return sparsities_at_one_threshold(layers, scores, target, self.min_sparsity, self.max_sparsity)
+        return sparsities_at_one_threshold(layers, lamp_scores, target, self.min_sparsity, self.max_sparsity)
 
 
-def lamp_scores(weight: Tensor) -> Tensor:
-    """Return the LAMP scores of a weight of any shape, ascending, ``[numel]`` float64; those of zeros are 0."""
-    energies = weight.double().square().flatten().sort().values
+def lamp_scores(magnitudes: Tensor) -> Tensor:
+    """Return the ascending LAMP scores ``[n]`` (float64) of ascending magnitudes ``[n]``; those of zeros are 0."""
+    energies = magnitudes.double().square()
     rest = energies.flip(0).cumsum(0).flip(0)  # the energy of each weight and of all larger ones
-    return (energies / rest).nan_to_num(0.0)  # 0 / 0 in a layer of zeros
-
-
-def _layer_scores(layer: Layer) -> Tensor:
-    return quantiles(lamp_scores(layer.read().cpu()))
+    return energies / rest.clamp(min=torch.finfo(rest.dtype).tiny)  # a layer of zeros has no energy

@@ -197,8 +197,7 @@ METRICS: dict[str, Callable[[Tensor], float]] = {
     "spectral_norm": spectral_norm,
     "log_alpha_norm": log_alpha_norm,
 }
-"""Metrics of ascending eigenvalues that the AlphaPruning paper compares, by name; a larger one means higher sparsity.
+"""Metrics of ascending eigenvalues, by name; AlphaPruning maps a larger one to a higher sparsity.
 
-The norms measure the scale of a spectrum, and the others its shape. As in the paper's code, norms are not mapped in
-reverse.
+The norms measure the scale of a spectrum, as WeightWatcher defines them, and the others its shape.
 """

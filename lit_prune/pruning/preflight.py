@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from lit_prune.models.blocks import Block
 from lit_prune.models.experts import apart
 from lit_prune.models.targets import Target
 from lit_prune.ops import collectives
+from lit_prune.ops.timing import seconds_of
 from lit_prune.pruning.memory import choose_passes, count_gradient_memory, count_memory, free_memory
 from lit_prune.pruning.plan import PruningPlan
 from lit_prune.pruning.units import find_units
@@ -178,14 +178,7 @@ def _observed(batches: Sequence[Batch], plan: PruningPlan) -> Sequence[Batch]:
 def _fastest(work: Callable[[], object], times: int = 2) -> float:
     """Return the duration in seconds of the fastest of several runs, after one warm-up run."""
     work()
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        found.append(time.perf_counter() - start)
-    return min(found)
+    return min(seconds_of(work) for _ in range(times))
 
 
 def _product_rate(like: Tensor, size: int = 768) -> float:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.batches import Batch
@@ -14,6 +12,7 @@ from lit_prune.calibration.replay import BlockReplay
 from lit_prune.models.blocks import Block
 from lit_prune.models.coupling import Coupling
 from lit_prune.ops import collectives
+from lit_prune.ops.timing import seconds_of
 from lit_prune.pruning.units import narrower
 from lit_prune.sharding.parameters import PRUNABLE, read_weight
 
@@ -83,8 +82,4 @@ def _kind(block: Block) -> object:
 
 
 def _timed(replay: BlockReplay, index: int) -> float:
-    start = time.perf_counter()
-    replay.run(index, 0)
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
+    return seconds_of(lambda: replay.run(index, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lit_prune.ops.timing import seconds_of
 
 GENERATED, PROMPT, START = 32, 512, 16
 """Numbers of tokens: generated per sequence, in a long prompt, and in the prompt of a generation."""
@@ -92,12 +93,9 @@ def _in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
+            taken = seconds_of(work)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
 
 

@@ -238,8 +238,9 @@ class TextDataModule(LightningDataModule):
         """Read the texts of a stage, so that an unreadable text raises an error before a model is loaded."""
         trainer: Any = self.trainer
         if stage == "fit" and trainer is not None and trainer.limit_train_batches:
-            for source in self.train.keys() - {GENERATED}:
-                self._tokens(source, "train")
+            for source in self.train:
+                if source != GENERATED:
+                    self._tokens(source, "train")
         if stage in ("fit", "validate") and trainer is not None and trainer.limit_val_batches:
             for source in (self.sources["val"], *self.other_val):
                 self._windows(source, "validation")

@@ -1,4 +1,4 @@
-"""Text for calibration or training that the dense model samples itself, once, and that is cached."""
+"""Text for calibration or training that a model samples, once: it is cached."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _locked(path: Path) -> Iterator[None]:
         lock.acquire()
     except OSError as error:
         raise DiskError(
-            f"the text is 'generated': the text cannot be stored in {str(path.parent)!r} "
+            f"the text is 'generated': it cannot be stored in {str(path.parent)!r} "
             f"({first_line(error)}); set HF_HOME to a folder that can be written"
         ) from error
     try:

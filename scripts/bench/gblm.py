@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import rows
 from lightning.pytorch import Trainer
 from rows import Record
+from texts import data_of
 
 from lit_prune.checkpoint.masks import load_masks, save_masks
 from lit_prune.ops import NM, PackedMask, Pattern, Unstructured
@@ -29,7 +30,7 @@ from lit_prune.pruning import PruningPlan, prune
 from lit_prune.pruning.progress import peak_memory
 from lit_prune.reporting.figures import as_png, by_block, mask_pictures
 from lit_prune.scorers import GBLM, Scorer, Wanda
-from lit_prune.training import LitCausalLM, TextDataModule
+from lit_prune.training import LitCausalLM
 
 PATTERNS: dict[str, Pattern] = {
     "50%": Unstructured(0.5),
@@ -37,8 +38,6 @@ PATTERNS: dict[str, Pattern] = {
     "50% of the matrix": Unstructured(0.5, group="matrix"),
 }
 ALPHAS = (0.001, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5)
-PAPER = {"l1": 1e4, "l2": 100.0}
-"""Factors to measure first: the paper's, or one at which the term has about as much weight here."""
 DRAWN = ("Wanda", "l2 gradient only")
 """Rows whose masks are drawn."""
 DRAWN_LAYERS = ("q_proj", "o_proj", "gate_proj", "down_proj")
@@ -85,15 +84,8 @@ def run(name: str, options: argparse.Namespace) -> Record:
     row = compared()[name]
     module = LitCausalLM(options.model, dtype="float32")
     module.configure_model()
-    data = TextDataModule(
-        options.model,
-        calibration=options.calibration,
-        test=options.test,
-        sequences=row.sequences or options.sequences,
-        seqlen=options.seqlen,
-        seed=options.seed,
-        max_windows=options.max_windows,
-    )
+    sequences = row.sequences or options.sequences
+    data = data_of(options, calibration=options.calibration, test=options.test, sequences=sequences)
     plan = PruningPlan(PATTERNS[row.pattern], row.method(), output_error=False, cache=str(options.cache))
     report = prune(module.model, data.calibration_batches(), plan)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
@@ -129,14 +121,16 @@ def tables(records: Sequence[Record]) -> str:
     for row in compared().values():
         if (record := found.get((row, 0))) is None:
             continue
-        ratios = [ratio for seed in range(3) if (ratio := over_wanda(found, row, seed)) is not None]
+        first = over_wanda(found, row, 0)
+        others = [ratio for seed in (1, 2) if (ratio := over_wanda(found, row, seed)) is not None]
         shares = [f"{value:.1%}" for value in record["diagnostics"].values()]
         cells = [
             row.pattern,
             row.scorer,
             str(row.sequences or ""),
             f"{record['perplexity']:.2f}",
-            *([f"{ratios[0]:.3f}", ", ".join(f"{ratio:.3f}" for ratio in ratios[1:])] if ratios else ["", ""]),
+            "" if first is None else f"{first:.3f}",
+            ", ".join(f"{ratio:.3f}" for ratio in others),
             *(["", *shares] if len(shares) == 1 else shares or ["", ""]),
             f"{record['column_variance']:.2f}",
             f"{record['row_variance']:.2f}",

@@ -10,7 +10,7 @@ from lit_prune.allocators import LAMP, Allocator, GlobalMagnitude
 from lit_prune.allocators.base import Layer
 from lit_prune.allocators.lamp import lamp_scores
 from lit_prune.allocators.thresholds import quantiles
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, NumericalError
 
 
 def layers(*weights: Tensor) -> list[Layer]:
@@ -32,15 +32,16 @@ def test_worked_example_of_global_magnitude() -> None:
 
 def test_worked_example_of_lamp() -> None:
     # Energies 1 1 2 4: each is divided by itself and those after it, 8 7 6 4.
-    assert lamp_scores(torch.tensor([[1.0, -2.0], [2**0.5, 1.0]])).tolist() == pytest.approx([1 / 8, 1 / 7, 1 / 3, 1])
-    assert lamp_scores(torch.zeros(2, 3)).tolist() == [0] * 6
+    magnitudes = torch.tensor([1.0, 1.0, 2.0, 4.0]).sqrt()
+    assert lamp_scores(magnitudes).tolist() == pytest.approx([1 / 8, 1 / 7, 1 / 3, 1])
+    assert lamp_scores(torch.zeros(6)).tolist() == [0] * 6
     # The scale of a layer does not count: both layers get the same sparsity.
     weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     assert LAMP().allocate(layers(weight, 100 * weight), 0.6) == pytest.approx({"l0": 0.6, "l1": 0.6})
 
 
 def test_many_scores_are_described_by_quantiles() -> None:
-    scores = torch.rand(70_001, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(70_001, generator=torch.Generator().manual_seed(0)).sort().values
     kept = quantiles(scores)
     assert len(kept) == 1 << 14 and kept[-1] == scores.max() and (kept.diff() >= 0).all()
     for fraction in (0.1, 0.5, 0.9):  # a quantile is off by at most one of its steps
@@ -60,6 +61,15 @@ def test_the_budget_is_exact_whatever_the_weights(
     mean = sum(found[f"l{k}"] * weight.numel() for k, weight in enumerate(weights)) / total
     assert mean == pytest.approx(target, abs=1e-12)
     assert all(0 <= sparsity <= 0.99 for sparsity in found.values())
+
+
+@pytest.mark.parametrize("allocator", [LAMP, GlobalMagnitude])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named(allocator: type[Allocator], value: float) -> None:
+    weight = torch.ones(2, 3)
+    weight[1, 1] = value
+    with pytest.raises(NumericalError, match="l1: the weight holds NaN or Inf"):
+        allocator().allocate(layers(torch.ones(2, 3), weight), 0.5)
 
 
 def test_a_budget_out_of_bounds_is_refused() -> None:

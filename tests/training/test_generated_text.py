@@ -112,7 +112,7 @@ def test_the_models_own_dtype_and_trust_are_used(folder: Path, monkeypatch: pyte
 
 
 def test_it_is_a_part_of_the_training_text_by_the_teacher(folder: Path, tiny_model: Callable[..., nn.Module]) -> None:
-    # Of the weights 3 and 1, the text of 12 windows takes all of them, and 4 are generated.
+    # Of the weights 3 and 1: an epoch takes all windows of the text, and generates a third as many.
     text = folder.parent / "text.txt"
     text.write_text(" ".join(f"word{k}" for k in range(40)))
     whole = TextDataModule(str(folder), dataset=str(text), train=str(text), val="embedded", test="embedded", seqlen=8)
